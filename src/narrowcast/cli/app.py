@@ -1,0 +1,72 @@
+"""The ``narrowcast`` command: collects the commands and turns errors into exit codes.
+
+Exit codes: 0 done (and the budget met), 1 a check failed (``verify``), 2 the request cannot be carried out, 3 the budget
+cannot be met, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from narrowcast._version import __version__
+from narrowcast.cli.bench import bench
+from narrowcast.cli.console import errors_console, print_error, print_json
+from narrowcast.cli.optimize import optimize
+from narrowcast.cli.run import run
+from narrowcast.cli.runtimes import runtimes
+from narrowcast.cli.verify import verify
+from narrowcast.errors import NarrowcastError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="narrowcast",
+    help="One budget in, one proven low-precision model out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (optimize, bench, verify, run, runtimes):
+    app.command()(command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"narrowcast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """One budget in, one proven low-precision model out."""
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        app(arguments)
+    except NarrowcastError as error:
+        if debug:
+            raise
+        if "--json" in arguments:
+            print_json({"error": {"type": type(error).__name__, "message": str(error)}})
+        else:
+            print_error(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors_console().print("interrupted; run the same command again to go on where it stopped", style="yellow")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)

@@ -1,0 +1,35 @@
+"""``narrowcast bench``: an artifact against a model, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from narrowcast.cli.console import Debug, Json, console, print_json, progress
+from narrowcast.cli.options import Data, Metric, Seed
+
+__all__ = ["bench"]
+
+
+def bench(
+    folder: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    against: Annotated[str, typer.Option(help="Model reference (or artifact folder) to compare with.")],
+    data: Data,
+    metric: Metric = None,
+    seconds: Annotated[float, typer.Option(min=0.5, help="About how long latency is measured.")] = 14.0,
+    seed: Seed = 0,
+    json: Json = False,
+    debug: Debug = False,  # noqa: ARG001  read by main()
+) -> None:
+    """Compare an artifact with a model on its runtime: interleaved runs, intervals, ties called ties."""
+    from narrowcast.report import measurement_table
+    from narrowcast.search.bench import bench as compare
+
+    with progress(quiet=json) as shown:
+        found = compare(folder, against=against, data=data, metric=metric, seconds=seconds, seed=seed, progress=shown)
+    if json:
+        print_json({"measurements": [item.model_dump(mode="json") for item in found]})
+        return
+    console().print(measurement_table(found))

@@ -1,0 +1,1 @@
+"""Data references, the three-way split, and metrics."""

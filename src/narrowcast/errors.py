@@ -1,0 +1,106 @@
+"""Every error that narrowcast raises on purpose.
+
+The tree::
+
+    NarrowcastError
+    ├── UserError                 something the user gave or asked for cannot be used (exit code 2)
+    │   ├── ModelError            the model cannot be found, read, or exported
+    │   ├── DataError             the data cannot be read or does not fit the model
+    │   ├── MetricError           the metric is unknown or does not fit the data
+    │   ├── BudgetError           the budget cannot be parsed or contradicts itself
+    │   ├── OutputError           the output folder cannot be used
+    │   ├── ArtifactError         a folder is not an artifact, is damaged, or was built by an incompatible version
+    │   └── RuntimeMissingError   the runtime (or an extra that is needed) is unknown or not installed
+    └── RuntimeFailedError        a runtime refused a graph that narrowcast gave it (exit code 2)
+
+A budget that cannot be met is not an error: it is an answer (``Result.met`` is false, exit code 3).
+Each message names the thing and its value, says what is allowed, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArtifactError",
+    "BudgetError",
+    "DataError",
+    "MetricError",
+    "ModelError",
+    "NarrowcastError",
+    "OutputError",
+    "RuntimeFailedError",
+    "RuntimeMissingError",
+    "UserError",
+    "choices",
+]
+
+
+class NarrowcastError(Exception):
+    """Base of all errors that narrowcast raises on purpose.
+
+    Args:
+        what: The thing that is wrong, with its name and value.
+        allowed: What would have been accepted.
+        next_step: What the reader can do about it.
+    """
+
+    def __init__(self, what: str, *, allowed: str = "", next_step: str = "") -> None:
+        self.what = what
+        self.allowed = allowed
+        self.next_step = next_step
+        lines = [what]
+        if allowed:
+            lines.append(f"Allowed: {allowed}")
+        if next_step:
+            lines.append(f"Next: {next_step}")
+        super().__init__("\n".join(lines))
+
+
+class UserError(NarrowcastError):
+    """Something that the user gave or asked for cannot be used."""
+
+
+class ModelError(UserError):
+    """A model cannot be found, read or exported."""
+
+
+class DataError(UserError):
+    """Data cannot be read, or do not fit the model."""
+
+
+class MetricError(UserError):
+    """A metric is unknown, or does not fit the data or the model's outputs."""
+
+
+class BudgetError(UserError):
+    """A budget cannot be parsed, or contradicts itself."""
+
+
+class OutputError(UserError):
+    """The output folder cannot be written, or holds something already."""
+
+
+class ArtifactError(UserError):
+    """A folder is no artifact, is damaged, or was built by an incompatible version."""
+
+
+class RuntimeMissingError(UserError):
+    """A runtime is unknown, or an extra that the request needs is not installed."""
+
+
+class RuntimeFailedError(NarrowcastError):
+    """A runtime refused a graph, or failed while running it."""
+
+
+def choices(given: str, known: Iterable[str]) -> str:
+    """Return the allowed names as a sentence part, with the nearest one first if there is one.
+
+    >>> choices("onxruntime", ["onnxruntime", "openvino"])
+    'onnxruntime, openvino (did you mean onnxruntime?)'
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(given, names, n=1)
+    text = ", ".join(names)
+    return f"{text} (did you mean {near[0]}?)" if near else text

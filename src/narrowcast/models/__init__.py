@@ -1,0 +1,1 @@
+"""Model references, loaders, and the graph that everything else reads."""

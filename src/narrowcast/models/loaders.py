@@ -1,0 +1,192 @@
+"""One loader per model scheme: from a reference to a prepared FP32 model."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from narrowcast.errors import ModelError, NarrowcastError, RuntimeMissingError, choices
+from narrowcast.models import bundled
+from narrowcast.models.graph import Graph
+from narrowcast.models.prepare import prepare, read_onnx
+from narrowcast.models.reference import ImageSpec, Model, ModelRef
+from narrowcast.models.torch_export import export, require_torch
+
+__all__ = ["load_model", "user_function"]
+
+
+def load_model(reference: str | ModelRef, *, seed: int = 0) -> Model:
+    """Return the prepared model that a reference names.
+
+    Args:
+        reference: ``timm:NAME``, ``torchvision:NAME``, ``onnx:FILE`` or a path that ends in ``.onnx``,
+            ``py:MODULE:FUNCTION``, ``bundled:NAME``, or an artifact folder.
+        seed: Seed of the random weights, for the schemes that have no trained ones.
+
+    Raises:
+        ModelError: The model cannot be found, read or exported.
+        RuntimeMissingError: A package that the scheme needs is not installed.
+    """
+    ref = reference if isinstance(reference, ModelRef) else ModelRef.parse(reference)
+    return _LOADERS[ref.scheme](ref, seed)
+
+
+def user_function(text: str, kind: str, error: type[NarrowcastError] = ModelError) -> Callable[..., Any]:
+    """Return the function that ``module:function`` names, with the current folder on the import path.
+
+    This runs the user's code; it is reached only by a reference that the user wrote as ``py:...``.
+
+    Raises:
+        error: The module or the function does not exist.
+    """
+    module_name, colon, name = text.partition(":")
+    if not colon or not module_name or not name:
+        raise error(f"{kind} py:{text} names no function", allowed="py:MODULE:FUNCTION", next_step="add the function")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as cause:
+        raise error(
+            f"{kind} py:{text}: module {module_name!r} cannot be imported: {cause}",
+            allowed="a module on the import path or in the current folder",
+            next_step="run from the folder that holds the module, or install it",
+        ) from cause
+    function = vars(module).get(name)
+    if not callable(function):
+        raise error(
+            f"{kind} py:{text}: module {module_name!r} has no function {name!r}",
+            allowed=choices(name, [key for key, value in vars(module).items() if callable(value)][:40]),
+        )
+    return function
+
+
+def _finish(ref: ModelRef, model: onnx.ModelProto, **known: Any) -> Model:
+    graph = prepare(model, str(ref))
+    _check_batch(graph, str(ref))
+    exported = model.SerializeToString()
+    return Model(ref, graph, exported, hashlib.sha256(exported).hexdigest(), **known)
+
+
+def _check_batch(graph: Graph, source: str) -> None:
+    fixed = [info for info in graph.inputs if info.shape and not info.dynamic_batch]
+    if fixed and len(fixed) == sum(1 for info in graph.inputs if info.shape):
+        raise ModelError(
+            f"{source}: input {fixed[0].name!r} has the fixed shape {list(fixed[0].shape)}",
+            allowed="a dynamic first axis (the batch)",
+            next_step="export it again with dynamic_shapes (torch.onnx.export) so that the first axis has a name",
+        )
+
+
+def _load_onnx(ref: ModelRef, seed: int) -> Model:
+    del seed
+    return _finish(ref, read_onnx(Path(ref.id)))
+
+
+def _load_artifact(ref: ModelRef, seed: int) -> Model:
+    del seed
+    path = Path(ref.id) / "model.onnx"
+    if not path.is_file():
+        raise ModelError(
+            f"folder {ref.id} holds no model.onnx", allowed="an artifact folder", next_step="check the path"
+        )
+    return _finish(ref, read_onnx(path))
+
+
+def _package(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RuntimeMissingError(
+            f"package {name!r} is not installed", next_step=f"install it with: pip install 'narrowcast[{extra}]'"
+        ) from error
+
+
+def _load_timm(ref: ModelRef, seed: int) -> Model:
+    torch = require_torch(str(ref))
+    timm = _package("timm", "examples")
+    if ref.id not in timm.list_models():
+        raise ModelError(
+            f"timm {timm.__version__} has no model {ref.id!r}", allowed=_nearest(ref.id, timm.list_models())
+        )
+    torch.manual_seed(seed)
+    module = timm.create_model(ref.id, pretrained=False)
+    config = timm.data.resolve_model_data_config(module)
+    channels, height, width = config["input_size"]
+    image = ImageSpec((height, width), tuple(config["mean"]), tuple(config["std"]), config["crop_pct"])
+    example = (torch.randn(2, channels, height, width),)
+    return _finish(ref, export(module, example, ["image"], str(ref)), random_weights=True, image=image)
+
+
+def _load_torchvision(ref: ModelRef, seed: int) -> Model:
+    torch = require_torch(str(ref))
+    models = _package("torchvision.models", "examples")
+    names = models.list_models(module=models)
+    if ref.id not in names:
+        raise ModelError(f"torchvision has no classification model {ref.id!r}", allowed=_nearest(ref.id, names))
+    torch.manual_seed(seed)
+    side = 299 if ref.id == "inception_v3" else 224
+    kwargs = {"init_weights": True} if ref.id in ("inception_v3", "googlenet") else {}
+    module = models.get_model(ref.id, weights=None, **kwargs)
+    image = ImageSpec((side, side))
+    example = (torch.randn(2, 3, side, side),)
+    return _finish(ref, export(module, example, ["image"], str(ref)), random_weights=True, image=image)
+
+
+def _nearest(given: str, names: list[str]) -> str:
+    """Return at most five names that are near the given one."""
+    near = difflib.get_close_matches(given, names, n=5, cutoff=0.4)
+    return f"{len(names)} names, the nearest: {', '.join(near)}" if near else f"{len(names)} names"
+
+
+def _load_python(ref: ModelRef, seed: int) -> Model:
+    torch = require_torch(str(ref))
+    torch.manual_seed(seed)
+    made = user_function(ref.id, "model")()
+    hint = (
+        "a function that returns (module, example) where example is a tensor, a tuple of them or a dict by input name"
+    )
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
+        raise ModelError(f"model {ref} returned {type(made).__name__}", allowed=hint)
+    module, example = made
+    if isinstance(example, dict):
+        names, values = [str(key) for key in example], tuple(example.values())
+    else:
+        values = example if isinstance(example, tuple) else (example,)
+        names = ["input"] if len(values) == 1 else [f"input_{i}" for i in range(len(values))]
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            raise ModelError(f"model {ref}: example input {name!r} is {type(value).__name__}", allowed=hint)
+        if value.shape[0] < 2:
+            raise ModelError(
+                f"model {ref}: example input {name!r} has batch {value.shape[0]}",
+                allowed="a batch of at least 2, because PyTorch's exporter fixes a batch of 1",
+                next_step="repeat the example along its first axis",
+            )
+    return _finish(ref, export(module, values, names, str(ref)))
+
+
+def _load_bundled(ref: ModelRef, seed: int) -> Model:
+    del seed
+    if ref.id not in bundled.MODELS:
+        raise ModelError(f"no bundled model {ref.id!r}", allowed=choices(ref.id, bundled.MODELS))
+    source = bundled.MODELS[ref.id]()
+    model = export(source.module, source.examples, source.names, str(ref))
+    return _finish(ref, model, image=source.image, tokenize=source.tokenize)
+
+
+_LOADERS: dict[str, Callable[[ModelRef, int], Model]] = {
+    "onnx": _load_onnx,
+    "artifact": _load_artifact,
+    "timm": _load_timm,
+    "torchvision": _load_torchvision,
+    "py": _load_python,
+    "bundled": _load_bundled,
+}

@@ -1,0 +1,1 @@
+"""Intent as data: budgets, targets, recipes and the plans that they become."""

@@ -1,0 +1,314 @@
+"""What the page and the terminal both show, as rows of text made from `Evidence`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from narrowcast.artifacts.manifest import Candidate, Evidence, Measurement
+from narrowcast.recipes.budget import Standing
+from narrowcast.report import text
+
+__all__ = [
+    "CandidateRow",
+    "Cell",
+    "KeyNumber",
+    "LimitRow",
+    "SummaryRow",
+    "candidate_rows",
+    "key_numbers",
+    "limit_rows",
+    "measure_label",
+    "summary_rows",
+]
+
+TOO_FEW = "too few runs"
+
+# measure: (label, word where the artifact is better, word where it is worse)
+_MEASURES: dict[str, tuple[str, str, str]] = {
+    "accuracy": ("Accuracy", "better", "worse"),
+    "accuracy_drop": ("Accuracy drop", "", ""),
+    "size": ("Size on disk", "smaller", "larger"),
+    "compression": ("Compression", "smaller", "larger"),
+    "latency_p50": ("Latency, median", "faster", "slower"),
+    "latency_p90": ("Latency, p90", "faster", "slower"),
+    "latency_p99": ("Latency, p99", "faster", "slower"),
+    "throughput": ("Throughput", "more", "less"),
+    "best_batch": ("Best batch size", "", ""),
+    "latency_best_batch_p50": ("Latency at the best batch, median", "faster", "slower"),
+    "peak_memory": ("Peak memory", "less", "more"),
+}
+_PERCENTILES = ("latency_p50", "latency_p90", "latency_p99")
+# A quotient of these is arithmetic. A quotient of two timings would look like a result and have no interval.
+_EXACT = ("size", "peak_memory")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value as text, with its interval (empty where there is none) and a word on what it means."""
+
+    value: str = text.MISSING
+    interval: str = ""
+    word: str = ""
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One measure before and after.
+
+    Attributes:
+        measure: Name of the measure in the evidence.
+        label: Name for people.
+        hint: How it was taken, in a few words.
+        original: The original's value.
+        artifact: The artifact's value.
+        ratio: How many times better the artifact is; ``tie`` where the interval holds 1.
+        samples: Number of samples behind the row.
+    """
+
+    measure: str
+    label: str
+    hint: str
+    original: Cell
+    artifact: Cell
+    ratio: Cell
+    samples: str
+
+
+@dataclass(frozen=True)
+class KeyNumber:
+    """One of the three numbers that head the report."""
+
+    name: str
+    value: str
+    word: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class LimitRow:
+    """A limit, what was measured, and how far the two are apart."""
+
+    met: bool
+    text: str
+    measure: str
+    value: str
+    bound: str
+    margin: str
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """A candidate as a row of text.
+
+    Attributes:
+        number: What the chart and the table call it.
+        name: Name of its recipe.
+        chosen: Whether it became the artifact.
+        feasible: Whether it keeps all limits.
+        verdict: ``keeps all limits``, the limits that it misses, or ``failed``.
+        accuracy: The metric on the search part.
+        speedup: Times faster than the original.
+        latency: Median latency.
+        size: Size on disk.
+        memory: Peak memory.
+        kept_float: Groups that were kept in FP32.
+        seconds: Time that it took.
+        failure: Why it could not be built or run.
+    """
+
+    number: int
+    name: str
+    chosen: bool
+    feasible: bool
+    verdict: str
+    accuracy: Cell
+    speedup: Cell
+    latency: str
+    size: str
+    memory: str
+    kept_float: str
+    seconds: str
+    failure: str
+
+
+def measure_label(measure: str) -> str:
+    """Return a measure's name for people; an unknown one is spelt out."""
+    known = _MEASURES.get(measure)
+    return known[0] if known else measure.replace("_", " ").strip().capitalize()
+
+
+def summary_rows(evidence: Evidence) -> list[SummaryRow]:
+    """Return the before/after rows: measures that the report knows in its order, then all others as they come.
+
+    A latency percentile that was not measured although the median was gets a row that says so: the sample was too small
+    to support it. A compression ratio joins the row of the size if that has no ratio of its own.
+    """
+    present = list(dict.fromkeys(m.measure for m in evidence.measurements))
+    wanted = [name for name in _MEASURES if name in present or ("latency_p50" in present and name in _PERCENTILES)]
+    if "compression" in wanted and "size" in present and evidence.measured("size", "ratio") is None:
+        wanted.remove("compression")
+    return [_summary_row(evidence, name) for name in wanted + [name for name in present if name not in _MEASURES]]
+
+
+def _summary_row(evidence: Evidence, measure: str) -> SummaryRow:
+    form = _format_of(evidence, measure)
+    pair = [evidence.measured(measure, subject) for subject in ("original", "artifact")]
+    none = TOO_FEW if measure in _PERCENTILES else text.MISSING
+    cells = [_cell(found, form) if found else Cell(none) for found in pair]
+    counts = list(dict.fromkeys(f"{found.samples:,}" for found in pair if found))
+    ratio = evidence.measured(measure, "ratio")
+    if measure == "size" and ratio is None:
+        ratio = _compression(evidence)
+    if not counts and ratio is not None:
+        counts = [f"{ratio.samples:,}"]
+    return SummaryRow(
+        measure=measure,
+        label=measure_label(measure),
+        hint=_hint(evidence, measure),
+        original=cells[0],
+        artifact=cells[1],
+        ratio=_ratio_cell(measure, ratio, pair),
+        samples=" / ".join(counts) or text.MISSING,
+    )
+
+
+def _format_of(evidence: Evidence, measure: str) -> text.Format:
+    if measure == "accuracy":
+        return text.accuracy(evidence.metric)
+    if measure == "accuracy_drop":
+        return text.drop(evidence.metric)
+    units = [m.unit for m in evidence.measurements if m.measure == measure and m.subject != "ratio"]
+    unit = units[0] if units else "x"
+    return lambda value, extra: text.quantity(value, unit, extra)
+
+
+def _cell(found: Measurement, form: text.Format) -> Cell:
+    if not text.finite(found.value):
+        return Cell(text.MISSING)
+    return Cell(form(found.value, 0), text.interval(found.low, found.high, form) if found.low != found.high else "")
+
+
+def _ratio_cell(measure: str, found: Measurement | None, pair: list[Measurement | None]) -> Cell:
+    _, better, worse = _MEASURES.get(measure, ("", "better", "worse"))
+    if measure == "accuracy_drop":
+        return Cell("tie") if pair[1] is not None and text.tie(pair[1].low, pair[1].high, 0.0) else Cell("")
+    if found is None:
+        original, artifact = pair
+        if measure not in _EXACT or original is None or artifact is None or artifact.value <= 0:
+            return Cell("")
+        return ratio_cell(original.value / artifact.value, None, None, better, worse)
+    return ratio_cell(found.value, found.low, found.high, better, worse)
+
+
+def ratio_cell(value: float, low: float | None, high: float | None, better: str, worse: str) -> Cell:
+    """Return "how many times" with its interval; where that holds 1, the value is the word ``tie``."""
+    if not text.finite(value):
+        return Cell(text.MISSING)
+    exact = low is None or high is None or low == high
+    span = "" if exact else text.interval(low, high, text.ratio)
+    if not exact and text.tie(low, high):
+        return Cell("tie", span)
+    return Cell(text.ratio(value), span, "the same" if value == 1 else better if value > 1 else worse)
+
+
+def _hint(evidence: Evidence, measure: str) -> str:
+    if measure in ("accuracy", "accuracy_drop"):
+        return f"{evidence.metric.name}, report part"
+    if measure in _PERCENTILES:
+        return f"batch {evidence.target.batch}"
+    if measure == "throughput":
+        batches = [evidence.measured("best_batch", subject) for subject in ("original", "artifact")]
+        known = list(dict.fromkeys(text.integer(b.value) for b in batches if b and text.finite(b.value)))
+        return f"at its best batch ({' / '.join(known)})" if known else "at its best batch"
+    return {"compression": "times smaller", "peak_memory": "of a process that serves it"}.get(measure, "")
+
+
+def _compression(evidence: Evidence) -> Measurement | None:
+    return evidence.measured("compression", "ratio") or evidence.measured("compression", "artifact")
+
+
+def key_numbers(evidence: Evidence) -> list[KeyNumber]:
+    """Return the three numbers that head the report: speedup, compression, accuracy kept."""
+    rows = {row.measure: row for row in summary_rows(evidence)}
+    speed, size = rows.get("latency_p50"), rows.get("size") or rows.get("compression")
+    return [
+        _key("Speed", speed, "faster"),
+        _key("Size", size, "smaller"),
+        _accuracy_kept(evidence, rows.get("accuracy")),
+    ]
+
+
+def _key(name: str, row: SummaryRow | None, otherwise: str) -> KeyNumber:
+    if row is None or row.ratio.value in ("", text.MISSING):
+        return KeyNumber(name, text.MISSING, "not measured", _arrow(row))
+    if row.ratio.value == "tie":
+        return KeyNumber(name, "tie", "no measurable difference", _arrow(row))
+    return KeyNumber(name, row.ratio.value, row.ratio.word or otherwise, _arrow(row))
+
+
+def _accuracy_kept(evidence: Evidence, row: SummaryRow | None) -> KeyNumber:
+    original, artifact = (evidence.measured("accuracy", subject) for subject in ("original", "artifact"))
+    if row is None or artifact is None or not text.finite(artifact.value):
+        return KeyNumber("Accuracy", text.MISSING, "not measured", _arrow(row))
+    scale = original.value if original is not None else float("nan")
+    # A share of the original means something only for metrics that grow from zero; others show their own value.
+    if evidence.metric.higher_is_better and evidence.metric.unit == "" and text.finite(scale) and scale > 0:
+        kept = artifact.value / scale
+        return KeyNumber("Accuracy", text.share(kept), "of accuracy kept", f"{evidence.metric.name} {_arrow(row)}")
+    return KeyNumber("Accuracy", row.artifact.value, evidence.metric.name, _arrow(row))
+
+
+def _arrow(row: SummaryRow | None) -> str:
+    if row is None or text.MISSING in (row.original.value, row.artifact.value):
+        return ""
+    return f"{row.original.value} → {row.artifact.value}"
+
+
+def limit_rows(evidence: Evidence, standings: tuple[Standing, ...] | None = None) -> list[LimitRow]:
+    """Return each limit beside what was measured; those of the verdict unless others are given."""
+    rows: list[LimitRow] = []
+    for standing in evidence.verdict.standings if standings is None else standings:
+        limit = standing.limit
+        units = {"latency": "s", "size": "bytes", "memory": "bytes"}
+        form = text.accuracy(evidence.metric) if limit.measure == "accuracy" else _in(units.get(limit.measure, ""))
+        far = text.drop(evidence.metric) if limit.measure == "accuracy" else form
+        value, bound = text.apart(standing.value, limit.bound, form)
+        side = "at least" if limit.at_least else "at most"
+        margin = ""
+        if text.finite(standing.value) and text.finite(limit.bound):
+            word = "to spare" if standing.met else "short" if limit.at_least else "over"
+            margin = f"{far(abs(limit.bound - standing.value), 0)} {word}"
+        measured = value if text.finite(standing.value) else "not measured"
+        rows.append(LimitRow(standing.met, limit.text, limit.measure, measured, f"{side} {bound}", margin))
+    return rows
+
+
+def _in(unit: str) -> text.Format:
+    return lambda value, extra: text.quantity(value, unit, extra)
+
+
+def candidate_rows(evidence: Evidence) -> list[CandidateRow]:
+    """Return the candidates in the order in which they were tried, numbered from 1."""
+    return [_candidate_row(evidence, number, item) for number, item in enumerate(evidence.candidates, start=1)]
+
+
+def _candidate_row(evidence: Evidence, number: int, item: Candidate) -> CandidateRow:
+    form = text.accuracy(evidence.metric)
+    missed = list(dict.fromkeys(standing.limit.measure for standing in item.standings if not standing.met))
+    verdict = f"misses {', '.join(missed)}" if missed else "misses the budget"
+    score = Cell(form(item.accuracy, 0), text.interval(item.accuracy_low, item.accuracy_high, form))
+    return CandidateRow(
+        number=number,
+        name=item.name,
+        chosen=item.name == evidence.chosen and not item.failure,
+        feasible=item.feasible and not item.failure,
+        verdict="failed" if item.failure else "keeps all limits" if item.feasible else verdict,
+        accuracy=score,
+        speedup=ratio_cell(item.speedup, item.speedup_low, item.speedup_high, "faster", "slower"),
+        latency=text.quantity(item.latency, "s"),
+        size=text.quantity(item.size, "bytes") if item.size else text.MISSING,
+        memory=text.quantity(item.memory, "bytes"),
+        kept_float=text.MISSING if item.failure else text.integer(item.kept_float),
+        seconds=text.quantity(item.seconds, "s"),
+        failure=item.failure,
+    )

@@ -1,0 +1,171 @@
+"""The report on a terminal: verdict, before and after, candidates, and the operators that lose the most accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich import box
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from narrowcast.artifacts.manifest import Evidence
+from narrowcast.report import text
+from narrowcast.report.bars import blame_bars
+from narrowcast.report.summary import Cell, candidate_rows, key_numbers, limit_rows, summary_rows
+
+__all__ = ["render_terminal"]
+
+#: Terminals narrower than this lose columns that the page has as well.
+WIDE = 96
+MOST_BLAME = 8
+
+_GOOD, _BAD, _QUIET, _HEAD = "green", "red", "bright_black", "bold"
+
+Say = Callable[..., Text]
+
+
+def render_terminal(evidence: Evidence, console: Console) -> None:
+    """Print the report to a console; columns go where it is narrow, symbols where it has no Unicode.
+
+    Args:
+        evidence: Everything that is shown.
+        console: Where to print.
+    """
+    plain = console.options.ascii_only
+
+    def say(words: str, style: str = "") -> Text:
+        clean = "".join(
+            letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in words
+        )
+        return Text(text.ascii_of(clean) if plain else clean, style=style)
+
+    wide = console.width >= WIDE
+    console.print(_verdict(evidence, say))
+    for title, table in (
+        ("Before and after", _measures(evidence, say, wide)),
+        ("Candidates (accuracy on the search part)", _candidates(evidence, say, wide)),
+        ("Which operators lose accuracy (simulation, guides the search only)", _blame(evidence, say, wide)),
+    ):
+        if table is not None:
+            console.print(Padding(say(title, _HEAD), (1, 0, 0, 1)))
+            console.print(table)
+
+
+def _verdict(evidence: Evidence, say: Say) -> Panel:
+    met = evidence.verdict.met
+    keys = Table.grid(padding=(0, 4), expand=False)
+    shown = key_numbers(evidence)
+    keys.add_row(*(say(f"{key.value} {key.word}", _HEAD) for key in shown))
+    keys.add_row(*(say(key.detail, _QUIET) for key in shown))
+    limits = Table.grid(padding=(0, 2))
+    for row in limit_rows(evidence):
+        style = _GOOD if row.met else _BAD
+        margin = f"  {row.margin}" if row.margin else ""
+        limits.add_row(
+            say("✓" if row.met else "✗", style), say(row.text), say(row.value, _HEAD), say(margin.strip(), style)
+        )
+    parts: list[Text | Table] = [say(evidence.verdict.headline, _HEAD)]
+    if evidence.model.random_weights:
+        parts += [Text(), say("Random weights: accuracy says nothing about the task.", "yellow")]
+    parts += [Text(), keys]
+    if limits.rows:
+        parts += [Text(), limits]
+    if evidence.verdict.advice:
+        parts += [Text(), say("What would help", _HEAD), *(say(f"· {line}") for line in evidence.verdict.advice)]
+    title = say("✓ Budget met" if met else "✗ Budget not met", f"bold {_GOOD if met else _BAD}")
+    return Panel(Group(*parts), title=title, title_align="left", border_style=_GOOD if met else _BAD, padding=(1, 2))
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, header_style=_QUIET, pad_edge=False, padding=(0, 1))
+
+
+def _both(cell: Cell, say: Say, wide: bool, style: str = "") -> Text:
+    """Return a value and, where there is room, its interval."""
+    found = say(cell.value, style)
+    if cell.word:
+        found.append_text(say(f" {cell.word}", style))
+    if wide and cell.interval:
+        found.append_text(say(f" ({cell.interval})", _QUIET))
+    return found
+
+
+def _measures(evidence: Evidence, say: Say, wide: bool) -> Table | None:
+    rows = summary_rows(evidence)
+    if not rows:
+        return None
+    table = _table()
+    table.add_column("Measure", no_wrap=True)
+    for name in ("Original", "Artifact", "The artifact is"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(
+            say(row.label),
+            _both(row.original, say, False),
+            _both(row.artifact, say, wide, _HEAD),
+            _both(row.ratio, say, wide, _colour(row.ratio)),
+        )
+    return table
+
+
+def _colour(cell: Cell) -> str:
+    return {"faster": _GOOD, "smaller": _GOOD, "more": _GOOD, "less": _GOOD}.get(cell.word, "") if cell.word else ""
+
+
+def _candidates(evidence: Evidence, say: Say, wide: bool) -> Table | None:
+    rows = candidate_rows(evidence)
+    if not rows:
+        return None
+    table = _table()
+    table.add_column("", width=1)
+    table.add_column("Candidate", overflow="ellipsis", no_wrap=True, max_width=30 if wide else 22)
+    for name in ("Accuracy", "Speed", "Size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("Memory", justify="right", no_wrap=True)
+        table.add_column("Kept FP32", justify="right", no_wrap=True)
+    table.add_column("Budget", overflow="ellipsis", no_wrap=True, ratio=1)
+    for row in rows:
+        style = _HEAD if row.chosen else _QUIET if row.failure else ""
+        extra = [say(row.memory, style), say(row.kept_float, style)] if wide else []
+        outcome = say(f"failed: {row.failure.splitlines()[0]}" if row.failure.strip() else row.verdict)
+        outcome.stylize(_GOOD if row.feasible else _BAD)
+        table.add_row(
+            say("→" if row.chosen else "", style),
+            say(text.label(row.name, 30 if wide else 22), style),
+            say(row.accuracy.value, style),
+            say(row.speedup.value, style),
+            say(row.size, style),
+            *extra,
+            outcome,
+        )
+    return table
+
+
+def _blame(evidence: Evidence, say: Say, wide: bool) -> Table | None:
+    bars, _ = blame_bars(evidence.blame, MOST_BLAME)
+    if not bars:
+        return None
+    table = _table()
+    table.add_column("Operator group", no_wrap=True, overflow="ellipsis")
+    table.add_column("Type", no_wrap=True, overflow="ellipsis")
+    table.add_column("Noise", justify="right", no_wrap=True)
+    table.add_column("Log scale", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    length = 24 if wide else 12
+    for bar in bars:
+        drawn = (
+            say("#" * round(bar.width / 100 * length)) if say("–").plain == "-" else Text(_blocks(bar.width, length))
+        )
+        drawn.stylize("yellow" if bar.kept_float else "blue")
+        note = say("kept in FP32" if bar.kept_float else "", "yellow")
+        table.add_row(say(text.label(bar.group, 36 if wide else 24)), say(bar.op_type), say(bar.noise), drawn, note)
+    return table
+
+
+def _blocks(width: float, length: int) -> str:
+    eighths = round(width / 100 * length * 8)
+    return "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")

@@ -1,0 +1,111 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from narrowcast.errors import RuntimeFailedError
+from narrowcast.models.graph import TensorInfo
+from narrowcast.recipes.target import FusionRules
+from narrowcast.runtimes.base import OperatorTime, Runtime, Session, Tensors, check_batch
+
+__all__ = ["OnnxRuntime"]
+
+
+class _Session(Session):
+    def __init__(self, session: ort.InferenceSession, path: Path) -> None:
+        self._session = session
+        self._path = path
+        self.inputs = tuple(_info(value) for value in session.get_inputs())
+        self.outputs = tuple(value.name for value in session.get_outputs())
+
+    def run(self, batch: Tensors) -> Tensors:
+        try:
+            values = cast(list[Any], self._session.run(list(self.outputs), batch))
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+            check_batch(self.inputs, batch, self._path.name)
+            raise RuntimeFailedError(f"ONNX Runtime failed on {self._path.name}: {_reason(error)}") from error
+        return dict(zip(self.outputs, values, strict=True))
+
+    def close(self) -> None:
+        del self._session
+
+
+class OnnxRuntime(Runtime):
+    """ONNX Runtime with its CPU execution provider and all graph optimisations."""
+
+    name = "onnxruntime"
+    extra = ""
+    rules = FusionRules()
+
+    def version(self) -> str:
+        return ort.__version__
+
+    def load(self, path: Path, *, threads: int = 1, batch: int | None = None) -> Session:
+        options = _options(threads)
+        return _Session(self._open(path, options, batch), path)
+
+    def _open(self, path: Path, options: ort.SessionOptions, batch: int | None) -> ort.InferenceSession:
+        if batch is not None:
+            for name in _batch_names(path):
+                options.add_free_dimension_override_by_name(name, batch)
+        try:
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+            raise RuntimeFailedError(
+                f"ONNX Runtime {ort.__version__} cannot load {path}: {_reason(error)}",
+                next_step="try the other runtime, or another recipe",
+            ) from error
+
+    def profile(self, path: Path, batch: Tensors, *, threads: int = 1, runs: int = 20) -> list[OperatorTime]:
+        with tempfile.TemporaryDirectory() as folder:
+            options = _options(threads)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = self._open(path, options, None)
+            for _ in range(runs + 3):
+                session.run(None, batch)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        times: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                name = event["name"].removesuffix("_kernel_time")
+                times[name, event["args"]["op_name"]].append(event["dur"] * 1e-6)
+        found = [OperatorTime(name, kind, float(np.mean(values[3:]))) for (name, kind), values in times.items()]
+        return sorted(found, key=lambda item: -item.seconds)
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 4
+    return options
+
+
+def _batch_names(path: Path) -> list[str]:
+    """Return the names of the dynamic first axes of a graph file's inputs."""
+    graph = onnx.load(path, load_external_data=False).graph
+    firsts = [value.type.tensor_type.shape.dim[0] for value in graph.input if value.type.tensor_type.shape.dim]
+    return sorted({dim.dim_param for dim in firsts if dim.dim_param})
+
+
+def _info(value: ort.NodeArg) -> TensorInfo:
+    name = value.type[len("tensor(") : -1]
+    return TensorInfo(
+        value.name, np.dtype({"float": "float32", "double": "float64"}.get(name, name)), tuple(value.shape)
+    )
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""From a budget to the artifact that meets it: candidates, measurements, and the next candidate."""

@@ -1,0 +1,99 @@
+"""The answer in words: whether the budget is met, and if not, what would help."""
+
+from __future__ import annotations
+
+from narrowcast.artifacts.manifest import Blame, Candidate, Measurement, Verdict
+from narrowcast.recipes.budget import Standing
+from narrowcast.search.trial import Trial
+
+__all__ = ["verdict_of"]
+
+
+def verdict_of(
+    trial: Trial,
+    chosen: Candidate,
+    candidates: tuple[Candidate, ...],
+    standings: tuple[Standing, ...],
+    measurements: list[Measurement],
+    blame: list[Blame],
+) -> Verdict:
+    """Return the verdict on the chosen artifact.
+
+    Args:
+        trial: The trial that it came from.
+        chosen: The chosen candidate.
+        candidates: All candidates.
+        standings: Each limit beside the final measurements.
+        measurements: The final measurements.
+        blame: Blame of each operator group; may be empty.
+    """
+    met = all(standing.met for standing in standings)
+    found = {(m.measure, m.subject): m for m in measurements}
+    speed, size = found.get(("latency_p50", "ratio")), found.get(("compression", "ratio"))
+    accuracy = found.get(("accuracy", "artifact"))
+    parts: list[str] = []
+    if speed is not None:
+        tied = speed.low is not None and speed.high is not None and speed.low <= 1 <= speed.high
+        parts.append("as fast as the original" if tied else _times(speed.value, "faster", "slower"))
+    if size is not None:
+        parts.append(_times(size.value, "smaller", "larger"))
+    if accuracy is not None:
+        parts.append(f"{trial.metric.name} {_metric(accuracy.value, trial)}")
+    start = "Budget met" if met else "Budget not met"
+    if not standings:
+        start = "No limits given"
+    headline = f"{start}: {chosen.name} is {', '.join(parts)}."
+    return Verdict(
+        met=met,
+        headline=headline,
+        standings=standings,
+        advice=() if met else _advice(trial, chosen, candidates, standings, blame),
+    )
+
+
+def _times(ratio: float, better: str, worse: str) -> str:
+    return f"{ratio:.2f}x {better}" if ratio >= 1 else f"{1 / ratio:.2f}x {worse}"
+
+
+def _metric(value: float, trial: Trial) -> str:
+    if trial.metric.unit:
+        return f"{value:.1f} {trial.metric.unit}"
+    return f"{value:.1%}" if trial.metric.name in ("top1", "top5", "agreement", "macro-f1") else f"{value:.4g}"
+
+
+def _advice(
+    trial: Trial,
+    chosen: Candidate,
+    candidates: tuple[Candidate, ...],
+    standings: tuple[Standing, ...],
+    blame: list[Blame],
+) -> tuple[str, ...]:
+    advice: list[str] = []
+    broken = {standing.limit.measure for standing in standings if not standing.met}
+    if chosen.feasible and "accuracy" in broken:
+        advice.append(
+            "The search part kept the accuracy limit and the report part does not: the two differ by chance. More samples "
+            "would narrow that, or a slightly tighter --max-drop would leave room for it."
+        )
+    for measure in sorted(broken):
+        others = [
+            c
+            for c in candidates
+            if not c.failure and all(s.met for s in c.standings if s.limit.measure != measure) and not c.feasible
+        ]
+        best = max(others, key=lambda c: c.speedup, default=None)
+        if best is not None:
+            advice.append(
+                f"With the {measure} limit alone relaxed, {best.name} would do: {trial.metric.name} "
+                f"{_metric(best.accuracy, trial)} on the search part, {best.speedup:.2f}x, {best.size / 1e6:.2f} MB."
+            )
+    if "accuracy" in broken and blame:
+        worst = ", ".join(item.group for item in blame[:3])
+        advice.append(f"Most of the error comes from {worst}; quantisation-aware training of these would help most.")
+    if "accuracy" in broken and trial.splits.calibration.size < 64:
+        advice.append(f"Ranges came from {trial.splits.calibration.size} samples; a few hundred would make them surer.")
+    if broken & {"latency", "speedup"}:
+        advice.append("Latency: more threads, another runtime, or a smaller architecture are the next steps.")
+    if broken & {"size", "memory"}:
+        advice.append("Size and memory: INT8 is the narrowest format here; a smaller architecture is the next step.")
+    return tuple(advice)

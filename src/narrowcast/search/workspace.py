@@ -1,0 +1,127 @@
+"""The folder beside the output in which a run keeps what it has finished, so that it can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from narrowcast.artifacts.manifest import Blame, Candidate, Histogram
+from narrowcast.artifacts.store import write_atomic
+from narrowcast.errors import OutputError
+from narrowcast.recipes.plan import Plan
+
+__all__ = ["Finished", "Workspace"]
+
+
+class Finished(BaseModel):
+    """A candidate that was built and measured, with its plan and the tensors worth showing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    candidate: Candidate
+    plan: Plan
+    histograms: tuple[Histogram, ...] = ()
+
+
+class _State(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+    fingerprint: str
+    finished: list[Finished] = Field(default_factory=list[Finished])
+    blame: list[Blame] | None = None
+
+
+class Workspace:
+    """``OUT.work``: graphs of candidates and ``state.json``; removed when the artifact is complete."""
+
+    def __init__(self, out: Path, fingerprint: dict[str, object]) -> None:
+        """Open the folder; what an earlier run of the same request left in it is kept, anything else is removed.
+
+        Args:
+            out: The output folder.
+            fingerprint: What decides the run's results; runs that agree in it are the same.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        self.folder = out.with_name(out.name + ".work")
+        digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True, default=str).encode()).hexdigest()
+        self.state = self._read(digest)
+        if self.state is None:
+            self._clear()
+            self.state = _State(fingerprint=digest)
+            self._save()
+        self.resumed = len(self.state.finished)
+
+    def _read(self, digest: str) -> _State | None:
+        path = self.folder / "state.json"
+        try:
+            state = _State.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            return None
+        return state if state.fingerprint == digest else None
+
+    def _clear(self) -> None:
+        if self.folder.exists() and not (self.folder / "state.json").is_file() and any(self.folder.iterdir()):
+            raise OutputError(
+                f"folder {self.folder} is needed for the run's state and holds other files", next_step="move it"
+            )
+        try:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(
+                f"output folder {self.folder.parent} cannot be written: {error.strerror}",
+                next_step="name another folder",
+            ) from error
+
+    def _save(self) -> None:
+        assert self.state is not None
+        write_atomic(self.folder / "state.json", self.state.model_dump_json())
+
+    def graph(self, name: str) -> Path:
+        """Return the path of a candidate's graph."""
+        return self.folder / f"{name}.onnx"
+
+    def finished(self) -> list[Finished]:
+        """Return the candidates that are finished, in order."""
+        assert self.state is not None
+        return list(self.state.finished)
+
+    def find(self, name: str) -> Finished | None:
+        """Return a finished candidate by name, if it is."""
+        return next((done for done in self.finished() if done.candidate.name == name), None)
+
+    def finish(self, done: Finished) -> None:
+        """Keep a finished candidate."""
+        assert self.state is not None
+        self.state.finished.append(done)
+        self._save()
+
+    @property
+    def blame(self) -> list[Blame] | None:
+        """The blame table, once it was made."""
+        assert self.state is not None
+        return self.state.blame
+
+    @blame.setter
+    def blame(self, table: list[Blame]) -> None:
+        assert self.state is not None
+        self.state.blame = table
+        self._save()
+
+    def fresh(self, name: str) -> Path:
+        """Return an empty folder in the workspace."""
+        path = self.folder / f"{name}-{os.getpid()}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        return path
+
+    def remove(self) -> None:
+        """Remove the workspace."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""One file per method; ``apply`` finds the method of each step of a recipe."""

@@ -1,0 +1,55 @@
+"""One pass over the calibration samples: statistics of every tensor, in memory that does not grow with the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narrowcast.data.dataset import Dataset, Tensors
+from narrowcast.models.execution import StagedExecutor
+from narrowcast.transforms.ranges import TensorStatistics
+
+__all__ = ["calibrate", "live_bytes", "sample_batch"]
+
+#: Samples that run through the graph at once.
+BATCH = 8
+
+
+def calibrate(
+    executor: StagedExecutor, data: Dataset, tensors: Iterable[str], progress: Callable[[int], None] | None = None
+) -> dict[str, TensorStatistics]:
+    """Return the statistics of some tensors over all samples of a dataset.
+
+    Args:
+        executor: The FP32 graph, cut so that each wanted tensor is an input or output of a stage.
+        data: Calibration samples.
+        tensors: Names of FP32 tensors.
+        progress: Called with the number of samples done.
+    """
+    statistics = {name: TensorStatistics() for name in tensors}
+    for indices, feeds in data.batches(BATCH):
+        _update(statistics, feeds)
+        for index, alive in executor.walk(feeds):
+            _update(statistics, {name: alive[name] for name in executor.stages[index].outputs})
+        if progress is not None:
+            progress(int(indices[-1]) + 1)
+    return statistics
+
+
+def _update(statistics: dict[str, TensorStatistics], values: Tensors) -> None:
+    for name in statistics.keys() & values.keys():
+        array = values[name]
+        statistics[name].update(array, channel_axis=None if array.ndim < 2 else (1 if array.ndim > 3 else -1))
+
+
+def live_bytes(executor: StagedExecutor, sample: Tensors) -> int:
+    """Return the most bytes of tensors alive at once while one sample runs through the stages."""
+    return max(sum(value.nbytes for value in alive.values()) for _, alive in executor.walk(sample))
+
+
+def sample_batch(data: Dataset, count: int) -> dict[str, NDArray[Any]]:
+    """Return samples spread evenly over a dataset, as one batch."""
+    return data.load(np.unique(np.linspace(0, data.size - 1, min(count, data.size)).astype(np.int64)))
