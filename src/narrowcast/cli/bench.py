@@ -21,7 +21,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.5, help="About how long latency is measured.")] = 14.0,
     seed: Seed = 0,
     json: Json = False,
-    debug: Debug = False,  # noqa: ARG001  read by main()
+    debug: Debug = False,
 ) -> None:
     """Compare an artifact with a model on its runtime: interleaved runs, intervals, ties called ties."""
     from narrowcast.report import measurement_table

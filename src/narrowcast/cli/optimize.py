@@ -47,7 +47,7 @@ def optimize(
     seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is in the output folder.")] = False,
     json: Json = False,
-    debug: Debug = False,  # noqa: ARG001  read by main()
+    debug: Debug = False,
 ) -> None:
     """Make the best artifact that meets a budget, measured on the runtime that will serve it.
 

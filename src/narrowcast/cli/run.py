@@ -23,7 +23,7 @@ def run(
     input: Annotated[Path, typer.Option(help="Inputs: an .npz file with one array per model input.")],  # noqa: A002
     out: Annotated[Path, typer.Option("--output", help="Where to write the outputs, as .npz.")],
     json: Json = False,
-    debug: Debug = False,  # noqa: ARG001  read by main()
+    debug: Debug = False,
 ) -> None:
     """Run an artifact on a batch and write its outputs, by name."""
     artifact = load_artifact(folder)

@@ -11,7 +11,7 @@ from narrowcast.runtimes import get_runtime, runtime_names
 __all__ = ["runtimes"]
 
 
-def runtimes(json: Json = False, debug: Debug = False) -> None:  # noqa: ARG001  debug is read by main()
+def runtimes(json: Json = False, debug: Debug = False) -> None:
     """List the runtimes, their versions, and how to install those that are missing."""
     found: list[dict[str, str | None]] = []
     for name in runtime_names():

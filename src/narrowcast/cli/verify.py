@@ -17,7 +17,7 @@ __all__ = ["verify"]
 def verify(
     folder: Annotated[Path, typer.Argument(help="Artifact folder.")],
     json: Json = False,
-    debug: Debug = False,  # noqa: ARG001  read by main()
+    debug: Debug = False,
 ) -> None:
     """Check an artifact's hashes, load it, and compare its outputs with those stored when it was built.
 

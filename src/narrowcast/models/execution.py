@@ -55,19 +55,21 @@ class Stage:
 class StagedExecutor:
     """Runs a graph in stages, from the start or from any stage on, and frees each tensor after its last use."""
 
-    def __init__(self, graph: Graph, boundaries: Iterable[frozenset[str]] = ()) -> None:
+    def __init__(self, graph: Graph, boundaries: Iterable[frozenset[str]] = (), expose: Iterable[str] = ()) -> None:
         """Cut a graph into stages.
 
         Args:
             graph: The graph; its nodes must be in topological order.
             boundaries: Sets of node names that must form a stage of their own (an operator and the activation that
                 follows it). All other nodes become stages in between.
+            expose: Tensors that must be outputs of the stage that makes them, even if no other stage reads them.
         """
         self.graph = graph
-        self.stages = tuple(_cut(graph, list(boundaries)))
+        self.stages = tuple(_cut(graph, list(boundaries), set(expose)))
         self.outputs = tuple(info.name for info in graph.outputs)
         self._sessions: dict[int, ort.InferenceSession] = {}
-        last = {name: i for i, stage in enumerate(self.stages) for name in stage.inputs}
+        last = {name: i for i, stage in enumerate(self.stages) for name in stage.outputs}
+        last |= {name: i for i, stage in enumerate(self.stages) for name in stage.inputs}
         self._last_use = {name: i for name, i in last.items() if name not in self.outputs}
 
     def run_stage(self, index: int, tensors: Mapping[str, Array]) -> Tensors:
@@ -105,7 +107,7 @@ class StagedExecutor:
             del tensors[name]
 
 
-def _cut(graph: Graph, boundaries: list[frozenset[str]]) -> Iterator[Stage]:
+def _cut(graph: Graph, boundaries: list[frozenset[str]], expose: set[str]) -> Iterator[Stage]:
     owner = {name: number for number, names in enumerate(boundaries) for name in names}
     position = {node.name: i for i, node in enumerate(graph.nodes)}
     nodes = sorted(
@@ -125,7 +127,7 @@ def _cut(graph: Graph, boundaries: list[frozenset[str]]) -> Iterator[Stage]:
             runs.append([node])
         previous = current
     single = Graph([], graph.constants, [], [], graph.values, graph.opsets)
-    wanted = graph.output_names()
+    wanted = graph.output_names() | expose
     readers: dict[str, set[int]] = {}
     reads = [[info.name for info in single.subgraph(run, []).inputs] for run in runs]
     for number, names in enumerate(reads):

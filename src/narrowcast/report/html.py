@@ -16,7 +16,8 @@ from narrowcast.artifacts.manifest import Evidence
 from narrowcast.recipes.recipe import Step
 from narrowcast.report import text
 from narrowcast.report.bars import blame_bars, profile_bars, segments
-from narrowcast.report.summary import candidate_rows, key_numbers, limit_rows, measure_label, summary_rows
+from narrowcast.report.candidates import candidate_rows
+from narrowcast.report.summary import key_numbers, limit_rows, measure_label, summary_rows
 
 __all__ = ["render_html"]
 
@@ -103,6 +104,7 @@ def _context(evidence: Evidence) -> dict[str, Any]:
         "profile": profile_bars(evidence.profile),
         "steps": [_step(step) for step in evidence.plan.recipe.steps],
         "protocols": _protocols(evidence),
+        "took": text.quantity(evidence.seconds, "s"),
         "none": text.MISSING,
     }
 

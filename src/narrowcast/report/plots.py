@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from narrowcast.artifacts.manifest import Candidate, Evidence, Histogram
 from narrowcast.recipes.budget import Limit
@@ -18,6 +19,7 @@ from narrowcast.report.svg import COLOURS, canvas, inline_svg
 __all__ = ["histogram", "pareto", "scatter"]
 
 Point = tuple[int, Candidate]
+Box = tuple[float, float, float, float]
 
 # Where a label may stand beside its point: horizontal and vertical shift in text heights, horizontal alignment.
 _PLACES = (
@@ -52,25 +54,28 @@ def scatter(evidence: Evidence, *, width: int = 860, height: int = 430, name: st
     percent = text.is_percent(evidence.metric)
     scale = 100.0 if percent else 1.0
     with canvas(width, height) as figure:
-        axes = figure.add_axes((62 / width, 52 / height, 1 - 84 / width, 1 - 74 / height))
+        axes = figure.add_axes((56 / width, 46 / height, 1 - 72 / width, 1 - 84 / height))
         axes.grid(True)
         axes.set_axisbelow(True)
-        _limits(axes, _candidate_limits(evidence), scale)
-        _frame(axes, points, _candidate_limits(evidence), scale)
+        limits = _candidate_limits(evidence)
+        _limits(axes, limits, scale)
+        _frame(axes, points, limits, scale)
         front = pareto(points, evidence.metric.higher_is_better)
         _front(axes, front, scale)
         _points(axes, points, evidence.chosen, scale)
         numbered = {number for number, _ in front}
-        _names(axes, points, numbered if width > 600 else set(), evidence.chosen, scale)
+        _names(
+            axes, points, numbered if width > 600 else set(), evidence.chosen, scale, _lines(axes, front, limits, scale)
+        )
         unit = f" ({evidence.metric.unit})" if evidence.metric.unit else ""
         direction = "more" if evidence.metric.higher_is_better else "less"
         title = f"{text.label(evidence.metric.name, 24)}{unit} on the search part, {direction} is better"
-        figure.text(8 / width, 1 - 14 / height, title, va="center", color=COLOURS["muted"])
-        axes.set_xlabel("Median latency (ms), less is better")
+        figure.text(8 / width, 1 - 10 / height, title, va="center", color=COLOURS["muted"])
+        axes.set_xlabel("Median latency (ms), less is better", labelpad=8)
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_locator(MaxNLocator(8 if width > 600 else 4))
         if percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+            axes.yaxis.set_major_formatter(PercentFormatter())
         return inline_svg(figure, name, _describe(evidence, points, front))
 
 
@@ -122,10 +127,12 @@ def _points(axes: Axes, points: Sequence[Point], chosen: str, scale: float) -> N
             axes.plot(x, y, "X", markersize=9, color=COLOURS["muted"], markeredgecolor=COLOURS["surface"], zorder=3)
 
 
-def _names(axes: Axes, points: Sequence[Point], named: set[int], chosen: str, scale: float) -> None:
-    """Write each point's number beside it, and the names of some, where they collide with nothing."""
+def _names(
+    axes: Axes, points: Sequence[Point], named: set[int], chosen: str, scale: float, lines: Sequence[Box]
+) -> None:
+    """Write each point's number beside it, and the names of some, where they collide with least."""
     height = 11.0
-    taken = [_box(*_pixel(axes, item, scale), 14, 14, "center") for _, item in points]
+    taken = [*lines, *(_box(*_pixel(axes, item, scale), 14, 14, "center") for _, item in points)]
     for number, item in sorted(points, key=lambda p: (p[1].name != chosen, p[0] not in named, p[0])):
         heavy = item.name == chosen
         words = f"{number}  {text.label(item.name, 26)}" if number in named else str(number)
@@ -145,7 +152,21 @@ def _names(axes: Axes, points: Sequence[Point], named: set[int], chosen: str, sc
                       fontweight="bold" if heavy else "normal")  # fmt: skip
 
 
-Box = tuple[float, float, float, float]
+def _lines(axes: Axes, front: Sequence[Point], limits: Sequence[Limit], scale: float) -> list[Box]:
+    """Return boxes around the lines of the plot, in pixels, that labels had better not cross."""
+    half, frame = 2.0, axes.bbox
+    boxes: list[Box] = []
+    corners = [_pixel(axes, item, scale) for _, item in front]
+    for (x, y), (next_x, next_y) in itertools.pairwise(corners):
+        boxes.append((x, y - half, next_x, y + half))
+        boxes.append((next_x - half, min(y, next_y), next_x + half, max(y, next_y)))
+    for limit in limits:
+        x, y = axes.transData.transform((limit.bound * 1e3, limit.bound * scale))
+        if limit.measure == "latency":
+            boxes.append((float(x) - half, frame.y0, float(x) + half, frame.y1))
+        else:
+            boxes.append((frame.x0, float(y) - half, frame.x1, float(y) + half))
+    return boxes
 
 
 def _pixel(axes: Axes, item: Candidate, scale: float) -> tuple[float, float]:
@@ -170,7 +191,10 @@ def _outside(axes: Axes, box: Box) -> float:
 
 def _describe(evidence: Evidence, points: Sequence[Point], front: Sequence[Point]) -> str:
     form = text.accuracy(evidence.metric)
-    best = ", ".join(f"{item.name} ({text.quantity(item.latency, 's')}, {form(item.accuracy, 0)})" for _, item in front)
+    best = ", ".join(
+        f"{text.label(item.name, 80)} ({text.quantity(item.latency, 's')}, {form(item.accuracy, 0)})"
+        for _, item in front
+    )
     return (
         f"Scatter plot of {evidence.metric.name} against median latency for {len(points)} candidates; "
         f"chosen: {evidence.chosen}. On the Pareto front: {best}."
@@ -189,7 +213,7 @@ def histogram(shape: Histogram, *, name: str, width: int = 320, height: int = 17
         return inline_svg(
             figure,
             name,
-            f"Histogram of {shape.tensor} before and after quantisation, counts on a log scale, values from "
+            f"Histogram of {text.label(shape.tensor, 200)} before and after quantisation, counts on a log scale, values from "
             f"{text.number(float(edges[0]))} to {text.number(float(edges[-1]))}",
         )
 
@@ -209,7 +233,7 @@ def _stairs(axes: Axes, edges: np.ndarray, before: np.ndarray, after: np.ndarray
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.tick_params(labelsize=9.5, length=3)
+    axes.tick_params(labelsize=11, length=3)
     axes.spines["left"].set_visible(False)
     axes.grid(True, axis="y")
     axes.set_axisbelow(True)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from narrowcast.artifacts.manifest import Candidate, Evidence, Measurement
+from narrowcast.artifacts.manifest import Evidence, Measurement
 from narrowcast.recipes.budget import Standing
 from narrowcast.report import text
 
 __all__ = [
-    "CandidateRow",
     "Cell",
     "KeyNumber",
     "LimitRow",
     "SummaryRow",
-    "candidate_rows",
     "key_numbers",
     "limit_rows",
     "measure_label",
+    "ratio_cell",
     "summary_rows",
 ]
 
@@ -34,7 +33,7 @@ _MEASURES: dict[str, tuple[str, str, str]] = {
     "latency_p99": ("Latency, p99", "faster", "slower"),
     "throughput": ("Throughput", "more", "less"),
     "best_batch": ("Best batch size", "", ""),
-    "latency_best_batch_p50": ("Latency at the best batch, median", "faster", "slower"),
+    "latency_best_batch_p50": ("Latency at best batch", "faster", "slower"),
     "peak_memory": ("Peak memory", "less", "more"),
 }
 _PERCENTILES = ("latency_p50", "latency_p90", "latency_p99")
@@ -94,41 +93,6 @@ class LimitRow:
     value: str
     bound: str
     margin: str
-
-
-@dataclass(frozen=True)
-class CandidateRow:
-    """A candidate as a row of text.
-
-    Attributes:
-        number: What the chart and the table call it.
-        name: Name of its recipe.
-        chosen: Whether it became the artifact.
-        feasible: Whether it keeps all limits.
-        verdict: ``keeps all limits``, the limits that it misses, or ``failed``.
-        accuracy: The metric on the search part.
-        speedup: Times faster than the original.
-        latency: Median latency.
-        size: Size on disk.
-        memory: Peak memory.
-        kept_float: Groups that were kept in FP32.
-        seconds: Time that it took.
-        failure: Why it could not be built or run.
-    """
-
-    number: int
-    name: str
-    chosen: bool
-    feasible: bool
-    verdict: str
-    accuracy: Cell
-    speedup: Cell
-    latency: str
-    size: str
-    memory: str
-    kept_float: str
-    seconds: str
-    failure: str
 
 
 def measure_label(measure: str) -> str:
@@ -205,7 +169,9 @@ def ratio_cell(value: float, low: float | None, high: float | None, better: str,
     if not text.finite(value):
         return Cell(text.MISSING)
     exact = low is None or high is None or low == high
-    span = "" if exact else text.interval(low, high, text.ratio)
+    # An end that rounds to 1.00 would read as a tie where it is none, and the other way round.
+    near = [end for end in (low, high) if text.finite(end) and end != 1 and text.ratio(end) == text.ratio(1.0)]
+    span = "" if exact else text.interval(low, high, lambda end, extra: text.ratio(end, extra + bool(near)))
     if not exact and text.tie(low, high):
         return Cell("tie", span)
     return Cell(text.ratio(value), span, "the same" if value == 1 else better if value > 1 else worse)
@@ -220,7 +186,11 @@ def _hint(evidence: Evidence, measure: str) -> str:
         batches = [evidence.measured("best_batch", subject) for subject in ("original", "artifact")]
         known = list(dict.fromkeys(text.integer(b.value) for b in batches if b and text.finite(b.value)))
         return f"at its best batch ({' / '.join(known)})" if known else "at its best batch"
-    return {"compression": "times smaller", "peak_memory": "of a process that serves it"}.get(measure, "")
+    return {
+        "compression": "times smaller",
+        "latency_best_batch_p50": "median",
+        "peak_memory": "of a process that serves it",
+    }.get(measure, "")
 
 
 def _compression(evidence: Evidence) -> Measurement | None:
@@ -254,7 +224,10 @@ def _accuracy_kept(evidence: Evidence, row: SummaryRow | None) -> KeyNumber:
     # A share of the original means something only for metrics that grow from zero; others show their own value.
     if evidence.metric.higher_is_better and evidence.metric.unit == "" and text.finite(scale) and scale > 0:
         kept = artifact.value / scale
-        return KeyNumber("Accuracy", text.share(kept), "of accuracy kept", f"{evidence.metric.name} {_arrow(row)}")
+        word = "of accuracy kept" + (" (random weights)" if evidence.model.random_weights else "")
+        return KeyNumber(
+            "Accuracy", text.apart(kept, 1.0, text.share)[0], word, f"{evidence.metric.name} {_arrow(row)}"
+        )
     return KeyNumber("Accuracy", row.artifact.value, evidence.metric.name, _arrow(row))
 
 
@@ -285,30 +258,3 @@ def limit_rows(evidence: Evidence, standings: tuple[Standing, ...] | None = None
 
 def _in(unit: str) -> text.Format:
     return lambda value, extra: text.quantity(value, unit, extra)
-
-
-def candidate_rows(evidence: Evidence) -> list[CandidateRow]:
-    """Return the candidates in the order in which they were tried, numbered from 1."""
-    return [_candidate_row(evidence, number, item) for number, item in enumerate(evidence.candidates, start=1)]
-
-
-def _candidate_row(evidence: Evidence, number: int, item: Candidate) -> CandidateRow:
-    form = text.accuracy(evidence.metric)
-    missed = list(dict.fromkeys(standing.limit.measure for standing in item.standings if not standing.met))
-    verdict = f"misses {', '.join(missed)}" if missed else "misses the budget"
-    score = Cell(form(item.accuracy, 0), text.interval(item.accuracy_low, item.accuracy_high, form))
-    return CandidateRow(
-        number=number,
-        name=item.name,
-        chosen=item.name == evidence.chosen and not item.failure,
-        feasible=item.feasible and not item.failure,
-        verdict="failed" if item.failure else "keeps all limits" if item.feasible else verdict,
-        accuracy=score,
-        speedup=ratio_cell(item.speedup, item.speedup_low, item.speedup_high, "faster", "slower"),
-        latency=text.quantity(item.latency, "s"),
-        size=text.quantity(item.size, "bytes") if item.size else text.MISSING,
-        memory=text.quantity(item.memory, "bytes"),
-        kept_float=text.MISSING if item.failure else text.integer(item.kept_float),
-        seconds=text.quantity(item.seconds, "s"),
-        failure=item.failure,
-    )

@@ -14,12 +14,13 @@ from rich.text import Text
 from narrowcast.artifacts.manifest import Evidence
 from narrowcast.report import text
 from narrowcast.report.bars import blame_bars
-from narrowcast.report.summary import Cell, candidate_rows, key_numbers, limit_rows, summary_rows
+from narrowcast.report.candidates import candidate_rows
+from narrowcast.report.summary import Cell, key_numbers, limit_rows, summary_rows
 
 __all__ = ["render_terminal"]
 
 #: Terminals narrower than this lose columns that the page has as well.
-WIDE = 96
+WIDE = 100
 MOST_BLAME = 8
 
 _GOOD, _BAD, _QUIET, _HEAD = "green", "red", "bright_black", "bold"
@@ -38,14 +39,15 @@ def render_terminal(evidence: Evidence, console: Console) -> None:
 
     def say(words: str, style: str = "") -> Text:
         clean = "".join(
-            letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in words
+            mark if mark.isprintable() or mark in "\n\xa0" else "\N{REPLACEMENT CHARACTER}" for mark in words
         )
         return Text(text.ascii_of(clean) if plain else clean, style=style)
 
     wide = console.width >= WIDE
+    brackets = ", 95% intervals in brackets" if wide else ""
     console.print(_verdict(evidence, say))
     for title, table in (
-        ("Before and after", _measures(evidence, say, wide)),
+        (f"Before and after (accuracy on the report part{brackets})", _measures(evidence, say, wide)),
         ("Candidates (accuracy on the search part)", _candidates(evidence, say, wide)),
         ("Which operators lose accuracy (simulation, guides the search only)", _blame(evidence, say, wide)),
     ):
@@ -63,9 +65,8 @@ def _verdict(evidence: Evidence, say: Say) -> Panel:
     limits = Table.grid(padding=(0, 2))
     for row in limit_rows(evidence):
         style = _GOOD if row.met else _BAD
-        margin = f"  {row.margin}" if row.margin else ""
         limits.add_row(
-            say("✓" if row.met else "✗", style), say(row.text), say(row.value, _HEAD), say(margin.strip(), style)
+            say("✓" if row.met else "✗", style), say(row.text), say(row.value, _HEAD), say(row.margin, style)
         )
     parts: list[Text | Table] = [say(evidence.verdict.headline, _HEAD)]
     if evidence.model.random_weights:
@@ -85,11 +86,9 @@ def _table() -> Table:
 
 def _both(cell: Cell, say: Say, wide: bool, style: str = "") -> Text:
     """Return a value and, where there is room, its interval."""
-    found = say(cell.value, style)
-    if cell.word:
-        found.append_text(say(f" {cell.word}", style))
+    found = say(f"{cell.value} {cell.word}".rstrip(), style)
     if wide and cell.interval:
-        found.append_text(say(f" ({cell.interval})", _QUIET))
+        found.append_text(say(f" ({text.unitless(cell.interval)})", _QUIET))
     return found
 
 
@@ -98,51 +97,42 @@ def _measures(evidence: Evidence, say: Say, wide: bool) -> Table | None:
     if not rows:
         return None
     table = _table()
-    table.add_column("Measure", no_wrap=True)
-    for name in ("Original", "Artifact", "The artifact is"):
-        table.add_column(name, overflow="fold")
+    for name in ("Measure", "Original", "Artifact", "The artifact is"):
+        table.add_column(name)
     for row in rows:
+        better = _GOOD if row.ratio.word in ("faster", "smaller", "more", "less") else ""
         table.add_row(
-            say(row.label),
+            say(text.label(row.label, 28)),
             _both(row.original, say, False),
             _both(row.artifact, say, wide, _HEAD),
-            _both(row.ratio, say, wide, _colour(row.ratio)),
+            _both(row.ratio, say, wide, better),
         )
     return table
 
 
-def _colour(cell: Cell) -> str:
-    return {"faster": _GOOD, "smaller": _GOOD, "more": _GOOD, "less": _GOOD}.get(cell.word, "") if cell.word else ""
-
-
-def _candidates(evidence: Evidence, say: Say, wide: bool) -> Table | None:
+def _candidates(evidence: Evidence, say: Say, wide: bool) -> Group | None:
     rows = candidate_rows(evidence)
     if not rows:
         return None
     table = _table()
     table.add_column("", width=1)
-    table.add_column("Candidate", overflow="ellipsis", no_wrap=True, max_width=30 if wide else 22)
-    for name in ("Accuracy", "Speed", "Size"):
+    table.add_column("Candidate", overflow="fold", max_width=32)
+    for name in ("Accuracy", "Speed", "Size", *(("Memory", "FP32") if wide else ())):
         table.add_column(name, justify="right", no_wrap=True)
-    if wide:
-        table.add_column("Memory", justify="right", no_wrap=True)
-        table.add_column("Kept FP32", justify="right", no_wrap=True)
-    table.add_column("Budget", overflow="ellipsis", no_wrap=True, ratio=1)
+    table.add_column("Budget")
     for row in rows:
         style = _HEAD if row.chosen else _QUIET if row.failure else ""
-        extra = [say(row.memory, style), say(row.kept_float, style)] if wide else []
-        outcome = say(f"failed: {row.failure.splitlines()[0]}" if row.failure.strip() else row.verdict)
-        outcome.stylize(_GOOD if row.feasible else _BAD)
+        cells = [row.accuracy.value, row.speedup.value, row.size, *((row.memory, row.kept_float) if wide else ())]
         table.add_row(
             say("→" if row.chosen else "", style),
-            say(text.label(row.name, 30 if wide else 22), style),
-            say(row.accuracy.value, style),
-            say(row.speedup.value, style),
-            say(row.size, style),
-            *extra,
-            outcome,
+            say(text.label(row.name, 64), style),
+            *(say(cell, style) for cell in cells),
+            say(row.verdict, _GOOD if row.feasible else _BAD),
         )
-    return table
+    failures = [
+        Padding(say(f"✗ {text.label(r.name, 64)}: {r.failure.strip()}", _BAD), (0, 1)) for r in rows if r.failure
+    ]
+    return Group(table, *failures)
 
 
 def _blame(evidence: Evidence, say: Say, wide: bool) -> Table | None:
@@ -150,19 +140,21 @@ def _blame(evidence: Evidence, say: Say, wide: bool) -> Table | None:
     if not bars:
         return None
     table = _table()
-    table.add_column("Operator group", no_wrap=True, overflow="ellipsis")
-    table.add_column("Type", no_wrap=True, overflow="ellipsis")
+    table.add_column("Operator group", no_wrap=True)
+    if wide:
+        table.add_column("Type", no_wrap=True)
     table.add_column("Noise", justify="right", no_wrap=True)
     table.add_column("Log scale", no_wrap=True)
     table.add_column("", no_wrap=True)
-    length = 24 if wide else 12
+    names, length = (32, 18) if wide else (36, 10)
     for bar in bars:
-        drawn = (
-            say("#" * round(bar.width / 100 * length)) if say("–").plain == "-" else Text(_blocks(bar.width, length))
+        table.add_row(
+            say(text.label(bar.group, names)),
+            *((say(text.label(bar.op_type, 17)),) if wide else ()),
+            say(bar.noise),
+            say(_blocks(bar.width, length), "yellow" if bar.kept_float else "blue"),
+            say("kept in FP32" if bar.kept_float else "", "yellow"),
         )
-        drawn.stylize("yellow" if bar.kept_float else "blue")
-        note = say("kept in FP32" if bar.kept_float else "", "yellow")
-        table.add_row(say(text.label(bar.group, 36 if wide else 24)), say(bar.op_type), say(bar.noise), drawn, note)
     return table
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "ratio",
     "share",
     "tie",
+    "unitless",
     "when",
 ]
 
@@ -41,10 +42,12 @@ MISSING = "–"
 #: From a value and a number of extra digits to text.
 Format = Callable[[float, int], str]
 
-_NARROW = "\N{NO-BREAK SPACE}"
+_SPACE = "\N{NO-BREAK SPACE}"
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-_ASCII = str.maketrans({"–": "-", "−": "-", "×": "x", "µ": "u", "…": "...", "→": "->", "·": "-", _NARROW: " "})
+_ASCII = str.maketrans(
+    {"–": "-", "−": "-", "×": "x", "µ": "u", "…": "...", "→": ">", "·": "-", "█": "#", "”": '"', _SPACE: " "}
+)
 _SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _BYTES = {
     "b": 1.0,
@@ -111,20 +114,20 @@ def quantity(value: float | None, unit: str, extra: int = 0) -> str:
     if name.lower() in _BYTES:
         size = value * _BYTES[name.lower()]
         if abs(size) < 1000:
-            return f"{integer(size)}{_NARROW}B"
+            return f"{integer(size)}{_SPACE}B"
         return _scaled(size, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")), extra)
     if name == "%":
         return f"{value:.{2 + extra}f}%".replace("-", "−")
     if name.lower() in _FACTORS:
         return ratio(value, extra)
     text = integer(value) if float(value).is_integer() else number(value, 3 + extra)
-    return f"{text}{_NARROW}{name}" if name else text
+    return f"{text}{_SPACE}{name}" if name else text
 
 
 def _scaled(value: float, scales: tuple[tuple[float, str], ...], extra: int) -> str:
     for factor, unit in scales:
         if abs(value) >= factor * 0.9995 or (factor, unit) == scales[-1]:
-            return f"{number(value / factor, 3 + extra)}{_NARROW}{unit}"
+            return f"{number(value / factor, 3 + extra)}{_SPACE}{unit}"
     raise AssertionError("the last scale takes all values")
 
 
@@ -134,6 +137,8 @@ def ratio(value: float | None, extra: int = 0) -> str:
     >>> ratio(2.314), ratio(12.04)
     ('2.31×', '12.0×')
     """
+    if finite(value) and 0.1 <= value < 10:
+        return f"{value:.{2 + extra}f}×"
     return f"{number(value, 3 + extra)}×" if finite(value) else MISSING
 
 
@@ -153,13 +158,13 @@ def drop(metric: MetricRecord) -> Format:
     """Return how differences of a metric are written; those of a percentage are in points."""
     if is_percent(metric):
         return lambda value, extra: (
-            f"{value * 100:.{2 + extra}f}{_NARROW}points".replace("-", "−") if finite(value) else MISSING
+            f"{value * 100:.{2 + extra}f}{_SPACE}points".replace("-", "−") if finite(value) else MISSING
         )
     return lambda value, extra: _measured(value, metric.unit, 3 + extra)
 
 
 def _measured(value: float, unit: str, digits: int) -> str:
-    return f"{number(value, digits)}{_NARROW}{unit}" if unit and finite(value) else number(value, digits)
+    return f"{number(value, digits)}{_SPACE}{unit}" if unit and finite(value) else number(value, digits)
 
 
 def noise(value: float | None) -> str:
@@ -187,6 +192,16 @@ def interval(low: float | None, high: float | None, form: Format) -> str:
     first, second = apart(low, high, form)
     left, right = _split(first), _split(second)
     return f"{left[0]} to {second}" if left[1] == right[1] else f"{first} to {second}"
+
+
+def unitless(span: str) -> str:
+    """Return an interval without its unit, for where the value before it has the same one.
+
+    >>> unitless("2.28 to 2.33×")
+    '2.28 to 2.33'
+    """
+    first, _, second = span.partition(" to ")
+    return f"{first} to {_split(second)[0]}" if second and not _split(first)[1] else span
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -73,7 +73,7 @@ class Runtime(ABC):
         Args:
             path: An ONNX file.
             threads: Threads to compute with.
-            batch: Fix the batch axis to this size, for the fastest kernels; None leaves it dynamic.
+            batch: The only batch size that will run; a runtime that gains from it fixes the batch axis.
 
         Raises:
             RuntimeMissingError: The runtime is not installed.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
 from narrowcast.errors import RuntimeFailedError
@@ -50,13 +49,11 @@ class OnnxRuntime(Runtime):
         return ort.__version__
 
     def load(self, path: Path, *, threads: int = 1, batch: int | None = None) -> Session:
-        options = _options(threads)
-        return _Session(self._open(path, options, batch), path)
+        # A fixed batch is no faster here, and it lets ONNX Runtime 1.31 rewrite matrix products to Gemm before it looks
+        # for integer kernels, which it then misses: the batch axis stays dynamic.
+        return _Session(self._open(path, _options(threads)), path)
 
-    def _open(self, path: Path, options: ort.SessionOptions, batch: int | None) -> ort.InferenceSession:
-        if batch is not None:
-            for name in _batch_names(path):
-                options.add_free_dimension_override_by_name(name, batch)
+    def _open(self, path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
@@ -70,7 +67,7 @@ class OnnxRuntime(Runtime):
             options = _options(threads)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = self._open(path, options, None)
+            session = self._open(path, options)
             for _ in range(runs + 3):
                 session.run(None, batch)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -90,13 +87,6 @@ def _options(threads: int) -> ort.SessionOptions:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4
     return options
-
-
-def _batch_names(path: Path) -> list[str]:
-    """Return the names of the dynamic first axes of a graph file's inputs."""
-    graph = onnx.load(path, load_external_data=False).graph
-    firsts = [value.type.tensor_type.shape.dim[0] for value in graph.input if value.type.tensor_type.shape.dim]
-    return sorted({dim.dim_param for dim in firsts if dim.dim_param})
 
 
 def _info(value: ort.NodeArg) -> TensorInfo:

@@ -58,9 +58,10 @@ def blame_groups(
     """
     every = find_groups(graph, rules)
     groups = {group.name: group for group in quantised_groups(graph, every, rules, frozenset())}
-    executor = StagedExecutor(graph, boundaries(every))
     producers = graph.producers()
-    quantizers = _quantizers(graph, list(groups.values()), executor, data, rules)
+    roots = {root_of(name, producers, rules) for group in groups.values() for name in group.inputs}
+    executor = StagedExecutor(graph, boundaries(every), roots)
+    quantizers = _quantizers(graph, list(groups.values()), roots, executor, data, rules)
     feeds = sample_batch(data, SAMPLES)
     reference = executor.run_from(0, feeds)
     found: list[GroupBlame] = []
@@ -87,11 +88,9 @@ def blame_groups(
 
 
 def _quantizers(
-    graph: Graph, groups: list[Group], executor: StagedExecutor, data: Dataset, rules: FusionRules
+    graph: Graph, groups: list[Group], roots: set[str], executor: StagedExecutor, data: Dataset, rules: FusionRules
 ) -> dict[str, Quantizer]:
-    producers = graph.producers()
-    tensors = {root_of(name, producers, rules) for group in groups for name in group.inputs}
-    tensors |= {group.output for group in groups}
+    tensors = roots | {group.output for group in groups}
     few = data.take(np.unique(np.linspace(0, data.size - 1, min(data.size, CALIBRATION_SAMPLES)).astype(np.int64)))
     statistics = calibrate(executor, few, tensors)
     return {name: quantizer_of(*METHODS["mse"](s), rules.signed_activations, "mse") for name, s in statistics.items()}

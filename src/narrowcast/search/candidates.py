@@ -17,9 +17,12 @@ FULL = "int8"
 
 def first_recipes(graph: Graph) -> Iterator[Recipe]:
     """Yield the recipes that every run tries, the most promising first."""
-    yield Recipe(name=FULL, steps=(StaticInt8(),))
     if matmul_share(graph) >= MATMUL_HEAVY:
         yield Recipe(name="int8-dynamic", steps=(DynamicInt8(),))
+        # Encoders keep what they know in few, huge activations; every range that clips them loses more than it gains.
+        yield Recipe(name=FULL, steps=(StaticInt8(ranges=("minmax",)),))
+    else:
+        yield Recipe(name=FULL, steps=(StaticInt8(),))
     yield Recipe(name="int8-weights", steps=(WeightOnlyInt8(),))
     yield Recipe(name="fp16-weights", steps=(Float16Weights(),))
     yield Recipe(name="fp32", steps=(Optimise(),))

@@ -162,15 +162,12 @@ def _search(trial: Trial) -> list[Finished]:
     finished: list[Finished] = []
     for recipe in first_recipes(trial.model.graph):
         finished.append(_run(trial, recipe))
-        full = finished[0].candidate
-        if recipe.name == FULL and not full.failure and not _accurate(full):
-            finished += _mixed(trial, finished[0], MAX_EVALUATIONS - 1 - _reserved(trial))
+        full = finished[-1].candidate
+        unmet = not any(done.candidate.feasible for done in finished)
+        if recipe.name == FULL and unmet and not full.failure and not _accurate(full):
+            reserved = sum(1 for _ in first_recipes(trial.model.graph))
+            finished += _mixed(trial, finished[-1], MAX_EVALUATIONS - reserved)
     return finished
-
-
-def _reserved(trial: Trial) -> int:
-    """Return the evaluations that the other first recipes will take."""
-    return sum(1 for _ in first_recipes(trial.model.graph)) - 1
 
 
 def _run(trial: Trial, recipe: Recipe) -> Finished:

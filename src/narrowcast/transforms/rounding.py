@@ -23,7 +23,9 @@ Floats = NDArray[np.float32]
 #: Largest magnitude of a weight code; -128 stays unused so that the range is symmetric.
 LARGEST = 127
 #: Output positions that the second moments are taken over: this many per input of the operator, within bounds.
-ROWS_PER_INPUT, FEWEST_ROWS, MOST_ROWS = 16, 2048, 12288
+ROWS_PER_INPUT, FEWEST_ROWS, MOST_ROWS = 40, 1000, 16384
+#: Positions per input below which the least-squares shift of weights is trusted less in proportion.
+ENOUGH_ROWS = 16
 #: Up to this many inputs per group, many scales are tried and codes are settled by coordinate descent.
 SMALL_K, SWEEPS = 49, 4
 #: Inputs between two matrix products while errors are passed on.
@@ -90,13 +92,15 @@ def patches(node: onnx.NodeProto, layout: WeightLayout, x: Array) -> Floats:
     wanted = -(-_rows(layout.shape[1] * int(np.prod(kernel))) // len(x))
     positions = positions[:: max(1, len(positions) // wanted)]
     corners = [axis * s for axis, s in zip(np.unravel_index(positions, out), strides, strict=True)]
-    samples, channels, g = x.shape[0], x.shape[1], layout.groups
-    seen = np.empty((samples, channels, len(positions), int(np.prod(kernel))), np.float32)
+    samples, channels, g, count = x.shape[0], x.shape[1], layout.groups, len(positions)
+    flat, area = x.reshape(samples, channels, -1), x.shape[2:]
+    seen = np.empty((int(np.prod(kernel)), samples, channels, count), np.float32)
     for number, tap in enumerate(np.ndindex(*kernel)):
         places = tuple(corner + t * d for corner, t, d in zip(corners, tap, dilations, strict=True))
-        seen[..., number] = x[(slice(None), slice(None), *places)]
-    seen = seen.reshape(samples, g, channels // g, len(positions), -1).transpose(1, 0, 3, 2, 4)
-    return np.ascontiguousarray(seen).reshape(g, samples * len(positions), -1)
+        np.take(flat, np.ravel_multi_index(places, area), axis=2, out=seen[number], mode="clip")
+    # [taps, N, G, C / G, P] to [G, N, P, C / G, taps]
+    seen = seen.reshape(-1, samples, g, channels // g, count).transpose(2, 1, 4, 3, 0)
+    return np.ascontiguousarray(seen).reshape(g, samples * count, -1)
 
 
 def _rows(inputs: int) -> int:
@@ -191,7 +195,7 @@ def reconstruct(
     identity = np.eye(size)
     power = np.trace(covariance, axis1=1, axis2=2)[:, None, None] / size
     power = np.where(power > 0, power, 1.0)
-    ridge *= max(1.0, ROWS_PER_INPUT * size / moments.count)  # few positions say little about many inputs
+    ridge *= max(1.0, ENOUGH_ROWS * size / moments.count)  # few positions say little about many inputs
     target = matrix.astype(np.float64)
     target = target + target @ moments.shift @ np.linalg.inv(covariance + ridge * power * identity)
     damped = covariance + damping * power * identity

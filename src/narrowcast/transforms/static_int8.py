@@ -7,7 +7,7 @@ to the first, with all errors made so far already in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ from narrowcast.transforms.rounding import (
     quantise_weight,
     reconstruct,
 )
+from narrowcast.transforms.smoothing import smooth
+from narrowcast.transforms.weights import store_tables
 
 __all__ = ["StaticResult", "noise_share", "quantise_static", "sqnr_db"]
 
@@ -45,6 +47,8 @@ WALK_BYTES = 1_000_000_000
 WALK_SAMPLES = 96
 #: Samples on which a tensor's range is judged by the error that it causes at the outputs of the model.
 JUDGE_SAMPLES = 6
+#: A range other than the first must bring the error below this share of the first one's.
+WORTHWHILE = 0.97
 #: Tensors whose values before and after are kept for the report.
 WORST_SHOWN = 6
 #: Samples of the calibration part that the trial of equalisation walks with, and those that it is judged on.
@@ -83,22 +87,32 @@ def quantise_static(
     report = progress or (lambda name, share: None)
     walk = _prepare(graph, data, step, rules, report)
     walk.run(report)
-    quantised = write_qdq(walk.graph, walk.groups, walk.weights, walk.quantizers, rules)
+    quantised = store_tables(write_qdq(walk.graph, walk.groups, walk.weights, walk.quantizers, rules))
     return StaticResult(quantised, walk.operators(), walk.tensor_ranges(), walk.histograms)
 
 
 def _prepare(graph: Graph, data: Dataset, step: StaticInt8, rules: FusionRules, report: Progress) -> _Walk:
     plain = _calibrated(graph, data, step, rules, lambda n: report("ranges", n / data.size))
+    variants: list[tuple[_Calibrated, dict[str, str]]] = [(plain, {})]
+    for name, variant, changed in _variants(plain, step):
+        report(f"trying {name}", 0.0)
+        variants.append((_calibrated(variant, data, step, rules, lambda n: None), dict.fromkeys(changed, name)))
+    best = variants[0]
+    if len(variants) > 1:
+        best = max(variants, key=lambda pair: _trial(pair[0], data, step, rules))
+    return _walk(best[0], data, step, rules, best[1])
+
+
+def _variants(plain: _Calibrated, step: StaticInt8) -> Iterator[tuple[str, Graph, set[str]]]:
+    """Yield graphs of the same function whose tensors may be easier to quantise, and the names that each changed."""
     if not step.equalise:
-        return _walk(plain, data, step, rules, {})
-    equalised, factors = equalise(graph, plain.groups, plain.statistics)
-    if not factors:
-        return _walk(plain, data, step, rules, {})
-    report("trying equalisation", 0.0)
-    even = _calibrated(equalised, data, step, rules, lambda n: report("equalised ranges", n / data.size))
-    if _trial(even, data, step, rules) > _trial(plain, data, step, rules):
-        return _walk(even, data, step, rules, factors)
-    return _walk(plain, data, step, rules, {})
+        return
+    graph, factors = equalise(plain.graph, plain.groups, plain.statistics)
+    if factors:
+        yield "equalised", graph, set(factors)
+    graph, groups = smooth(plain.graph, plain.groups, plain.statistics)
+    if groups:
+        yield "smoothed", graph, groups
 
 
 @dataclass
@@ -117,10 +131,10 @@ def _calibrated(
 ) -> _Calibrated:
     every = find_groups(graph, rules)
     groups = quantised_groups(graph, every, rules, step.keep_float)
-    executor = StagedExecutor(graph, boundaries(every))
     producers = graph.producers()
     tensors = {root_of(name, producers, rules) for group in groups for name in group.inputs}
     tensors |= {group.output for group in groups if group.kind != "linear" or group.op_type in rules.integer_output}
+    executor = StagedExecutor(graph, boundaries(every), tensors)
     return _Calibrated(graph, every, groups, executor, calibrate(executor, data, tensors, progress))
 
 
@@ -129,13 +143,13 @@ def _walk(
     data: Dataset,
     step: StaticInt8,
     rules: FusionRules,
-    factors: dict[str, Array],
+    changed: dict[str, str],
     limit: int = WALK_SAMPLES,
 ) -> _Walk:
     per_sample = live_bytes(found.executor, sample_batch(data, 1))
     count = max(2, min(limit, data.size, int(WALK_BYTES / (2 * per_sample))))
     feeds = sample_batch(data, count)
-    return _Walk(found.graph, found.every, found.groups, found.executor, found.statistics, step, rules, feeds, factors)
+    return _Walk(found.graph, found.every, found.groups, found.executor, found.statistics, step, rules, feeds, changed)
 
 
 def _trial(found: _Calibrated, data: Dataset, step: StaticInt8, rules: FusionRules) -> float:
@@ -164,7 +178,7 @@ class _Walk:
     step: StaticInt8
     rules: FusionRules
     feeds: Tensors
-    equalised: dict[str, Array]
+    changed: dict[str, str]
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     quantizers: dict[str, Quantizer] = field(default_factory=dict)
     sqnr: dict[str, float] = field(default_factory=dict)
@@ -176,22 +190,24 @@ class _Walk:
         self.by_stage = {group.name: group for group in self.groups}
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.producers = self.graph.producers()
-        self.reference = self.executor.run_from(0, _few(self.feeds))
+        few = {name: value[:JUDGE_SAMPLES] if value.ndim else value for name, value in self.feeds.items()}
+        self.reference = self.executor.run_from(0, few)
         exact, quantised = dict(self.feeds), dict(self.feeds)
         for name in self.feeds:
-            self._settle_range(name, 0, exact, quantised)
+            self._settle_range(name, 0, exact, quantised, few)
         stages = self.executor.stages
         for index, stage in enumerate(stages):
             group = self.by_stage.get(stage.name)
             exact |= self.executor.run_stage(index, exact)
+            few |= self.executor.run_stage(index, few)
             if group is None:
                 quantised |= self.executor.run_stage(index, quantised)
             else:
                 quantised[group.output] = self._run_group(group, exact, quantised)
                 self.sqnr[group.name] = sqnr_db(exact[group.output], quantised[group.output])
             for name in stage.outputs:
-                self._settle_range(name, index + 1, exact, quantised)
-            for alive in (exact, quantised):
+                self._settle_range(name, index + 1, exact, quantised, few)
+            for alive in (exact, quantised, few):
                 self.executor.free(index, alive)
             report("operators", (index + 1) / len(stages))
 
@@ -252,11 +268,15 @@ class _Walk:
 
     # Ranges -------------------------------------------------------------------------------------------------------
 
-    def _settle_range(self, tensor: str, stage: int, exact: Tensors, quantised: Tensors) -> None:
+    def _settle_range(self, tensor: str, stage: int, exact: Tensors, quantised: Tensors, few: Tensors) -> None:
         if tensor not in self.statistics:
             return
         candidates = self._candidates(tensor)
-        chosen = candidates[0] if len(candidates) == 1 else self._judge(tensor, stage, candidates, exact)
+        chosen = (
+            candidates[0]
+            if len(candidates) == 1
+            else self._judge(tensor, stage, candidates, self._few_of(quantised, few))
+        )
         self.quantizers[tensor] = chosen
         seen = chosen.apply(quantised[tensor])
         self.tensor_sqnr[tensor] = sqnr_db(exact[tensor], seen)
@@ -281,14 +301,28 @@ class _Walk:
                 found.append(made)
         return found
 
-    def _judge(self, tensor: str, stage: int, candidates: list[Quantizer], exact: Tensors) -> Quantizer:
-        """Return the candidate that, alone in the exact graph, disturbs the model's outputs least."""
-        few = _few(exact)
+    def _judge(self, tensor: str, stage: int, candidates: list[Quantizer], few: Tensors) -> Quantizer:
+        """Return the candidate with which the model's outputs stay closest, all earlier errors included.
+
+        Judged alone, ranges that clip look better than they are: rounding errors of many tensors average out, but clipping
+        errors all point inwards and add up. So the rest of the graph runs on what the quantised graph has at this point.
+        """
+        moved = [name for name in few if root_of(name, self.producers, self.rules) == tensor]
         errors: list[float] = []
         for candidate in candidates:
-            outputs = self.executor.run_from(stage, few | {tensor: candidate.apply(few[tensor])})
+            outputs = self.executor.run_from(stage, few | {name: candidate.apply(few[name]) for name in moved})
             errors.append(sum(noise_share(self.reference[name], outputs[name]) for name in outputs))
-        return candidates[int(np.argmin(errors))]
+        best = int(np.argmin(errors))
+        return candidates[best] if errors[best] < WORTHWHILE * errors[0] else candidates[0]
+
+    def _few_of(self, quantised: Tensors, few: Tensors) -> Tensors:
+        """Return the quantised graph's tensors for the few samples; what has no axis of samples is taken from these."""
+        found = dict(few)
+        for name, exact in few.items():
+            value = quantised[name]
+            if value.dtype.kind == "f" and value.ndim and value[: len(exact)].shape == exact.shape:
+                found[name] = value[: len(exact)]
+        return found
 
     # What happened ------------------------------------------------------------------------------------------------
 
@@ -301,8 +335,8 @@ class _Walk:
         fused = tuple(self.nodes[name].op_type for name in group.nodes[1:])
         remedies: list[str] = []
         if quantised and group.kind == "linear":
-            if any(name in self.equalised for name in (*group.inputs, group.output)):
-                remedies.append("equalised")
+            names = (group.name, *group.inputs, group.output)
+            remedies += sorted({self.changed[name] for name in names if name in self.changed})
             if self.step.reconstruct:
                 remedies.append("weights reconstructed")
             if self.step.bias_correction:
@@ -330,11 +364,6 @@ class _Walk:
             )
             for name, q in self.quantizers.items()
         ]
-
-
-def _few(tensors: Tensors) -> Tensors:
-    """Return the first samples of each tensor; scalars pass as they are."""
-    return {name: value[:JUDGE_SAMPLES] if value.ndim else value for name, value in tensors.items()}
 
 
 def noise_share(exact: Array, other: Array) -> float:
