@@ -30,6 +30,7 @@ def bench(
     with progress(quiet=json) as shown:
         found = compare(folder, against=against, data=data, metric=metric, seconds=seconds, seed=seed, progress=shown)
     if json:
-        print_json({"measurements": [item.model_dump(mode="json") for item in found]})
+        print_json(found.model_dump_json(indent=1))
         return
-    console().print(measurement_table(found))
+    console().print(found.verdict.headline, markup=False)
+    console().print(measurement_table(found.measurements))

@@ -31,6 +31,8 @@ def session_of(graph: Graph, *, optimise: bool = False) -> ort.InferenceSession:
     options.log_severity_level = 4
     options.intra_op_num_threads = os.cpu_count() or 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.enable_cpu_mem_arena = False  # a graph becomes dozens of sessions; each would keep its largest tensors
+    options.enable_mem_pattern = False
     model = graph.to_model().SerializeToString()
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

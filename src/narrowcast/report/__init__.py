@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from narrowcast.report.html import render_html
 from narrowcast.report.summary import SummaryRow, summary_rows
-from narrowcast.report.terminal import render_terminal
+from narrowcast.report.terminal import measurement_table, render_terminal
 
-__all__ = ["SummaryRow", "render_html", "render_terminal", "summary_rows"]
+__all__ = ["SummaryRow", "measurement_table", "render_html", "render_terminal", "summary_rows"]

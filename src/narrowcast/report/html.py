@@ -105,7 +105,7 @@ def _context(evidence: Evidence) -> dict[str, Any]:
         "steps": [_step(step) for step in evidence.plan.recipe.steps],
         "protocols": _protocols(evidence),
         "took": text.quantity(evidence.seconds, "s"),
-        "none": text.MISSING,
+        "dash": text.MISSING,
     }
 
 

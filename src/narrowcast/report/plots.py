@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,19 @@ __all__ = ["histogram", "pareto", "scatter"]
 
 Point = tuple[int, Candidate]
 Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What seconds and the metric are multiplied by on the axes, and the unit of time."""
+
+    time: float
+    metric: float
+    unit: str
+
+    def place(self, item: Candidate) -> tuple[float, float]:
+        return item.latency * self.time, item.accuracy * self.metric
+
 
 # Where a label may stand beside its point: horizontal and vertical shift in text heights, horizontal alignment.
 _PLACES = (
@@ -52,7 +66,9 @@ def scatter(evidence: Evidence, *, width: int = 860, height: int = 430, name: st
     if not points:
         return ""
     percent = text.is_percent(evidence.metric)
-    scale = 100.0 if percent else 1.0
+    slowest = max(item.latency for _, item in points)
+    time, unit_of_time = (1.0, "s") if slowest >= 1 else (1e3, "ms") if slowest >= 1e-3 else (1e6, "µs")
+    scale = _Scale(time, 100.0 if percent else 1.0, unit_of_time)
     with canvas(width, height) as figure:
         axes = figure.add_axes((56 / width, 46 / height, 1 - 72 / width, 1 - 84 / height))
         axes.grid(True)
@@ -71,7 +87,7 @@ def scatter(evidence: Evidence, *, width: int = 860, height: int = 430, name: st
         direction = "more" if evidence.metric.higher_is_better else "less"
         title = f"{text.label(evidence.metric.name, 24)}{unit} on the search part, {direction} is better"
         figure.text(8 / width, 1 - 10 / height, title, va="center", color=COLOURS["muted"])
-        axes.set_xlabel("Median latency (ms), less is better", labelpad=8)
+        axes.set_xlabel(f"Median latency ({scale.unit}), less is better", labelpad=8)
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_locator(MaxNLocator(8 if width > 600 else 4))
         if percent:
@@ -87,37 +103,41 @@ def _candidate_limits(evidence: Evidence) -> list[Limit]:
     return [s.limit for s in standings if s.limit.measure in ("accuracy", "latency") and text.finite(s.limit.bound)]
 
 
-def _limits(axes: Axes, limits: list[Limit], scale: float) -> None:
+def _limits(axes: Axes, limits: list[Limit], scale: _Scale) -> None:
     for limit in limits:
         style: dict[str, Any] = {"color": COLOURS["warm"], "linewidth": 1.4, "linestyle": (0, (5, 3)), "zorder": 1.5}
         if limit.measure == "accuracy":
-            axes.axhline(limit.bound * scale, **style)
+            axes.axhline(limit.bound * scale.metric, **style)
             words = "must be above" if limit.at_least else "must be below"
-            axes.annotate(words, (1, limit.bound * scale), xycoords=("axes fraction", "data"), xytext=(-4, 4),
+            axes.annotate(words, (1, limit.bound * scale.metric), xycoords=("axes fraction", "data"), xytext=(-4, 4),
                           textcoords="offset points", ha="right", color=COLOURS["warm"], fontsize=10)  # fmt: skip
         else:
-            axes.axvline(limit.bound * 1e3, **style)
-            axes.annotate("limit", (limit.bound * 1e3, 1), xycoords=("data", "axes fraction"), xytext=(-4, -10),
+            axes.axvline(limit.bound * scale.time, **style)
+            axes.annotate("limit", (limit.bound * scale.time, 1), xycoords=("data", "axes fraction"), xytext=(-4, -10),
                           textcoords="offset points", ha="right", color=COLOURS["warm"], fontsize=10)  # fmt: skip
 
 
-def _frame(axes: Axes, points: Sequence[Point], limits: list[Limit], scale: float) -> None:
-    xs = [item.latency * 1e3 for _, item in points] + [li.bound * 1e3 for li in limits if li.measure == "latency"]
-    ys = [item.accuracy * scale for _, item in points] + [li.bound * scale for li in limits if li.measure == "accuracy"]
+def _frame(axes: Axes, points: Sequence[Point], limits: list[Limit], scale: _Scale) -> None:
+    xs = [item.latency * scale.time for _, item in points] + [
+        li.bound * scale.time for li in limits if li.measure == "latency"
+    ]
+    ys = [item.accuracy * scale.metric for _, item in points] + [
+        li.bound * scale.metric for li in limits if li.measure == "accuracy"
+    ]
     for values, setter in ((xs, axes.set_xlim), (ys, axes.set_ylim)):
         spread = (max(values) - min(values)) or abs(values[0]) * 0.1 or 1.0
         setter(min(values) - 0.10 * spread, max(values) + 0.14 * spread)
 
 
-def _front(axes: Axes, front: Sequence[Point], scale: float) -> None:
-    xs = [item.latency * 1e3 for _, item in front]
-    ys = [item.accuracy * scale for _, item in front]
+def _front(axes: Axes, front: Sequence[Point], scale: _Scale) -> None:
+    xs = [item.latency * scale.time for _, item in front]
+    ys = [item.accuracy * scale.metric for _, item in front]
     axes.step(xs, ys, where="post", color=COLOURS["accent"], linewidth=1.6, alpha=0.55, zorder=2)
 
 
-def _points(axes: Axes, points: Sequence[Point], chosen: str, scale: float) -> None:
+def _points(axes: Axes, points: Sequence[Point], chosen: str, scale: _Scale) -> None:
     for _, item in points:
-        x, y = [item.latency * 1e3], [item.accuracy * scale]
+        x, y = [item.latency * scale.time], [item.accuracy * scale.metric]
         if item.name == chosen:
             axes.plot(x, y, "o", markersize=22, color=COLOURS["good-soft"], markeredgecolor=COLOURS["good"],
                       markeredgewidth=2.0, zorder=2.5)  # fmt: skip
@@ -128,7 +148,7 @@ def _points(axes: Axes, points: Sequence[Point], chosen: str, scale: float) -> N
 
 
 def _names(
-    axes: Axes, points: Sequence[Point], named: set[int], chosen: str, scale: float, lines: Sequence[Box]
+    axes: Axes, points: Sequence[Point], named: set[int], chosen: str, scale: _Scale, lines: Sequence[Box]
 ) -> None:
     """Write each point's number beside it, and the names of some, where they collide with least."""
     height = 11.0
@@ -147,12 +167,12 @@ def _names(
         assert best is not None
         _, dx, dy, align = best
         taken.append(_box(x + dx * height * gap, y + dy * height * gap, 6.4 * len(words), height, align))
-        axes.annotate(words, (item.latency * 1e3, item.accuracy * scale), xytext=(dx * height * gap, dy * height * gap),
+        axes.annotate(words, scale.place(item), xytext=(dx * height * gap, dy * height * gap),
                       textcoords="offset points", ha=align, va="center", fontsize=height, zorder=4,
                       fontweight="bold" if heavy else "normal")  # fmt: skip
 
 
-def _lines(axes: Axes, front: Sequence[Point], limits: Sequence[Limit], scale: float) -> list[Box]:
+def _lines(axes: Axes, front: Sequence[Point], limits: Sequence[Limit], scale: _Scale) -> list[Box]:
     """Return boxes around the lines of the plot, in pixels, that labels had better not cross."""
     half, frame = 2.0, axes.bbox
     boxes: list[Box] = []
@@ -161,7 +181,7 @@ def _lines(axes: Axes, front: Sequence[Point], limits: Sequence[Limit], scale: f
         boxes.append((x, y - half, next_x, y + half))
         boxes.append((next_x - half, min(y, next_y), next_x + half, max(y, next_y)))
     for limit in limits:
-        x, y = axes.transData.transform((limit.bound * 1e3, limit.bound * scale))
+        x, y = axes.transData.transform((limit.bound * scale.time, limit.bound * scale.metric))
         if limit.measure == "latency":
             boxes.append((float(x) - half, frame.y0, float(x) + half, frame.y1))
         else:
@@ -169,8 +189,8 @@ def _lines(axes: Axes, front: Sequence[Point], limits: Sequence[Limit], scale: f
     return boxes
 
 
-def _pixel(axes: Axes, item: Candidate, scale: float) -> tuple[float, float]:
-    x, y = axes.transData.transform((item.latency * 1e3, item.accuracy * scale))
+def _pixel(axes: Axes, item: Candidate, scale: _Scale) -> tuple[float, float]:
+    x, y = axes.transData.transform(scale.place(item))
     return float(x), float(y)
 
 

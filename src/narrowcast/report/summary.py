@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from narrowcast.artifacts.manifest import Evidence, Measurement
+from narrowcast.artifacts.manifest import Evidence, Measurement, MetricRecord
 from narrowcast.recipes.budget import Standing
 from narrowcast.report import text
 
@@ -16,6 +17,7 @@ __all__ = [
     "key_numbers",
     "limit_rows",
     "measure_label",
+    "measurement_rows",
     "ratio_cell",
     "summary_rows",
 ]
@@ -35,6 +37,7 @@ _MEASURES: dict[str, tuple[str, str, str]] = {
     "best_batch": ("Best batch size", "", ""),
     "latency_best_batch_p50": ("Latency at best batch", "faster", "slower"),
     "peak_memory": ("Peak memory", "less", "more"),
+    "added_memory": ("Memory for the graph", "less", "more"),
 }
 _PERCENTILES = ("latency_p50", "latency_p90", "latency_p99")
 # A quotient of these is arithmetic. A quotient of two timings would look like a result and have no interval.
@@ -43,11 +46,19 @@ _EXACT = ("size", "peak_memory")
 
 @dataclass(frozen=True)
 class Cell:
-    """One value as text, with its interval (empty where there is none) and a word on what it means."""
+    """One value as text, with its interval (empty where there is none) and a word on what it means.
+
+    Attributes:
+        value: The value.
+        interval: Its 95 % confidence interval.
+        word: What a ratio says, for example ``faster``.
+        better: Whether a ratio speaks for the artifact; None for other values, ties and ratios of one.
+    """
 
     value: str = text.MISSING
     interval: str = ""
     word: str = ""
+    better: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -101,34 +112,57 @@ def measure_label(measure: str) -> str:
     return known[0] if known else measure.replace("_", " ").strip().capitalize()
 
 
+@dataclass(frozen=True)
+class _Given:
+    """Measurements, and what is known about how they were taken."""
+
+    measurements: Sequence[Measurement]
+    metric: MetricRecord
+    batch: int | None
+
+    def measured(self, measure: str, subject: str) -> Measurement | None:
+        return next((m for m in self.measurements if (m.measure, m.subject) == (measure, subject)), None)
+
+
 def summary_rows(evidence: Evidence) -> list[SummaryRow]:
-    """Return the before/after rows: measures that the report knows in its order, then all others as they come.
+    """Return the before/after rows of a report."""
+    return _rows(_Given(evidence.measurements, evidence.metric, evidence.target.batch))
+
+
+def measurement_rows(measurements: Sequence[Measurement]) -> list[SummaryRow]:
+    """Return the before/after rows of measurements that no evidence surrounds, accuracy as a plain number."""
+    unit = next((m.unit for m in measurements if m.measure == "accuracy"), "")
+    return _rows(_Given(measurements, MetricRecord(name="", unit=unit, higher_is_better=False), None))
+
+
+def _rows(given: _Given) -> list[SummaryRow]:
+    """Return measures that the report knows in its order, then all others as they come.
 
     A latency percentile that was not measured although the median was gets a row that says so: the sample was too small
     to support it. A compression ratio joins the row of the size if that has no ratio of its own.
     """
-    present = list(dict.fromkeys(m.measure for m in evidence.measurements))
+    present = list(dict.fromkeys(m.measure for m in given.measurements))
     wanted = [name for name in _MEASURES if name in present or ("latency_p50" in present and name in _PERCENTILES)]
-    if "compression" in wanted and "size" in present and evidence.measured("size", "ratio") is None:
+    if "compression" in wanted and "size" in present and given.measured("size", "ratio") is None:
         wanted.remove("compression")
-    return [_summary_row(evidence, name) for name in wanted + [name for name in present if name not in _MEASURES]]
+    return [_summary_row(given, name) for name in wanted + [name for name in present if name not in _MEASURES]]
 
 
-def _summary_row(evidence: Evidence, measure: str) -> SummaryRow:
-    form = _format_of(evidence, measure)
-    pair = [evidence.measured(measure, subject) for subject in ("original", "artifact")]
+def _summary_row(given: _Given, measure: str) -> SummaryRow:
+    form = _format_of(given, measure)
+    pair = [given.measured(measure, subject) for subject in ("original", "artifact")]
     none = TOO_FEW if measure in _PERCENTILES else text.MISSING
     cells = [_cell(found, form) if found else Cell(none) for found in pair]
     counts = list(dict.fromkeys(f"{found.samples:,}" for found in pair if found))
-    ratio = evidence.measured(measure, "ratio")
+    ratio = given.measured(measure, "ratio")
     if measure == "size" and ratio is None:
-        ratio = _compression(evidence)
+        ratio = _compression(given)
     if not counts and ratio is not None:
         counts = [f"{ratio.samples:,}"]
     return SummaryRow(
         measure=measure,
         label=measure_label(measure),
-        hint=_hint(evidence, measure),
+        hint=_hint(given, measure),
         original=cells[0],
         artifact=cells[1],
         ratio=_ratio_cell(measure, ratio, pair),
@@ -136,12 +170,12 @@ def _summary_row(evidence: Evidence, measure: str) -> SummaryRow:
     )
 
 
-def _format_of(evidence: Evidence, measure: str) -> text.Format:
+def _format_of(given: _Given, measure: str) -> text.Format:
     if measure == "accuracy":
-        return text.accuracy(evidence.metric)
+        return text.accuracy(given.metric)
     if measure == "accuracy_drop":
-        return text.drop(evidence.metric)
-    units = [m.unit for m in evidence.measurements if m.measure == measure and m.subject != "ratio"]
+        return text.drop(given.metric)
+    units = [m.unit for m in given.measurements if m.measure == measure and m.subject != "ratio"]
     unit = units[0] if units else "x"
     return lambda value, extra: text.quantity(value, unit, extra)
 
@@ -174,27 +208,30 @@ def ratio_cell(value: float, low: float | None, high: float | None, better: str,
     span = "" if exact else text.interval(low, high, lambda end, extra: text.ratio(end, extra + bool(near)))
     if not exact and text.tie(low, high):
         return Cell("tie", span)
-    return Cell(text.ratio(value), span, "the same" if value == 1 else better if value > 1 else worse)
+    if value == 1 or (exact and text.ratio(value) == text.ratio(1.0)):
+        return Cell(text.ratio(value), span, "the same")
+    return Cell(text.apart(value, 1.0, text.ratio)[0], span, better if value > 1 else worse, value > 1)
 
 
-def _hint(evidence: Evidence, measure: str) -> str:
+def _hint(given: _Given, measure: str) -> str:
     if measure in ("accuracy", "accuracy_drop"):
-        return f"{evidence.metric.name}, report part"
+        return f"{given.metric.name}, report part" if given.metric.name else ""
     if measure in _PERCENTILES:
-        return f"batch {evidence.target.batch}"
+        return "" if given.batch is None else f"batch {given.batch}"
     if measure == "throughput":
-        batches = [evidence.measured("best_batch", subject) for subject in ("original", "artifact")]
+        batches = [given.measured("best_batch", subject) for subject in ("original", "artifact")]
         known = list(dict.fromkeys(text.integer(b.value) for b in batches if b and text.finite(b.value)))
         return f"at its best batch ({' / '.join(known)})" if known else "at its best batch"
     return {
         "compression": "times smaller",
         "latency_best_batch_p50": "median",
         "peak_memory": "of a process that serves it",
+        "added_memory": "part of the peak that the graph brings",
     }.get(measure, "")
 
 
-def _compression(evidence: Evidence) -> Measurement | None:
-    return evidence.measured("compression", "ratio") or evidence.measured("compression", "artifact")
+def _compression(given: _Given) -> Measurement | None:
+    return given.measured("compression", "ratio") or given.measured("compression", "artifact")
 
 
 def key_numbers(evidence: Evidence) -> list[KeyNumber]:
@@ -226,7 +263,10 @@ def _accuracy_kept(evidence: Evidence, row: SummaryRow | None) -> KeyNumber:
         kept = artifact.value / scale
         word = "of accuracy kept" + (" (random weights)" if evidence.model.random_weights else "")
         return KeyNumber(
-            "Accuracy", text.apart(kept, 1.0, text.share)[0], word, f"{evidence.metric.name} {_arrow(row)}"
+            "Accuracy",
+            "100%" if kept == 1 else text.apart(kept, 1.0, text.share)[0],
+            word,
+            f"{evidence.metric.name} {_arrow(row)}",
         )
     return KeyNumber("Accuracy", row.artifact.value, evidence.metric.name, _arrow(row))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.console import Console, Group
@@ -11,13 +11,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from narrowcast.artifacts.manifest import Evidence
+from narrowcast.artifacts.manifest import Evidence, Measurement
 from narrowcast.report import text
 from narrowcast.report.bars import blame_bars
 from narrowcast.report.candidates import candidate_rows
-from narrowcast.report.summary import Cell, key_numbers, limit_rows, summary_rows
+from narrowcast.report.summary import Cell, SummaryRow, key_numbers, limit_rows, measurement_rows, summary_rows
 
-__all__ = ["render_terminal"]
+__all__ = ["measurement_table", "render_terminal"]
 
 #: Terminals narrower than this lose columns that the page has as well.
 WIDE = 100
@@ -46,8 +46,9 @@ def render_terminal(evidence: Evidence, console: Console) -> None:
     wide = console.width >= WIDE
     brackets = ", 95% intervals in brackets" if wide else ""
     console.print(_verdict(evidence, say))
+    rows = summary_rows(evidence)
     for title, table in (
-        (f"Before and after (accuracy on the report part{brackets})", _measures(evidence, say, wide)),
+        (f"Before and after (accuracy on the report part{brackets})", _rows_table(rows, say, wide) if rows else None),
         ("Candidates (accuracy on the search part)", _candidates(evidence, say, wide)),
         ("Which operators lose accuracy (simulation, guides the search only)", _blame(evidence, say, wide)),
     ):
@@ -92,20 +93,25 @@ def _both(cell: Cell, say: Say, wide: bool, style: str = "") -> Text:
     return found
 
 
-def _measures(evidence: Evidence, say: Say, wide: bool) -> Table | None:
-    rows = summary_rows(evidence)
-    if not rows:
-        return None
+def measurement_table(measurements: Sequence[Measurement]) -> Table:
+    """Return measurements of an original and an artifact as a table, with intervals and ties.
+
+    Args:
+        measurements: What was measured; accuracy is shown as a plain number in the metric's unit.
+    """
+    return _rows_table(measurement_rows(measurements), Text, True)
+
+
+def _rows_table(rows: Sequence[SummaryRow], say: Say, wide: bool) -> Table:
     table = _table()
     for name in ("Measure", "Original", "Artifact", "The artifact is"):
         table.add_column(name)
     for row in rows:
-        better = _GOOD if row.ratio.word in ("faster", "smaller", "more", "less") else ""
         table.add_row(
             say(text.label(row.label, 28)),
             _both(row.original, say, False),
             _both(row.artifact, say, wide, _HEAD),
-            _both(row.ratio, say, wide, better),
+            _both(row.ratio, say, wide, "" if row.ratio.better is None else _GOOD if row.ratio.better else _BAD),
         )
     return table
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from narrowcast.artifacts.manifest import Measurement
+from narrowcast._version import __version__
+from narrowcast.artifacts.manifest import Evidence, MetricRecord, Verdict
 from narrowcast.artifacts.store import load_artifact
 from narrowcast.data.dataset import Dataset, check_fits, split
 from narrowcast.data.loaders import load_data
 from narrowcast.data.metrics import get_metric
 from narrowcast.errors import ModelError
+from narrowcast.measure.environment import environment
 from narrowcast.measure.suite import SECONDS, measure_pair
 from narrowcast.models.loaders import load_model
 from narrowcast.models.reference import ModelRef
+from narrowcast.recipes.budget import Budget
 from narrowcast.runtimes import get_runtime
 from narrowcast.search.progress import Progress, Silent
 
@@ -31,8 +35,8 @@ def bench(
     seconds: float = SECONDS,
     seed: int = 0,
     progress: Progress | None = None,
-) -> list[Measurement]:
-    """Return the measurements of an artifact beside those of a model, both on the artifact's runtime.
+) -> Evidence:
+    """Return evidence with the measurements of an artifact beside those of a model, both on the artifact's runtime.
 
     If the data are those that the artifact was built with, only its report part is used, which no step of the search saw.
 
@@ -71,17 +75,32 @@ def bench(
             names = ", ".join(repr(info.name) for info in inputs)
             raise ModelError(f"{against} and {folder} take different inputs", allowed=f"models that take {names}")
         check_fits(samples, inputs)
-        return measure_pair(
+        judged = get_metric(metric or manifest.metric.name)
+        measurements = measure_pair(
             runtime,
             manifest.target,
             {"original": original, "artifact": artifact.graph},
             samples,
-            get_metric(metric or manifest.metric.name),
+            judged,
             Path(temporary),
             seconds=seconds,
             seed=seed,
             progress=shown.stage,
         )
+    return Evidence(
+        narrowcast=__version__,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=manifest.model.model_copy(update={"ref": against}),
+        data=manifest.data.model_copy(update={"ref": data, "sha256": samples.sha256, "report": samples.size}),
+        metric=MetricRecord(name=judged.name, unit=judged.unit, higher_is_better=judged.higher_is_better),
+        budget=Budget(),
+        target=manifest.target,
+        environment=environment(),
+        chosen=manifest.plan.recipe.name,
+        verdict=Verdict(met=True, headline=f"{folder} against {against} on {runtime.name}"),
+        measurements=tuple(measurements),
+        plan=manifest.plan,
+    )
 
 
 def _report_part(data: Dataset, sha256: str, seed: int) -> Dataset:

@@ -22,7 +22,7 @@ from narrowcast.transforms.calibration import calibrate, sample_batch
 from narrowcast.transforms.groups import Group, boundaries, find_groups, quantised_groups, root_of
 from narrowcast.transforms.ranges import METHODS, Quantizer, quantizer_of
 from narrowcast.transforms.rounding import WeightLayout, channel_scales, quantise_weight
-from narrowcast.transforms.static_int8 import noise_share
+from narrowcast.transforms.walk import noise_share
 
 __all__ = ["GroupBlame", "blame_groups"]
 

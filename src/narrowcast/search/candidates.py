@@ -74,18 +74,19 @@ class MixedSearch:
     the smallest known to be enough.
     """
 
-    def __init__(self, blame: list[Blame], drop: float, allowed: float) -> None:
+    def __init__(self, step: StaticInt8, blame: list[Blame], drop: float, allowed: float) -> None:
         """Order the groups.
 
         Args:
+            step: The step that quantised all groups.
             blame: Blame of each group.
             drop: Measured drop of the metric with all groups in INT8.
             allowed: Drop that the budget allows.
         """
         floor = max((item.seconds for item in blame), default=0.0) * 0.02 + 1e-9
         self.order = sorted(blame, key=lambda item: -item.noise / (item.seconds + floor))
+        self.step = step
         self.too_few, self.enough = 0, len(self.order)
-        self.keeps_all = False
         total = sum(item.noise for item in blame)
         wanted = total * (allowed / drop) ** 2 if drop > 0 else total
         self._first, left = len(self.order) - 1, total
@@ -105,7 +106,7 @@ class MixedSearch:
         self._started = True
         self._number = number
         keep = frozenset(item.group for item in self.order[:number])
-        return Recipe(name=f"{FULL}-float{number}", steps=(StaticInt8(keep_float=keep),))
+        return Recipe(name=f"{FULL}-float{number}", steps=(self.step.model_copy(update={"keep_float": keep}),))
 
     def tell(self, accurate: bool) -> None:
         """Say whether the last recipe kept the accuracy limit."""

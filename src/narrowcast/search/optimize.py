@@ -30,7 +30,7 @@ from narrowcast.measure.suite import measure_pair
 from narrowcast.models.graph import attribute
 from narrowcast.models.loaders import load_model
 from narrowcast.recipes.budget import Budget
-from narrowcast.recipes.recipe import Recipe
+from narrowcast.recipes.recipe import Recipe, StaticInt8
 from narrowcast.recipes.target import Target
 from narrowcast.runtimes import OperatorTime, get_runtime
 from narrowcast.search.blame import blame_groups
@@ -202,7 +202,8 @@ def _mixed(trial: Trial, full: Finished, evaluations: int) -> list[Finished]:
     limit = next(s.limit for s in full.candidate.standings if s.limit.measure == "accuracy")
     original = trial.judge.original.value
     sign = 1 if trial.metric.higher_is_better else -1
-    search = MixedSearch(blame, sign * (original - full.candidate.accuracy), sign * (original - limit.bound))
+    step = next(s for s in full.plan.recipe.steps if isinstance(s, StaticInt8))
+    search = MixedSearch(step, blame, sign * (original - full.candidate.accuracy), sign * (original - limit.bound))
     finished: list[Finished] = []
     for _ in range(evaluations):
         recipe = search.next()

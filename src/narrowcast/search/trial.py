@@ -28,6 +28,7 @@ from narrowcast.runtimes import Runtime, Session
 from narrowcast.search.progress import Progress
 from narrowcast.search.workspace import Finished, Workspace
 from narrowcast.transforms.apply import Built, apply_recipe
+from narrowcast.transforms.static_int8 import Memory
 
 __all__ = ["Trial", "standings_of"]
 
@@ -64,6 +65,7 @@ class Trial:
     limits: tuple[Limit, ...] = field(init=False)
     original: Path = field(init=False)
     batch: dict[str, NDArray[Any]] = field(init=False)
+    memory: Memory = field(default_factory=Memory)
 
     def __post_init__(self) -> None:
         """Write the original, run it over the search part, and resolve the budget's limits."""
@@ -103,6 +105,7 @@ class Trial:
                 self.splits.calibration,
                 self.runtime.rules,
                 lambda name, share: self.progress.stage(f"{recipe.name}: {name}", share),
+                self.memory,
             )
             plan = plan.model_copy(update={"operators": tuple(built.operators), "ranges": tuple(built.ranges)})
             path = self.workspace.graph(recipe.name)

@@ -13,7 +13,8 @@ from narrowcast.recipes.recipe import DynamicInt8, Float16Weights, Optimise, Rec
 from narrowcast.recipes.target import FusionRules
 from narrowcast.transforms.dynamic_int8 import quantise_dynamic
 from narrowcast.transforms.groups import find_groups
-from narrowcast.transforms.static_int8 import Progress, quantise_static
+from narrowcast.transforms.static_int8 import Memory, quantise_static
+from narrowcast.transforms.walk import Progress
 from narrowcast.transforms.weights import store_float16, store_int8
 
 __all__ = ["Built", "Histograms", "apply_recipe"]
@@ -39,7 +40,12 @@ class Built:
 
 
 def apply_recipe(
-    recipe: Recipe, graph: Graph, data: Dataset, rules: FusionRules, progress: Progress | None = None
+    recipe: Recipe,
+    graph: Graph,
+    data: Dataset,
+    rules: FusionRules,
+    progress: Progress | None = None,
+    memory: Memory | None = None,
 ) -> Built:
     """Return the graph that a recipe makes of an FP32 graph.
 
@@ -49,14 +55,15 @@ def apply_recipe(
         data: Calibration samples.
         rules: What the target runtime computes in integers and fuses.
         progress: Called with a stage's name and the share of it that is done.
+        memory: What earlier calls on the same graph and data found out; it is added to.
     """
     built = Built(graph, [])
     for step in recipe.steps:
-        built = _METHODS[type(step)](built.graph, data, step, rules, progress)
+        built = _METHODS[type(step)](built.graph, data, step, rules, progress, memory)
     return built
 
 
-def _optimise(graph: Graph, data: Dataset, step: Optimise, rules: FusionRules, progress: Any) -> Built:
+def _optimise(graph: Graph, data: Dataset, step: Optimise, rules: FusionRules, progress: Any, memory: Any) -> Built:
     nodes = {node.name: node for node in graph.nodes}
     plans = [
         OperatorPlan(group=g.name, op_type=g.op_type, fused=tuple(nodes[n].op_type for n in g.nodes[1:]))
@@ -65,20 +72,26 @@ def _optimise(graph: Graph, data: Dataset, step: Optimise, rules: FusionRules, p
     return Built(graph, plans)
 
 
-def _float16(graph: Graph, data: Dataset, step: Float16Weights, rules: FusionRules, progress: Any) -> Built:
+def _float16(
+    graph: Graph, data: Dataset, step: Float16Weights, rules: FusionRules, progress: Any, memory: Any
+) -> Built:
     return Built(*store_float16(graph))
 
 
-def _weight_only(graph: Graph, data: Dataset, step: WeightOnlyInt8, rules: FusionRules, progress: Any) -> Built:
+def _weight_only(
+    graph: Graph, data: Dataset, step: WeightOnlyInt8, rules: FusionRules, progress: Any, memory: Any
+) -> Built:
     return Built(*store_int8(graph))
 
 
-def _dynamic(graph: Graph, data: Dataset, step: DynamicInt8, rules: FusionRules, progress: Any) -> Built:
+def _dynamic(graph: Graph, data: Dataset, step: DynamicInt8, rules: FusionRules, progress: Any, memory: Any) -> Built:
     return Built(*quantise_dynamic(graph, data, step, rules))
 
 
-def _static(graph: Graph, data: Dataset, step: StaticInt8, rules: FusionRules, progress: Progress | None) -> Built:
-    result = quantise_static(graph, data, step, rules, progress)
+def _static(
+    graph: Graph, data: Dataset, step: StaticInt8, rules: FusionRules, progress: Progress | None, memory: Memory | None
+) -> Built:
+    result = quantise_static(graph, data, step, rules, progress, memory)
     return Built(result.graph, result.operators, result.ranges, result.histograms)
 
 

@@ -190,13 +190,13 @@ def reconstruct(
     Source: E. Frantar et al., "GPTQ", 2023, algorithm 1, with inputs in order of falling variance; the shift follows
     Y. Li et al., "GPTAQ", 2025, section 3 (asymmetric calibration), as one ridge regression.
     """
-    covariance = moments.covariance.astype(np.float64)
-    size = covariance.shape[-1]
-    identity = np.eye(size)
+    size = moments.covariance.shape[-1]
+    covariance = moments.covariance.astype(np.float64 if size <= SMALL_K else np.float32)
+    identity = np.eye(size, dtype=covariance.dtype)
     power = np.trace(covariance, axis1=1, axis2=2)[:, None, None] / size
     power = np.where(power > 0, power, 1.0)
     ridge *= max(1.0, ENOUGH_ROWS * size / moments.count)  # few positions say little about many inputs
-    target = matrix.astype(np.float64)
+    target = matrix.astype(covariance.dtype)
     target = target + target @ moments.shift @ np.linalg.inv(covariance + ridge * power * identity)
     damped = covariance + damping * power * identity
     spread = np.diagonal(damped, axis1=1, axis2=2)
@@ -217,9 +217,9 @@ def _best_of_scales(target: Array, covariance: Array, upper: Array) -> tuple[NDA
     largest = np.abs(target).max(-1, keepdims=True)
     largest = np.where(largest > 0, largest, 1.0)
     best_scale = largest / LARGEST
-    best_codes, best_error = np.zeros(target.shape), np.full(largest.shape, np.inf)
-    for share in np.linspace(1.0, *((0.6, 25) if target.shape[-1] <= SMALL_K else (0.9, 3))):
-        scale = (largest * share / LARGEST).astype(np.float32).astype(np.float64)
+    best_codes, best_error = np.zeros(target.shape, target.dtype), np.full(largest.shape, np.inf)
+    for share in np.linspace(1.0, *((0.6, 25) if target.shape[-1] <= SMALL_K else (0.94, 2))):
+        scale = (largest * share / LARGEST).astype(np.float32).astype(target.dtype)
         codes = _pass_errors_on(target, upper, scale)
         codes = _descend(target, covariance, scale, codes)
         gap = target - codes * scale
@@ -237,10 +237,10 @@ def _round(values: Array) -> Array:
 def _pass_errors_on(target: Array, upper: Array, scale: Array) -> Array:
     """Return codes set input by input, in blocks so that most of the work is matrix products."""
     size = target.shape[-1]
-    remaining, codes = target.copy(), np.empty(target.shape)
+    remaining, codes = target.copy(), np.empty(target.shape, target.dtype)
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
-        errors = np.empty((*target.shape[:2], stop - start))
+        errors = np.empty((*target.shape[:2], stop - start), target.dtype)
         for i in range(start, stop):
             column = remaining[:, :, i]
             codes[:, :, i] = _round(column / scale[:, :, 0])

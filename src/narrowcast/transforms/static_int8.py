@@ -1,20 +1,13 @@
-"""Static INT8: ranges from calibration, then one walk through the graph that settles operator after operator.
-
-At each operator the walk knows two values of every tensor for a fixed set of samples: the exact one, and the one that the
-quantised graph has at that point. Weights are rounded, biases corrected and ranges chosen so that the second stays close
-to the first, with all errors made so far already in it.
-"""
+"""Static INT8: standard QuantizeLinear and DequantizeLinear nodes, ranges from calibration, remedies where they help."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from narrowcast.data.dataset import Dataset, Tensors
+from narrowcast.data.dataset import Dataset
 from narrowcast.models.execution import StagedExecutor, session_of
 from narrowcast.models.graph import Graph
 from narrowcast.recipes.plan import OperatorPlan, TensorRange
@@ -23,36 +16,34 @@ from narrowcast.recipes.target import FusionRules
 from narrowcast.transforms.calibration import calibrate, live_bytes, sample_batch
 from narrowcast.transforms.equalise import equalise
 from narrowcast.transforms.groups import Group, boundaries, find_groups, quantised_groups, root_of
-from narrowcast.transforms.qdq import QuantizedWeight, write_qdq
-from narrowcast.transforms.ranges import METHODS, Quantizer, TensorStatistics, quantizer_of
-from narrowcast.transforms.rounding import (
-    LARGEST_K,
-    Moments,
-    WeightLayout,
-    channel_scales,
-    patches,
-    quantise_weight,
-    reconstruct,
-)
+from narrowcast.transforms.qdq import write_qdq
+from narrowcast.transforms.ranges import Quantizer, TensorStatistics
 from narrowcast.transforms.smoothing import smooth
+from narrowcast.transforms.walk import Progress, Walk, noise_share
 from narrowcast.transforms.weights import store_tables
 
-__all__ = ["StaticResult", "noise_share", "quantise_static", "sqnr_db"]
+__all__ = ["Memory", "StaticResult", "quantise_static"]
 
-Array = NDArray[Any]
-Progress = Callable[[str, float], None]
+#: Bytes that the samples of the walk may take, both values of all tensors alive together, and samples at the most.
+WALK_BYTES, WALK_SAMPLES = 800_000_000, 64
+#: Calibration samples on which variants of the graph are compared: ranges from one half, judged on the other.
+TRIAL_CALIBRATION, TRIAL_SAMPLES = 48, 12
+PLAIN = "plain"
 
-#: Bytes that the samples of the walk may take, both values of all tensors alive together.
-WALK_BYTES = 1_000_000_000
-WALK_SAMPLES = 96
-#: Samples on which a tensor's range is judged by the error that it causes at the outputs of the model.
-JUDGE_SAMPLES = 6
-#: A range other than the first must bring the error below this share of the first one's.
-WORTHWHILE = 0.97
-#: Tensors whose values before and after are kept for the report.
-WORST_SHOWN = 6
-#: Samples of the calibration part that the trial of equalisation walks with, and those that it is judged on.
-TRIAL_SAMPLES = 12
+
+@dataclass
+class Memory:
+    """What one quantisation of a graph found out, for the next one of the same graph with other groups in FP32.
+
+    Attributes:
+        variant: Which variant of the graph was the easiest to quantise; empty while unknown.
+        statistics: Statistics of the plain graph's tensors.
+        quantizers: Quantizers that were settled in the plain graph.
+    """
+
+    variant: str = ""
+    statistics: dict[str, TensorStatistics] = field(default_factory=dict[str, TensorStatistics])
+    quantizers: dict[str, Quantizer] = field(default_factory=dict[str, Quantizer])
 
 
 @dataclass
@@ -73,7 +64,12 @@ class StaticResult:
 
 
 def quantise_static(
-    graph: Graph, data: Dataset, step: StaticInt8, rules: FusionRules, progress: Progress | None = None
+    graph: Graph,
+    data: Dataset,
+    step: StaticInt8,
+    rules: FusionRules,
+    progress: Progress | None = None,
+    memory: Memory | None = None,
 ) -> StaticResult:
     """Return a graph whose operator groups compute in INT8, but for those that the step keeps in FP32.
 
@@ -83,297 +79,113 @@ def quantise_static(
         step: What to do.
         rules: Which operators the target runtime computes in integers, and what it fuses.
         progress: Called with a stage's name and the share of it that is done.
+        memory: What earlier calls on the same graph and data found out; it is added to.
     """
-    report = progress or (lambda name, share: None)
-    walk = _prepare(graph, data, step, rules, report)
+    report = progress or _silent
+    memory = memory if memory is not None else Memory()
+    walk = _prepare(graph, data, step, rules, report, memory)
     walk.run(report)
+    if memory.variant == PLAIN:
+        memory.quantizers |= walk.quantizers
     quantised = store_tables(write_qdq(walk.graph, walk.groups, walk.weights, walk.quantizers, rules))
     return StaticResult(quantised, walk.operators(), walk.tensor_ranges(), walk.histograms)
 
 
-def _prepare(graph: Graph, data: Dataset, step: StaticInt8, rules: FusionRules, report: Progress) -> _Walk:
-    plain = _calibrated(graph, data, step, rules, lambda n: report("ranges", n / data.size))
-    variants: list[tuple[_Calibrated, dict[str, str]]] = [(plain, {})]
-    for name, variant, changed in _variants(plain, step):
-        report(f"trying {name}", 0.0)
-        variants.append((_calibrated(variant, data, step, rules, lambda n: None), dict.fromkeys(changed, name)))
-    best = variants[0]
-    if len(variants) > 1:
-        best = max(variants, key=lambda pair: _trial(pair[0], data, step, rules))
-    return _walk(best[0], data, step, rules, best[1])
-
-
-def _variants(plain: _Calibrated, step: StaticInt8) -> Iterator[tuple[str, Graph, set[str]]]:
-    """Yield graphs of the same function whose tensors may be easier to quantise, and the names that each changed."""
-    if not step.equalise:
-        return
-    graph, factors = equalise(plain.graph, plain.groups, plain.statistics)
-    if factors:
-        yield "equalised", graph, set(factors)
-    graph, groups = smooth(plain.graph, plain.groups, plain.statistics)
-    if groups:
-        yield "smoothed", graph, groups
+def _silent(name: str, share: float) -> None:
+    """Do nothing."""
 
 
 @dataclass
-class _Calibrated:
-    """A graph with its groups and the statistics of its tensors."""
+class _Variant:
+    """A graph of the same function, the names that it changed, and its groups."""
 
+    name: str
     graph: Graph
+    changed: frozenset[str]
     every: list[Group]
     groups: list[Group]
     executor: StagedExecutor
-    statistics: dict[str, TensorStatistics]
+    tensors: set[str]
 
 
-def _calibrated(
-    graph: Graph, data: Dataset, step: StaticInt8, rules: FusionRules, progress: Callable[[int], None]
-) -> _Calibrated:
+def _prepare(
+    graph: Graph, data: Dataset, step: StaticInt8, rules: FusionRules, report: Progress, memory: Memory
+) -> Walk:
+    plain = _variant(PLAIN, graph, frozenset(), step, rules)
+    if not plain.tensors <= memory.statistics.keys():
+        found = calibrate(plain.executor, data, plain.tensors, lambda n: report("ranges", n / data.size))
+        memory.statistics |= found
+    chosen, statistics = plain, memory.statistics
+    if memory.variant != PLAIN:
+        variants = {v.name: v for v in (plain, *_variants(plain, memory.statistics, step, rules))}
+        if not memory.variant:
+            memory.variant = _easiest(list(variants.values()), data, step, rules, report)
+        chosen = variants.get(memory.variant, plain)
+    if chosen is not plain:
+        statistics = calibrate(chosen.executor, data, chosen.tensors, lambda n: report("ranges", n / data.size))
+    known = memory.quantizers if chosen is plain else {}
+    return _walk(chosen, data, step, rules, statistics, known, WALK_SAMPLES)
+
+
+def _variant(name: str, graph: Graph, changed: frozenset[str], step: StaticInt8, rules: FusionRules) -> _Variant:
     every = find_groups(graph, rules)
     groups = quantised_groups(graph, every, rules, step.keep_float)
     producers = graph.producers()
     tensors = {root_of(name, producers, rules) for group in groups for name in group.inputs}
     tensors |= {group.output for group in groups if group.kind != "linear" or group.op_type in rules.integer_output}
-    executor = StagedExecutor(graph, boundaries(every), tensors)
-    return _Calibrated(graph, every, groups, executor, calibrate(executor, data, tensors, progress))
+    return _Variant(name, graph, changed, every, groups, StagedExecutor(graph, boundaries(every), tensors), tensors)
+
+
+def _variants(
+    plain: _Variant, statistics: dict[str, TensorStatistics], step: StaticInt8, rules: FusionRules
+) -> Iterator[_Variant]:
+    """Yield graphs of the same function whose tensors may be easier to quantise."""
+    if not step.equalise:
+        return
+    graph, factors = equalise(plain.graph, plain.groups, statistics)
+    if factors:
+        yield _variant("equalised", graph, frozenset(factors), step, rules)
+    graph, groups = smooth(plain.graph, plain.groups, statistics)
+    if groups:
+        yield _variant("smoothed", graph, frozenset(groups), step, rules)
+
+
+def _easiest(variants: list[_Variant], data: Dataset, step: StaticInt8, rules: FusionRules, report: Progress) -> str:
+    """Return the name of the variant with the least noise at the outputs, on samples that it was not fitted to."""
+    if len(variants) == 1:
+        return variants[0].name
+    half = max(1, data.size // 2)
+    fitted = data.take(np.unique(np.linspace(0, half - 1, min(half, TRIAL_CALIBRATION)).astype(np.int64)))
+    held_out = sample_batch(data.take(np.arange(min(half, data.size - 1), data.size)), TRIAL_SAMPLES)
+    quick = step.model_copy(update={"reconstruct": False, "ranges": ("minmax",)})
+    noise: list[float] = []
+    for number, variant in enumerate(variants):
+        report(f"trying the graph {variant.name}", number / len(variants))
+        statistics = calibrate(variant.executor, fitted, variant.tensors)
+        walk = _walk(variant, fitted, quick, rules, statistics, {}, TRIAL_SAMPLES)
+        walk.run(_silent)
+        graph = write_qdq(walk.graph, walk.groups, walk.weights, walk.quantizers, rules)
+        names = list(variant.executor.outputs)
+        outputs = session_of(graph, optimise=True).run(names, held_out)
+        exact = variant.executor.run_from(0, held_out)
+        noise.append(sum(noise_share(exact[n], np.asarray(o)) for n, o in zip(names, outputs, strict=True)))
+    return variants[int(np.argmin(noise))].name
 
 
 def _walk(
-    found: _Calibrated,
+    variant: _Variant,
     data: Dataset,
     step: StaticInt8,
     rules: FusionRules,
-    changed: dict[str, str],
-    limit: int = WALK_SAMPLES,
-) -> _Walk:
-    per_sample = live_bytes(found.executor, sample_batch(data, 1))
-    count = max(2, min(limit, data.size, int(WALK_BYTES / (2 * per_sample))))
+    statistics: dict[str, TensorStatistics],
+    known: dict[str, Quantizer],
+    most: int,
+) -> Walk:
+    per_sample = live_bytes(variant.executor, sample_batch(data, 1))
+    count = max(2, min(most, data.size, int(WALK_BYTES / (2 * per_sample))))
+    kept = {name: statistics[name] for name in variant.tensors}
+    changed = dict.fromkeys(variant.changed, variant.name)
     feeds = sample_batch(data, count)
-    return _Walk(found.graph, found.every, found.groups, found.executor, found.statistics, step, rules, feeds, changed)
-
-
-def _trial(found: _Calibrated, data: Dataset, step: StaticInt8, rules: FusionRules) -> float:
-    """Return the SQNR of the outputs of a quick quantisation, on calibration samples that it was not fitted to."""
-    quick = step.model_copy(update={"reconstruct": False, "ranges": ("minmax",)})
-    half = data.size // 2
-    walk = _walk(found, data.take(np.arange(half or 1)), quick, rules, {}, TRIAL_SAMPLES)
-    walk.run(lambda name, share: None)
-    graph = write_qdq(walk.graph, walk.groups, walk.weights, walk.quantizers, rules)
-    held_out = sample_batch(data.take(np.arange(half, data.size)), TRIAL_SAMPLES)
-    outputs = session_of(graph, optimise=True).run(list(found.executor.outputs), held_out)
-    exact = found.executor.run_from(0, held_out)
-    noise = sum(
-        noise_share(exact[name], np.asarray(o)) for name, o in zip(found.executor.outputs, outputs, strict=True)
+    return Walk(
+        variant.graph, variant.every, variant.groups, variant.executor, kept, step, rules, feeds, changed, known
     )
-    return -noise
-
-
-@dataclass
-class _Walk:
-    graph: Graph
-    every: list[Group]
-    groups: list[Group]
-    executor: StagedExecutor
-    statistics: dict[str, TensorStatistics]
-    step: StaticInt8
-    rules: FusionRules
-    feeds: Tensors
-    changed: dict[str, str]
-    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
-    quantizers: dict[str, Quantizer] = field(default_factory=dict)
-    sqnr: dict[str, float] = field(default_factory=dict)
-    tensor_sqnr: dict[str, float] = field(default_factory=dict)
-    histograms: dict[str, tuple[list[float], list[int], list[int]]] = field(default_factory=dict)
-
-    def run(self, report: Progress) -> None:
-        """Walk through the stages once, settling each group as it comes."""
-        self.by_stage = {group.name: group for group in self.groups}
-        self.nodes = {node.name: node for node in self.graph.nodes}
-        self.producers = self.graph.producers()
-        few = {name: value[:JUDGE_SAMPLES] if value.ndim else value for name, value in self.feeds.items()}
-        self.reference = self.executor.run_from(0, few)
-        exact, quantised = dict(self.feeds), dict(self.feeds)
-        for name in self.feeds:
-            self._settle_range(name, 0, exact, quantised, few)
-        stages = self.executor.stages
-        for index, stage in enumerate(stages):
-            group = self.by_stage.get(stage.name)
-            exact |= self.executor.run_stage(index, exact)
-            few |= self.executor.run_stage(index, few)
-            if group is None:
-                quantised |= self.executor.run_stage(index, quantised)
-            else:
-                quantised[group.output] = self._run_group(group, exact, quantised)
-                self.sqnr[group.name] = sqnr_db(exact[group.output], quantised[group.output])
-            for name in stage.outputs:
-                self._settle_range(name, index + 1, exact, quantised, few)
-            for alive in (exact, quantised, few):
-                self.executor.free(index, alive)
-            report("operators", (index + 1) / len(stages))
-
-    # Operators ----------------------------------------------------------------------------------------------------
-
-    def _input(self, tensor: str, quantised: Tensors) -> Array:
-        """Return a tensor as an integer kernel reads it."""
-        return self.quantizers[root_of(tensor, self.producers, self.rules)].apply(quantised[tensor])
-
-    def _run_group(self, group: Group, exact: Tensors, quantised: Tensors) -> Array:
-        feeds = {name: self._input(name, quantised) for name in group.inputs}
-        if group.kind != "linear":
-            return np.asarray(self._session(group, self.graph.constants, group.output).run(None, feeds)[0])
-        weight = self._round_weight(group, exact, feeds[group.inputs[0]])
-        constants = self.graph.constants | {group.weight or "": weight.dequantise()}
-        name = self._before_activation(group)
-        raw = self._session(group, constants, name).run(None, feeds)[0]
-        if self.step.bias_correction:
-            axes = tuple(axis for axis in range(raw.ndim) if axis != self._channel_axis(group, raw))
-            full = self._session(group, self.graph.constants, name).run(None, {n: exact[n] for n in group.inputs})[0]
-            shift = (full.mean(axes, dtype=np.float64) - raw.mean(axes, dtype=np.float64)).astype(np.float32)
-            bias = weight.bias if weight.bias is not None else np.zeros(len(shift), np.float32)
-            weight = QuantizedWeight(weight.codes, weight.scale, weight.axis, bias + shift)
-            shape = [1] * raw.ndim
-            shape[self._channel_axis(group, raw)] = -1
-            raw = raw + shift.reshape(shape)
-        self.weights[group.name] = weight
-        for name in group.activations:
-            node = self.nodes[name]
-            session = session_of(self.graph.subgraph([node], [node.output[0]]))
-            raw = session.run(None, {session.get_inputs()[0].name: raw})[0]
-        return raw
-
-    def _channel_axis(self, group: Group, array: Array) -> int:
-        return 1 if group.op_type == "Conv" else array.ndim - 1
-
-    def _before_activation(self, group: Group) -> str:
-        return self.nodes[[name for name in group.nodes if name not in group.activations][-1]].output[0]
-
-    def _session(self, group: Group, constants: dict[str, Array], output: str) -> Any:
-        graph = Graph(self.graph.nodes, constants, [], [], self.graph.values, self.graph.opsets)
-        names = group.nodes if output == group.output else [n for n in group.nodes if n not in group.activations]
-        return session_of(graph.subgraph([self.nodes[name] for name in names], [output]))
-
-    def _round_weight(self, group: Group, exact: Tensors, seen: Array) -> QuantizedWeight:
-        node = self.nodes[group.name]
-        weight = self.graph.constants[group.weight or ""]
-        layout = WeightLayout.of(node, weight)
-        matrix = layout.to_matrix(weight)
-        if self.step.reconstruct and matrix.shape[-1] <= LARGEST_K:
-            moments = Moments.of(patches(node, layout, exact[group.inputs[0]]), patches(node, layout, seen))
-            codes, scale = reconstruct(matrix, moments)
-        else:
-            scale = channel_scales(matrix)
-            codes = quantise_weight(matrix, scale)
-        bias = self.graph.constants[group.bias].astype(np.float32) if group.bias else None
-        return QuantizedWeight(layout.from_matrix(codes), scale.reshape(-1), layout.axis, bias)
-
-    # Ranges -------------------------------------------------------------------------------------------------------
-
-    def _settle_range(self, tensor: str, stage: int, exact: Tensors, quantised: Tensors, few: Tensors) -> None:
-        if tensor not in self.statistics:
-            return
-        candidates = self._candidates(tensor)
-        chosen = (
-            candidates[0]
-            if len(candidates) == 1
-            else self._judge(tensor, stage, candidates, self._few_of(quantised, few))
-        )
-        self.quantizers[tensor] = chosen
-        seen = chosen.apply(quantised[tensor])
-        self.tensor_sqnr[tensor] = sqnr_db(exact[tensor], seen)
-        self._keep_histogram(tensor, exact[tensor], seen)
-
-    def _keep_histogram(self, tensor: str, exact: Array, seen: Array) -> None:
-        """Keep before and after of the tensors with the lowest SQNR so far."""
-        edges = np.linspace(min(exact.min(), seen.min()), max(exact.max(), seen.max()) + 1e-12, 61)
-        counts = [np.histogram(values.reshape(-1)[:100_000], edges)[0].tolist() for values in (exact, seen)]
-        self.histograms[tensor] = (edges.tolist(), counts[0], counts[1])
-        if len(self.histograms) > WORST_SHOWN:
-            del self.histograms[max(self.histograms, key=lambda name: self.tensor_sqnr[name])]
-
-    def _candidates(self, tensor: str) -> list[Quantizer]:
-        """Return one quantizer per method, those that differ by less than a percent in both ends left out."""
-        found: list[Quantizer] = []
-        for method in self.step.ranges:
-            low, high = METHODS[method](self.statistics[tensor])
-            made = quantizer_of(low, high, self.rules.signed_activations, method)
-            slack = 0.01 * (made.high - made.low)
-            if not any(abs(made.low - q.low) <= slack and abs(made.high - q.high) <= slack for q in found):
-                found.append(made)
-        return found
-
-    def _judge(self, tensor: str, stage: int, candidates: list[Quantizer], few: Tensors) -> Quantizer:
-        """Return the candidate with which the model's outputs stay closest, all earlier errors included.
-
-        Judged alone, ranges that clip look better than they are: rounding errors of many tensors average out, but clipping
-        errors all point inwards and add up. So the rest of the graph runs on what the quantised graph has at this point.
-        """
-        moved = [name for name in few if root_of(name, self.producers, self.rules) == tensor]
-        errors: list[float] = []
-        for candidate in candidates:
-            outputs = self.executor.run_from(stage, few | {name: candidate.apply(few[name]) for name in moved})
-            errors.append(sum(noise_share(self.reference[name], outputs[name]) for name in outputs))
-        best = int(np.argmin(errors))
-        return candidates[best] if errors[best] < WORTHWHILE * errors[0] else candidates[0]
-
-    def _few_of(self, quantised: Tensors, few: Tensors) -> Tensors:
-        """Return the quantised graph's tensors for the few samples; what has no axis of samples is taken from these."""
-        found = dict(few)
-        for name, exact in few.items():
-            value = quantised[name]
-            if value.dtype.kind == "f" and value.ndim and value[: len(exact)].shape == exact.shape:
-                found[name] = value[: len(exact)]
-        return found
-
-    # What happened ------------------------------------------------------------------------------------------------
-
-    def operators(self) -> list[OperatorPlan]:
-        """Return what happened to each group of the graph, quantised or not."""
-        chosen = {group.name for group in self.groups}
-        return [self._operator(group, group.name in chosen) for group in self.every]
-
-    def _operator(self, group: Group, quantised: bool) -> OperatorPlan:
-        fused = tuple(self.nodes[name].op_type for name in group.nodes[1:])
-        remedies: list[str] = []
-        if quantised and group.kind == "linear":
-            names = (group.name, *group.inputs, group.output)
-            remedies += sorted({self.changed[name] for name in names if name in self.changed})
-            if self.step.reconstruct:
-                remedies.append("weights reconstructed")
-            if self.step.bias_correction:
-                remedies.append("bias corrected")
-        return OperatorPlan(
-            group=group.name,
-            op_type=group.op_type,
-            fused=fused,
-            format="int8" if quantised else "fp32",
-            remedies=tuple(remedies),
-            sqnr_db=self.sqnr.get(group.name),
-        )
-
-    def tensor_ranges(self) -> list[TensorRange]:
-        """Return the range of each quantised tensor."""
-        return [
-            TensorRange(
-                tensor=name,
-                low=q.low,
-                high=q.high,
-                scale=q.scale,
-                zero_point=q.zero_point,
-                method=q.method,
-                sqnr_db=self.tensor_sqnr[name],
-            )
-            for name, q in self.quantizers.items()
-        ]
-
-
-def noise_share(exact: Array, other: Array) -> float:
-    """Return the energy of the difference as a share of the energy of the signal."""
-    if exact.dtype.kind != "f" or exact.size == 0:
-        return 0.0
-    signal, difference = exact.reshape(-1), (exact - other).reshape(-1)
-    return float(np.vdot(difference, difference)) / max(float(np.vdot(signal, signal)), 1e-30)
-
-
-def sqnr_db(exact: Array, other: Array) -> float:
-    """Return the ratio of signal to quantisation noise in dB; 200 where the two are equal."""
-    return float(-10 * np.log10(max(noise_share(exact, other), 1e-20)))
