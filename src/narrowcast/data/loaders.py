@@ -106,7 +106,8 @@ def from_arrays(source: str, arrays: Tensors, labels: Any = None, groups: Any = 
     for name, array in arrays.items():
         check_finite(source, name, array)
     digest = digest_of(
-        *(part for name in sorted(arrays) for part in (name, arrays[name])), *(p for p in (labels, groups) if p is not None)
+        *(part for name in sorted(arrays) for part in (name, arrays[name])),
+        *(p for p in (labels, groups) if p is not None),
     )
     size = next(iter(lengths.values()), 0)
     return Dataset(source, digest, size, lambda i: {n: a[i] for n, a in arrays.items()}, labels, groups)

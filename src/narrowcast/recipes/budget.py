@@ -20,7 +20,7 @@ _FACTORS = {"": 1.0, "X": 1.0}
 
 
 class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class Drop(_Value):

@@ -39,10 +39,7 @@ def verdict_of(
         parts.append(_times(size.value, "smaller", "larger"))
     if accuracy is not None:
         parts.append(f"{trial.metric.name} {_metric(accuracy.value, trial)}")
-    start = "Budget met" if met else "Budget not met"
-    if not standings:
-        start = "No limits given"
-    headline = f"{start}: {chosen.name} is {', '.join(parts)}."
+    headline = f"{chosen.name}: {', '.join(parts)}."
     return Verdict(
         met=met,
         headline=headline,
