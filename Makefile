@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test check docs setup clean
 
 demo: $(READY)  ## the main job on a real model; ends by saying where the report is
-	$(BIN)/narrowcast optimize bundled:efficientnet-lite0 --data bundled:photos --max-drop 10pt --minimise latency --out demo --force
+	$(BIN)/narrowcast optimize bundled:efficientnet-lite0 --data bundled:photos --max-drop 15% --minimise latency --out demo --force
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest

@@ -74,7 +74,7 @@ class Environment(_Value):
         governor: Frequency governor, where the system says it.
         memory_bytes: Memory of the machine.
         system: Operating system and its release.
-        load: Load average of the last minute when measuring began.
+        load: Load average of the minute before this was read, at the end of the measurements.
         versions: Versions of Python and of the libraries that matter.
     """
 
@@ -161,7 +161,7 @@ class Blame(_Value):
         group: Name of the group.
         op_type: Type of its main operator.
         noise: Energy of the error at the outputs as a share of their energy.
-        seconds: Time of the group in FP32 on the target runtime, per run.
+        seconds: Time of the group in FP32 per sample, in the staged execution that the blame was found with.
         kept_float: Whether the chosen artifact keeps it in FP32.
     """
 

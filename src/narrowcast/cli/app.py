@@ -15,7 +15,7 @@ import typer
 
 from narrowcast._version import __version__
 from narrowcast.cli.bench import bench
-from narrowcast.cli.console import errors_console, print_error, print_json
+from narrowcast.cli.console import print_error, print_json
 from narrowcast.cli.optimize import optimize
 from narrowcast.cli.run import run
 from narrowcast.cli.runtimes import runtimes
@@ -65,7 +65,6 @@ def main() -> None:
             print_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        errors_console().print("interrupted; run the same command again to go on where it stopped", style="yellow")
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from narrowcast.cli.console import Debug, Json, console, print_json, progress
+from narrowcast.cli.console import Debug, Json, console, errors_console, print_json, progress
 from narrowcast.cli.options import Batch, Data, Metric, RuntimeName, Seed, Threads
 from narrowcast.recipes.budget import Budget
 from narrowcast.recipes.target import Target
@@ -51,8 +51,7 @@ def optimize(
 ) -> None:
     """Make the best artifact that meets a budget, measured on the runtime that will serve it.
 
-    Exit code 3 if the budget cannot be met: the nearest artifact is saved all the same, and the report says what is to
-    blame and what would help.
+    Exit code 3: the budget cannot be met; the nearest artifact is saved, with what is to blame and what would help.
     """
     from narrowcast.report import render_terminal
     from narrowcast.search.optimize import optimize as search
@@ -68,18 +67,22 @@ def optimize(
         minimise=minimise,
     )
     target = Target(runtime=runtime, threads=threads, batch=batch)
-    with progress(quiet=json) as shown:
-        result = search(
-            model,
-            data=data,
-            out=out,
-            budget=budget,
-            metric=metric,
-            target=target,
-            seed=seed,
-            force=force,
-            progress=shown,
-        )
+    try:
+        with progress(quiet=json) as shown:
+            result = search(
+                model,
+                data=data,
+                out=out,
+                budget=budget,
+                metric=metric,
+                target=target,
+                seed=seed,
+                force=force,
+                progress=shown,
+            )
+    except KeyboardInterrupt:
+        errors_console().print("interrupted; run the same command again to go on where it stopped", style="yellow")
+        raise typer.Exit(130) from None
     if json:
         print_json(result.evidence.model_dump_json(indent=1))
     else:

@@ -16,7 +16,7 @@ Metric = Annotated[
     str | None,
     typer.Option(
         help="top1, top5, macro-f1, mse, mae, cosine, agreement, sqnr or py:MODULE:FUNCTION. "
-        "Default: top1 with labels, else agreement, else cosine."
+        "Default of optimize: top1 with labels, else agreement, else cosine; of bench: the artifact's own."
     ),
 ]
 RuntimeName = Annotated[

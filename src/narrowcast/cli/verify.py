@@ -21,7 +21,7 @@ def verify(
 ) -> None:
     """Check an artifact's hashes, load it, and compare its outputs with those stored when it was built.
 
-    Exit code 1 if the outputs differ by more than the artifact accepts.
+    Exit code 1: the outputs differ by more than the artifact accepts.
     """
     checks, differences = verify_artifact(folder)
     passed = all(check.passed for check in checks)

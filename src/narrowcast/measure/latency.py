@@ -19,7 +19,7 @@ __all__ = ["Comparison", "compare", "latency_of", "throughput", "tie"]
 Floats = NDArray[np.float64]
 Tensors = dict[str, NDArray[Any]]
 
-#: Warm-up goes on until two windows in a row agree within this share, or until its time is up.
+#: Warm-up takes at least half its time, and goes on until two windows in a row agree within this share.
 STEADY = 0.05
 
 
@@ -122,10 +122,17 @@ def _warm_up(
     total, all_steady, per_run = 0, True, dict[str, float]()
     for name, session in sessions.items():
         begin, window, last, steady = time.perf_counter(), 4, float("inf"), False
-        while not steady and (time.perf_counter() - begin < seconds / len(sessions) or total == 0):
+        share = seconds / len(sessions)
+        while True:
             median = float(np.median(_timed(session, batches, window, 0)))
             steady = abs(median - last) <= STEADY * last
             last, total = median, total + window + 1
+            spent = time.perf_counter() - begin
+            if spent >= share or (steady and spent >= share / 2):
+                break
+            window = max(
+                4, min(64, int(window * share / 20 / max(spent, 1e-6)))
+            )  # about ten windows in the time there is
         per_run[name] = last
         all_steady &= steady
     return total, all_steady, per_run

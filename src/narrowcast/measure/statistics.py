@@ -48,7 +48,7 @@ def percentile(values: Floats, q: float) -> Estimate | None:
 
 
 def bootstrap_median(values: Floats, seed: int = 0) -> Estimate:
-    """Return the median of a sample with its bootstrap interval (bias-corrected and accelerated where it exists)."""
+    """Return the median of a sample with its percentile bootstrap interval."""
     if len(values) < 3 or np.ptp(values) == 0:
         middle = float(np.median(values))
         return Estimate(middle, float(values.min()), float(values.max()), len(values))

@@ -17,7 +17,7 @@ from narrowcast.recipes.recipe import Step
 from narrowcast.report import text
 from narrowcast.report.bars import blame_bars, profile_bars, segments
 from narrowcast.report.candidates import candidate_rows
-from narrowcast.report.summary import key_numbers, limit_rows, measure_label, summary_rows
+from narrowcast.report.summary import key_numbers, limit_rows, measure_label, summary_rows, verdict_badge
 
 __all__ = ["render_html"]
 
@@ -85,6 +85,7 @@ def _context(evidence: Evidence) -> dict[str, Any]:
     wide, narrow = _scatters(evidence)
     rows = candidate_rows(evidence)
     return {
+        "badge": verdict_badge(evidence),
         "evidence": evidence,
         "created": text.when(evidence.created),
         "keys": key_numbers(evidence),

@@ -20,6 +20,7 @@ __all__ = [
     "measurement_rows",
     "ratio_cell",
     "summary_rows",
+    "verdict_badge",
 ]
 
 TOO_FEW = "too few runs"
@@ -104,6 +105,13 @@ class LimitRow:
     value: str
     bound: str
     margin: str
+
+
+def verdict_badge(evidence: Evidence) -> str:
+    """Return the verdict in two or three words."""
+    if not evidence.verdict.standings:
+        return "No limits given"
+    return "Budget met" if evidence.verdict.met else "Budget not met"
 
 
 def measure_label(measure: str) -> str:

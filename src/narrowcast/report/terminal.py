@@ -15,7 +15,15 @@ from narrowcast.artifacts.manifest import Evidence, Measurement
 from narrowcast.report import text
 from narrowcast.report.bars import blame_bars
 from narrowcast.report.candidates import candidate_rows
-from narrowcast.report.summary import Cell, SummaryRow, key_numbers, limit_rows, measurement_rows, summary_rows
+from narrowcast.report.summary import (
+    Cell,
+    SummaryRow,
+    key_numbers,
+    limit_rows,
+    measurement_rows,
+    summary_rows,
+    verdict_badge,
+)
 
 __all__ = ["measurement_table", "render_terminal"]
 
@@ -77,7 +85,7 @@ def _verdict(evidence: Evidence, say: Say) -> Panel:
         parts += [Text(), limits]
     if evidence.verdict.advice:
         parts += [Text(), say("What would help", _HEAD), *(say(f"· {line}") for line in evidence.verdict.advice)]
-    title = say("✓ Budget met" if met else "✗ Budget not met", f"bold {_GOOD if met else _BAD}")
+    title = say(f"{'✓' if met else '✗'} {verdict_badge(evidence)}", f"bold {_GOOD if met else _BAD}")
     return Panel(Group(*parts), title=title, title_align="left", border_style=_GOOD if met else _BAD, padding=(1, 2))
 
 

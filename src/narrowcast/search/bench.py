@@ -65,10 +65,10 @@ def bench(
             original = load_artifact(ref.id).graph
             model = None
         else:
-            model = load_model(ref)
+            model = load_model(ref, seed=manifest.data.seed)
             original.write_bytes(model.exported)
         if model is None:
-            model = load_model(manifest.model.ref)
+            model = load_model(manifest.model.ref, seed=manifest.data.seed)
         samples = _report_part(load_data(data, model), manifest.data.sha256, manifest.data.seed)
         inputs = list(runtime.load(artifact.graph).inputs)
         if {info.name for info in inputs} != {info.name for info in model.graph.inputs}:

@@ -267,8 +267,9 @@ def _evidence(
     model, splits = trial.model, trial.splits
     values: dict[str, float | None] = {m.measure: m.value for m in measurements if m.subject == "artifact"}
     ratios = {m.measure: m.value for m in measurements if m.subject == "ratio"}
+    original = next(m.value for m in measurements if (m.measure, m.subject) == ("accuracy", "original"))
     standings = standings_of(
-        trial.limits,
+        trial.limits_for(original),
         {
             "accuracy": values.get("accuracy"),
             "latency": values.get("latency_p50"),

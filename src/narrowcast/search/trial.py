@@ -74,17 +74,21 @@ class Trial:
         self.progress.stage("running the original")
         session = self.runtime.load(self.original, threads=self.target.threads)
         self.judge = Judge(self.splits.search, self.metric, session, self.seed)
-        self.limits = self.budget.limits(
-            metric=self.metric.name,
-            higher_is_better=self.metric.higher_is_better,
-            accuracy=self.judge.original.value,
-            size=len(self.model.exported),
-        )
+        self.limits = self.limits_for(self.judge.original.value)
         self.batch = repeat_to(self.splits.search.load(np.zeros(1, np.int64)), self.target.batch)
         np.savez(self.workspace.folder / "batch.npz", **self.batch)  # type: ignore[arg-type]
 
+    def limits_for(self, accuracy: float) -> tuple[Limit, ...]:
+        """Return the budget's limits, given the original's metric on the same part of the data."""
+        return self.budget.limits(
+            metric=self.metric.name,
+            higher_is_better=self.metric.higher_is_better,
+            accuracy=accuracy,
+            size=len(self.model.exported),
+        )
+
     def timing_session(self, graph: Path) -> Session:
-        """Return a session with the batch axis fixed, as a service with that batch size would load it."""
+        """Return a session as a service that runs one batch size only would load it."""
         return self.runtime.load(graph, threads=self.target.threads, batch=self.target.batch)
 
     def run(self, recipe: Recipe) -> Finished:
