@@ -106,7 +106,12 @@ def publish(built: Path, target: Path) -> None:
     old = target.with_name(f"{target.name}.replaced-{os.getpid()}")
     if target.exists():
         target.rename(old)
-    built.rename(target)
+    try:
+        built.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
     if old.exists():
         shutil.rmtree(old)
 

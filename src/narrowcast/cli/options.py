@@ -24,4 +24,4 @@ RuntimeName = Annotated[
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that a session computes with.")]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size at which latency is judged.")]
-Seed = Annotated[int, typer.Option(help="Seed of the data split and of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the data split and of everything random.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,9 @@ def read_npz(path: Path) -> Tensors:
     if not path.is_file():
         raise DataError(f"data file {path} does not exist", next_step="check the path; it must be an .npz file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+    except (ValueError, TypeError, OSError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError) as error:
         raise DataError(
             f"{path} cannot be read as an .npz archive: {error}",
             allowed="numeric arrays saved with numpy.savez",

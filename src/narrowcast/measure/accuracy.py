@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,9 @@ class Judge:
             first = next(iter(original.run(feeds).values()))
             self._check_labels(first)
             self._outputs.append(first)
-        self.original = self._score(lambda number, feeds: self._outputs[number])
+        own = self._score(lambda number, feeds: self._outputs[number])
+        # A model agrees with itself by definition: there is nothing to be unsure of.
+        self.original = own if metric.perfect is None else replace(own, low=own.value, high=own.value)
 
     def score(self, session: Session, progress: Callable[[float], None] | None = None) -> Score:
         """Return the score of a session."""

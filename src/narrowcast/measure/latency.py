@@ -121,7 +121,7 @@ def _warm_up(
     """Run all sessions until each one's times are steady; return the runs, whether they were, and seconds per run."""
     total, all_steady, per_run = 0, True, dict[str, float]()
     for name, session in sessions.items():
-        begin, window, last, steady = time.perf_counter(), 4, float("inf"), False
+        begin, window, last, steady = time.perf_counter(), 4, 0.0, False
         share = seconds / len(sessions)
         while True:
             median = float(np.median(_timed(session, batches, window, 0)))

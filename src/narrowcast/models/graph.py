@@ -175,7 +175,10 @@ class Graph:
     # Editing ------------------------------------------------------------------------------------------------------
 
     def constant(self, name: str, value: Array) -> str:
-        """Add a constant under a name that is free, and return that name."""
+        """Add a constant under a name that is free, and return that name.
+
+        Tensors and constants that transforms make have a double colon in their names, so that they meet no name of the model.
+        """
         free, number = name, 1
         while free in self.constants:
             free, number = f"{name}.{number}", number + 1

@@ -77,7 +77,7 @@ def _finish(ref: ModelRef, model: onnx.ModelProto, **known: Any) -> Model:
 
 def _check_batch(graph: Graph, source: str) -> None:
     fixed = [info for info in graph.inputs if info.shape and not info.dynamic_batch]
-    if fixed and len(fixed) == sum(1 for info in graph.inputs if info.shape):
+    if fixed:
         raise ModelError(
             f"{source}: input {fixed[0].name!r} has the fixed shape {list(fixed[0].shape)}",
             allowed="a dynamic first axis (the batch)",

@@ -91,10 +91,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _name_nodes(graph: Graph) -> None:
+    given = {node.name for node in graph.nodes}
     seen: set[str] = set()
     for number, node in enumerate(graph.nodes):
         if not node.name or node.name in seen:
-            node.name = f"{node.op_type}_{number}"
+            name, copies = f"{node.op_type}_{number}", 1
+            while name in given | seen:
+                name, copies = f"{node.op_type}_{number}_{copies}", copies + 1
+            node.name = name
         seen.add(node.name)
 
 
@@ -147,8 +151,13 @@ def _check_floats(graph: Graph, source: str) -> None:
             allowed="models in FP32",
             next_step="give the FP32 model that it was made from",
         )
-    bad = [name for name, value in graph.constants.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
-    weights = [name for name in bad if graph.constants[name].ndim > 1 and graph.constants[name].size > 64]
+    # Attention masks hold minus infinity by right; NaN, and infinity in anything larger than a mask value, mean divergence.
+    floats = {name: value for name, value in graph.constants.items() if value.dtype.kind == "f"}
+    weights = [
+        name
+        for name, value in floats.items()
+        if np.isnan(value).any() or (value.ndim > 1 and value.size > 64 and np.isposinf(value).any())
+    ]
     if weights:
         raise ModelError(
             f"{source} holds NaN or infinity in {weights[0]!r} and {len(weights) - 1} other weights",

@@ -43,7 +43,7 @@ class ModelRef:
             return cls(scheme, rest)
         if text.endswith(".onnx"):
             return cls("onnx", text)
-        if Path(text).is_dir():
+        if text and Path(text).is_dir():
             return cls("artifact", text)
         hint = choices(scheme, SCHEMES) if colon else "timm:NAME, torchvision:NAME, py:MODULE:FUNCTION, bundled:NAME"
         raise ModelError(

@@ -20,7 +20,7 @@ _FACTORS = {"": 1.0, "X": 1.0}
 
 
 class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Drop(_Value):
@@ -119,6 +119,8 @@ class Budget(_Value):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise BudgetError(f"{name} {value} is no limit", allowed="finite numbers above 0")
+        if self.at_least is not None and not math.isfinite(self.at_least):
+            raise BudgetError(f"at least {self.at_least} is no bound", allowed="a finite number in the metric's unit")
         for first, second in (("latency", "speedup"), ("size", "ratio"), ("max_drop", "at_least")):
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 raise BudgetError(
@@ -174,7 +176,7 @@ class Budget(_Value):
         found: list[Limit] = []
         if self.max_drop is not None:
             allowed = self.max_drop.amount * (abs(accuracy) if self.max_drop.relative else 1.0)
-            if not math.isfinite(allowed) or (self.max_drop.relative and accuracy == 0):
+            if not math.isfinite(accuracy) or (self.max_drop.relative and accuracy == 0):
                 raise BudgetError(
                     f"a max drop of {self.max_drop} means nothing for {metric}, which is {accuracy:g} for the original",
                     allowed="for such metrics, a bound of their own",

@@ -13,7 +13,7 @@ __all__ = ["OperatorPlan", "Plan", "TensorRange"]
 
 
 class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class TensorRange(_Value):

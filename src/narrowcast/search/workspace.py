@@ -21,7 +21,7 @@ __all__ = ["Finished", "Workspace"]
 class Finished(BaseModel):
     """A candidate that was built and measured, with its plan and the tensors worth showing."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     candidate: Candidate
     plan: Plan
@@ -29,7 +29,7 @@ class Finished(BaseModel):
 
 
 class _State(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     fingerprint: str
     finished: list[Finished] = Field(default_factory=list[Finished])
@@ -95,12 +95,14 @@ class Workspace:
 
     def find(self, name: str) -> Finished | None:
         """Return a finished candidate by name, if it is."""
-        return next((done for done in self.finished() if done.candidate.name == name), None)
+        done = next((done for done in self.finished() if done.candidate.name == name), None)
+        lost = done is not None and not done.candidate.failure and not self.graph(name).is_file()
+        return None if lost else done
 
     def finish(self, done: Finished) -> None:
         """Keep a finished candidate."""
         assert self.state is not None
-        self.state.finished.append(done)
+        self.state.finished = [d for d in self.state.finished if d.candidate.name != done.candidate.name] + [done]
         self._save()
 
     @property

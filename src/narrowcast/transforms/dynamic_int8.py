@@ -67,23 +67,23 @@ def _product(graph: Graph, node: NodeProto, group: Group, ranged: set[str]) -> l
     codes = replace(layout, op_type="MatMul", transposed=False).from_matrix(quantise_weight(matrix, scale))
     source, out = node.input[0], node.output[0]
     made: list[NodeProto] = []
-    quantised = [f"{source}_dyn_q", f"{source}_dyn_scale", f"{source}_dyn_zero"]
+    quantised = [f"{source}::dyn_q", f"{source}::dyn_scale", f"{source}::dyn_zero"]
     if source not in ranged:
-        made.append(make_node("DynamicQuantizeLinear", [source], quantised, f"{source}_dynamic_range"))
+        made.append(make_node("DynamicQuantizeLinear", [source], quantised, f"{source}::dynamic_range"))
         ranged.add(source)
-    weight_codes = graph.constant(f"{node.name}_weight_q", codes)
-    weight_scale = graph.constant(f"{node.name}_weight_scale", scale.reshape(-1).astype(np.float32))
-    weight_zero = graph.constant(f"{node.name}_weight_zero_point", np.zeros(codes.shape[1], np.int8))
+    weight_codes = graph.constant(f"{node.name}::weight_q", codes)
+    weight_scale = graph.constant(f"{node.name}::weight_scale", scale.reshape(-1).astype(np.float32))
+    weight_zero = graph.constant(f"{node.name}::weight_zero_point", np.zeros(codes.shape[1], np.int8))
     has_bias = len(node.input) > 2 and bool(node.input[2])
-    product = f"{out}_product" if has_bias else out
+    product = f"{out}::product" if has_bias else out
     made += [
-        make_node("Mul", [quantised[1], weight_scale], [f"{out}_scale"], f"{node.name}_scale"),
-        make_node("MatMulInteger", [quantised[0], weight_codes, quantised[2], weight_zero], [f"{out}_int"], node.name),
-        make_node("Cast", [f"{out}_int"], [f"{out}_cast"], f"{node.name}_cast", to=TensorProto.FLOAT),
-        make_node("Mul", [f"{out}_cast", f"{out}_scale"], [product], f"{node.name}_rescale"),
+        make_node("Mul", [quantised[1], weight_scale], [f"{out}::scale"], f"{node.name}::scale"),
+        make_node("MatMulInteger", [quantised[0], weight_codes, quantised[2], weight_zero], [f"{out}::int"], node.name),
+        make_node("Cast", [f"{out}::int"], [f"{out}::cast"], f"{node.name}::cast", to=TensorProto.FLOAT),
+        make_node("Mul", [f"{out}::cast", f"{out}::scale"], [product], f"{node.name}::rescale"),
     ]
     if has_bias:
-        made.append(make_node("Add", [product, node.input[2]], [out], f"{node.name}_bias"))
+        made.append(make_node("Add", [product, node.input[2]], [out], f"{node.name}::bias"))
     return made
 
 

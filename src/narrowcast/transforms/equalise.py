@@ -169,10 +169,10 @@ def _split_clip(graph: Graph, node: NodeProto, factor: Array) -> None:
     """Write Clip(0, h) of an equalised tensor as Relu and a minimum with h / r per channel."""
     _, high = activation_bounds(graph, node)
     position = next(i for i, item in enumerate(graph.nodes) if item is node)
-    middle = node.output[0] + "_relu"
-    bound = graph.constant(node.name + ".bound", (high / factor).astype(np.float32).reshape(1, -1, 1, 1))
+    middle = node.output[0] + "::relu"
+    bound = graph.constant(node.name + "::bound", (high / factor).astype(np.float32).reshape(1, -1, 1, 1))
     graph.values[middle] = graph.values[node.output[0]]
     graph.nodes[position : position + 1] = [
         make_node("Relu", [node.input[0]], [middle], node.name),
-        make_node("Min", [middle, bound], [node.output[0]], node.name + "_bound"),
+        make_node("Min", [middle, bound], [node.output[0]], node.name + "::bound"),
     ]

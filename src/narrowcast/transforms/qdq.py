@@ -117,13 +117,13 @@ class _Writer:
         If integers make it, every reader gets the dequantised tensor; else only the quantised groups do.
         """
         graph = self.graph
-        dequantised = f"{tensor}_dq"
+        dequantised = f"{tensor}::dq"
         if any(node.output[0] == dequantised for node in self.added):
             return
         source = self.sources.get(tensor)
         if source is not None:  # the operators between a root and a tensor move integers
             self._quantise(source, integer=False, members=members)
-            self.producers[tensor].input[0] = f"{source}_dq"
+            self.producers[tensor].input[0] = f"{source}::dq"
         readers = None if integer or source is not None else members
         self._pair(tensor, tensor, dequantised, self.quantizers[self._root(tensor)])
         self._redirect(tensor, dequantised, readers)
@@ -137,11 +137,11 @@ class _Writer:
 
     def _pair(self, tensor: str, source: str, target: str, quantizer: Quantizer) -> None:
         graph = self.graph
-        scale = graph.constant(f"{tensor}_scale", np.array(quantizer.scale, np.float32))
-        zero = graph.constant(f"{tensor}_zero_point", np.array(quantizer.zero_point, quantizer.dtype))
-        codes = f"{tensor}_q"
-        self.added.append(make_node("QuantizeLinear", [source, scale, zero], [codes], f"{tensor}_quantize"))
-        self.added.append(make_node("DequantizeLinear", [codes, scale, zero], [target], f"{tensor}_dequantize"))
+        scale = graph.constant(f"{tensor}::scale", np.array(quantizer.scale, np.float32))
+        zero = graph.constant(f"{tensor}::zero_point", np.array(quantizer.zero_point, quantizer.dtype))
+        codes = f"{tensor}::q"
+        self.added.append(make_node("QuantizeLinear", [source, scale, zero], [codes], f"{tensor}::quantize"))
+        self.added.append(make_node("DequantizeLinear", [codes, scale, zero], [target], f"{tensor}::dequantize"))
 
     def _redirect(self, tensor: str, target: str, readers: set[str] | None) -> None:
         for node in self.graph.nodes:
@@ -153,7 +153,7 @@ class _Writer:
 
     def _keep_output_name(self, tensor: str, dequantised: str) -> None:
         """Give the dequantised tensor the name of the graph output."""
-        raw = f"{tensor}_raw"
+        raw = f"{tensor}::raw"
         for node in (*self.graph.nodes, *self.added):
             for names in (node.input, node.output):
                 for position, name in enumerate(names):
@@ -165,19 +165,19 @@ class _Writer:
     def _write_weight(self, group: Group) -> None:
         graph, node, weight = self.graph, self.nodes[group.name], self.weights[group.name]
         name = node.input[1]
-        codes = graph.constant(f"{name}_q", weight.codes)
-        scale = graph.constant(f"{name}_scale", weight.scale)
-        zero = graph.constant(f"{name}_zero_point", np.zeros(len(weight.scale), np.int8))
+        codes = graph.constant(f"{name}::q", weight.codes)
+        scale = graph.constant(f"{name}::scale", weight.scale)
+        zero = graph.constant(f"{name}::zero_point", np.zeros(len(weight.scale), np.int8))
         self.added.append(
             make_node(
                 "DequantizeLinear",
                 [codes, scale, zero],
-                [f"{name}_dq_{group.name}"],
-                f"{group.name}_weight",
+                [f"{name}::dq_{group.name}"],
+                f"{group.name}::weight",
                 axis=weight.axis,
             )
         )
-        node.input[1] = f"{name}_dq_{group.name}"
+        node.input[1] = f"{name}::dq_{group.name}"
         if weight.bias is not None:
             self._write_bias(group, node, weight)
 
@@ -185,19 +185,29 @@ class _Writer:
         """Write the bias: INT32 in steps of input scale x weight scale inside the kernel, FP32 where it is added after."""
         assert weight.bias is not None
         graph = self.graph
+        if group.op_type == "MatMul" and group.bias_node is None:
+            self._add_bias_after(group, node, weight.bias)
+            return
         if group.bias_node is not None:
             adder = self.nodes[group.bias_node]
             position = list(adder.input).index(group.bias or "")
-            adder.input[position] = graph.constant(f"{group.bias}_corrected", weight.bias)
+            adder.input[position] = graph.constant(f"{group.bias}::corrected", weight.bias)
             return
         input_scale = np.float32(self.quantizers[self._root(group.inputs[0])].scale)
         scale = (input_scale * weight.scale).astype(np.float32)
         codes = np.clip(np.rint(weight.bias.astype(np.float64) / scale), -(2**31), 2**31 - 1).astype(np.int32)
-        name = f"{group.name}_bias"
-        inputs = [graph.constant(f"{name}_q", codes), graph.constant(f"{name}_scale", scale)]
-        inputs.append(graph.constant(f"{name}_zero_point", np.zeros(len(scale), np.int32)))
-        self.added.append(make_node("DequantizeLinear", inputs, [f"{name}_dq"], name, axis=0))
+        name = f"{group.name}::bias"
+        inputs = [graph.constant(f"{name}::q", codes), graph.constant(f"{name}::scale", scale)]
+        inputs.append(graph.constant(f"{name}::zero_point", np.zeros(len(scale), np.int32)))
+        self.added.append(make_node("DequantizeLinear", inputs, [f"{name}::dq"], name, axis=0))
         if len(node.input) > 2:
-            node.input[2] = f"{name}_dq"
+            node.input[2] = f"{name}::dq"
         else:
-            node.input.append(f"{name}_dq")
+            node.input.append(f"{name}::dq")
+
+    def _add_bias_after(self, group: Group, node: NodeProto, bias: NDArray[np.float32]) -> None:
+        """Add the bias that correction gave to a matrix product which had none."""
+        output, product = node.output[0], f"{node.output[0]}::product"
+        node.output[0] = product
+        constant = self.graph.constant(f"{group.name}::bias", bias)
+        self.added.append(make_node("Add", [product, constant], [output], f"{group.name}::bias_add"))

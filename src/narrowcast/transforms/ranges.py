@@ -122,7 +122,7 @@ class TensorStatistics:
     def _widen(self, reach: float) -> None:
         if self.reach == 0.0:
             self.reach = float(2.0 ** np.ceil(np.log2(max(reach, 1e-30))))
-        while self.reach < reach:
+        while self.reach <= reach:  # a value at the very end would fall out of the last bin
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = np.zeros(BINS)
             self.counts[BINS // 4 : BINS // 4 * 3] = merged

@@ -52,10 +52,10 @@ def smooth(
         rows = np.max([np.abs(w).max(0 if t else 1) for w, t in zip(weights, transposed, strict=True)], axis=0)
         factor = np.maximum(activation, 1e-5) ** strength / np.maximum(rows, 1e-5) ** (1 - strength)
         factor = np.maximum(factor / np.median(factor), 1.0).astype(np.float32)  # only what sticks out moves
-        smoothed = f"{tensor}_smooth"
-        scale = graph.constant(f"{tensor}_smoothing", (1 / factor).astype(np.float32))
+        smoothed = f"{tensor}::smooth"
+        scale = graph.constant(f"{tensor}::smoothing", (1 / factor).astype(np.float32))
         graph.values[smoothed] = graph.values[tensor]
-        graph.nodes.append(make_node("Mul", [tensor, scale], [smoothed], f"{smoothed}_mul"))
+        graph.nodes.append(make_node("Mul", [tensor, scale], [smoothed], f"{smoothed}::mul"))
         for group, weight, is_transposed in zip(found, weights, transposed, strict=True):
             node = nodes[group.name]
             node.input[0] = smoothed

@@ -40,12 +40,12 @@ def store_float16(graph: Graph) -> tuple[Graph, list[OperatorPlan]]:
     nodes = {node.name: node for node in graph.nodes}
     for name, reader in _weights(graph).items():
         weight = graph.constants[name]
-        fits = float(np.abs(weight).max()) <= largest
+        fits = float(np.abs(weight).max()) <= float(largest)
         plans.append(_plan(nodes[reader].op_type, reader, "fp16" if fits else "fp32"))
         if fits:
-            narrow = graph.constant(f"{name}_fp16", weight.astype(np.float16))
-            renames[name] = f"{name}_wide"
-            added.append(make_node("Cast", [narrow], [renames[name]], f"{name}_widen", to=TensorProto.FLOAT))
+            narrow = graph.constant(f"{name}::fp16", weight.astype(np.float16))
+            renames[name] = f"{name}::wide"
+            added.append(make_node("Cast", [narrow], [renames[name]], f"{name}::widen", to=TensorProto.FLOAT))
     graph.rewire(renames)
     graph.nodes = added + graph.nodes
     graph.remove_unused()
@@ -78,11 +78,11 @@ def store_int8(graph: Graph) -> tuple[Graph, list[OperatorPlan]]:
 
 
 def _widen(graph: Graph, name: str, codes: np.ndarray, scale: np.ndarray) -> None:
-    inputs = [graph.constant(f"{name}_q", codes)]
-    graph.rewire({name: f"{name}_wide"})
-    cast = make_node("Cast", inputs, [f"{name}_cast"], f"{name}_cast", to=TensorProto.FLOAT)
-    scales = graph.constant(f"{name}_scale", scale)
-    graph.nodes = [cast, make_node("Mul", [f"{name}_cast", scales], [f"{name}_wide"], f"{name}_widen"), *graph.nodes]
+    inputs = [graph.constant(f"{name}::q", codes)]
+    graph.rewire({name: f"{name}::wide"})
+    cast = make_node("Cast", inputs, [f"{name}::cast"], f"{name}::cast", to=TensorProto.FLOAT)
+    scales = graph.constant(f"{name}::scale", scale)
+    graph.nodes = [cast, make_node("Mul", [f"{name}::cast", scales], [f"{name}::wide"], f"{name}::widen"), *graph.nodes]
 
 
 def store_tables(graph: Graph) -> Graph:
@@ -101,8 +101,8 @@ def _store_table(graph: Graph, name: str) -> None:
     table = graph.constants[name]
     rows = table.reshape(1, len(table), -1)
     scale = channel_scales(rows)
-    codes = graph.constant(f"{name}_q", quantise_weight(rows, scale).reshape(table.shape))
-    scales = graph.constant(f"{name}_scale", scale.reshape(len(table), *[1] * (table.ndim - 1)).astype(np.float32))
+    codes = graph.constant(f"{name}::q", quantise_weight(rows, scale).reshape(table.shape))
+    scales = graph.constant(f"{name}::scale", scale.reshape(len(table), *[1] * (table.ndim - 1)).astype(np.float32))
     rebuilt = []
     for node in graph.nodes:
         if node.op_type != "Gather" or node.input[0] != name:
@@ -110,10 +110,10 @@ def _store_table(graph: Graph, name: str) -> None:
             continue
         out = node.output[0]
         rebuilt += [
-            make_node("Gather", [codes, node.input[1]], [f"{out}_q"], f"{node.name}_codes", axis=0),
-            make_node("Cast", [f"{out}_q"], [f"{out}_cast"], f"{node.name}_cast", to=TensorProto.FLOAT),
-            make_node("Gather", [scales, node.input[1]], [f"{out}_scale"], f"{node.name}_scales", axis=0),
-            make_node("Mul", [f"{out}_cast", f"{out}_scale"], [out], node.name),
+            make_node("Gather", [codes, node.input[1]], [f"{out}::row_q"], f"{node.name}::codes", axis=0),
+            make_node("Cast", [f"{out}::row_q"], [f"{out}::cast"], f"{node.name}::cast", to=TensorProto.FLOAT),
+            make_node("Gather", [scales, node.input[1]], [f"{out}::row_scale"], f"{node.name}::scales", axis=0),
+            make_node("Mul", [f"{out}::cast", f"{out}::row_scale"], [out], node.name),
         ]
     graph.nodes = rebuilt
 
