@@ -48,8 +48,8 @@ def test_float16_halves_the_file_and_int8_quarters_it() -> None:
 def test_tables_are_stored_with_a_scale_for_each_row() -> None:
     graph = table()
     narrow = store_tables(graph)
-    assert narrow.constants["table_q"].dtype == np.int8
-    assert narrow.constants["table_scale"].shape == (500, 1)
+    assert narrow.constants["table::q"].dtype == np.int8
+    assert narrow.constants["table::scale"].shape == (500, 1)
     assert size(narrow) < 0.45 * size(graph)
     ids = {"ids": np.arange(498).reshape(-1, 6)}
     exact, other = (np.asarray(session_of(g).run(None, ids)[0]) for g in (graph, narrow))
