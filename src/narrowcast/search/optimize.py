@@ -199,6 +199,7 @@ def _mixed(trial: Trial, full: Finished, evaluations: int) -> list[Finished]:
         )
         blame = [Blame(group=b.group, op_type=b.op_type, noise=b.noise, seconds=b.seconds) for b in found]
         trial.workspace.blame = blame
+    trial.memory.recall(full.plan, signed=trial.runtime.rules.signed_activations)
     limit = next(s.limit for s in full.candidate.standings if s.limit.measure == "accuracy")
     original = trial.judge.original.value
     sign = 1 if trial.metric.higher_is_better else -1

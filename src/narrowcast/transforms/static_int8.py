@@ -10,7 +10,7 @@ import numpy as np
 from narrowcast.data.dataset import Dataset
 from narrowcast.models.execution import StagedExecutor, session_of
 from narrowcast.models.graph import Graph
-from narrowcast.recipes.plan import OperatorPlan, TensorRange
+from narrowcast.recipes.plan import OperatorPlan, Plan, TensorRange
 from narrowcast.recipes.recipe import StaticInt8
 from narrowcast.recipes.target import FusionRules
 from narrowcast.transforms.calibration import calibrate, live_bytes, sample_batch
@@ -28,7 +28,7 @@ __all__ = ["Memory", "StaticResult", "quantise_static"]
 WALK_BYTES, WALK_SAMPLES = 800_000_000, 64
 #: Calibration samples on which variants of the graph are compared: ranges from one half, judged on the other.
 TRIAL_CALIBRATION, TRIAL_SAMPLES = 48, 12
-PLAIN = "plain"
+PLAIN, VARIANTS = "plain", ("equalised", "smoothed")
 
 
 @dataclass
@@ -44,6 +44,19 @@ class Memory:
     variant: str = ""
     statistics: dict[str, TensorStatistics] = field(default_factory=dict[str, TensorStatistics])
     quantizers: dict[str, Quantizer] = field(default_factory=dict[str, Quantizer])
+
+    def recall(self, plan: Plan, *, signed: bool) -> None:
+        """Take over what the plan of a finished quantisation tells, so that a resumed run goes on as an unbroken one.
+
+        Args:
+            plan: The plan of the quantisation with no group in FP32.
+            signed: Whether its activations are INT8 (else UINT8).
+        """
+        remedies = {remedy for operator in plan.operators for remedy in operator.remedies}
+        self.variant = next((name for name in VARIANTS if name in remedies), PLAIN)
+        self.quantizers = {}
+        if self.variant == PLAIN:
+            self.quantizers = {r.tensor: Quantizer(r.scale, r.zero_point, signed, r.method) for r in plan.ranges}
 
 
 @dataclass

@@ -13,8 +13,9 @@ from narrowcast.data.dataset import Dataset
 from narrowcast.models.execution import session_of
 from narrowcast.models.graph import Graph
 from narrowcast.models.prepare import prepare
+from narrowcast.recipes.plan import Plan
 from narrowcast.recipes.recipe import DynamicInt8, Float16Weights, Recipe, StaticInt8, WeightOnlyInt8
-from narrowcast.recipes.target import FusionRules
+from narrowcast.recipes.target import FusionRules, Target
 from narrowcast.transforms.apply import apply_recipe
 from narrowcast.transforms.static_int8 import Memory, quantise_static
 from narrowcast.transforms.walk import noise_share, sqnr_db
@@ -276,3 +277,20 @@ def test_steps_of_a_recipe_are_applied_in_order(dataset_of: Make) -> None:
     built = apply_recipe(recipe, prepare(case.model(), "net"), dataset_of(**case.feeds(16)), RULES)
     dtypes = {array.dtype for array in built.graph.constants.values() if array.ndim == 4}
     assert dtypes == {np.dtype(np.int8), np.dtype(np.float16)}
+
+
+def test_a_plan_tells_the_next_call_what_the_memory_of_the_first_one_knew(dataset_of: Make) -> None:
+    """A resumed run has the plan only; it must go on as if it had never stopped."""
+    case = case_of("residual")
+    graph, data, memory = prepare(case.model(), "net"), dataset_of(**case.feeds(48, seed=1)), Memory()
+    step = StaticInt8(equalise=False)
+    first = quantise_static(graph, data, step, RULES, memory=memory)
+    plan = Plan(recipe=Recipe(name="int8", steps=(step,)), target=Target()).model_copy(
+        update={"operators": tuple(first.operators), "ranges": tuple(first.ranges)}
+    )
+    recalled = Memory()
+    recalled.recall(plan, signed=False)
+    assert recalled.quantizers == memory.quantizers
+    mixed = step.model_copy(update={"keep_float": frozenset({first.operators[0].group})})
+    models = [quantise_static(graph, data, mixed, RULES, memory=m).graph.to_model() for m in (memory, recalled)]
+    assert models[0].SerializeToString() == models[1].SerializeToString()
