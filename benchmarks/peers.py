@@ -1,9 +1,10 @@
 """INT8 EfficientNet-Lite0 by narrowcast and by its peers: same calibration images, same runtime, one run.
 
-python benchmarks/peers.py [--environment FOLDER]
+python benchmarks/peers.py [--environment FOLDER] [--graphs FOLDER]
 
-The peers run in an environment of their own, made from ``peers/requirements.txt`` if the folder does not exist. All graphs
-are then judged on the report part by the same code, and timed interleaved in one process.
+The peers run in an environment of their own, made from ``peers/requirements.txt`` if the folder does not exist, and leave
+their graphs in another folder, where a second run finds them. All graphs are then judged on the report part by the same
+code, and timed interleaved in one process.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def peers(environment_folder: Path, model: Path, calibration: Path, out: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--environment", type=Path, default=Path(tempfile.gettempdir()) / "narrowcast-peers")
+    parser.add_argument("--graphs", type=Path, default=Path(tempfile.gettempdir()) / "narrowcast-peers-graphs")
     arguments = parser.parse_args()
     model = load_model("bundled:efficientnet-lite0")
     splits = split(load_data("bundled:photos", model), 0)
@@ -57,10 +59,9 @@ def main() -> None:
         built.graph.save(graphs["narrowcast"])
         calibration = folder / "calibration.npz"
         np.savez(calibration, **splits.calibration.load(np.arange(splits.calibration.size)))
-        out = folder / "peers"
-        out.mkdir()
-        peers(arguments.environment, graphs["original"], calibration, out)
-        graphs |= {path.stem: path for path in sorted(out.glob("*-*.onnx")) if "infer" not in path.stem}
+        arguments.graphs.mkdir(exist_ok=True)
+        peers(arguments.environment, graphs["original"], calibration, arguments.graphs)
+        graphs |= {path.stem: path for path in sorted(arguments.graphs.glob("*-*.onnx")) if "infer" not in path.stem}
         sessions = {name: runtime.load(path) for name, path in graphs.items()}
         judges = {n: Judge(splits.report, get_metric(n), sessions["original"]) for n in ("sqnr", "agreement")}
         batch = splits.report.load(np.zeros(1, np.int64))

@@ -1,6 +1,8 @@
-"""Quantise one model with a peer; runs in the peers' own environment and knows nothing of narrowcast.
+"""Quantise one model with each peer; runs in the peers' own environment and knows nothing of narrowcast.
 
 python quantise.py MODEL.onnx CALIBRATION.npz OUT_FOLDER
+
+Graphs that OUT_FOLDER holds already are not made again: some peers take many minutes.
 """
 
 import sys
@@ -13,6 +15,7 @@ import onnx
 
 def onnxruntime_peers(model, data, out):
     from onnxruntime import quantization as q
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(q.CalibrationDataReader):
         def __init__(self):
@@ -22,11 +25,16 @@ def onnxruntime_peers(model, data, out):
             row = next(self.rows, None)
             return None if row is None else {name: array[row : row + 1] for name, array in data.items()}
 
+    prepared = out / "prepared.onnx"
+    quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
     for name in ("MinMax", "Percentile", "Entropy"):
+        path = out / f"onnxruntime-{name.lower()}.onnx"
+        if path.exists():
+            continue
         begin = time.time()
         q.quantize_static(
-            model,
-            out / f"onnxruntime-{name.lower()}.onnx",
+            prepared,
+            path.with_suffix(".partial"),
             Reader(),
             quant_format=q.QuantFormat.QDQ,
             per_channel=True,
@@ -34,6 +42,7 @@ def onnxruntime_peers(model, data, out):
             weight_type=q.QuantType.QInt8,
             calibrate_method=q.CalibrationMethod[name],
         )
+        path.with_suffix(".partial").rename(path)
         print(f"onnxruntime-{name.lower()} {time.time() - begin:.0f} s", flush=True)
 
 
@@ -44,13 +53,16 @@ def nncf_peers(model, data, out):
     rows = [{name: array[i : i + 1] for name, array in data.items()} for i in range(size)]
     for preset in (nncf.QuantizationPreset.PERFORMANCE, nncf.QuantizationPreset.MIXED):
         for fast in (True, False):
+            path = out / f"nncf-{preset.value}-{'fast' if fast else 'full'}-bias.onnx"
+            if path.exists():
+                continue
             begin = time.time()
             quantised = nncf.quantize(
                 onnx.load(model), nncf.Dataset(rows), subset_size=size, preset=preset, fast_bias_correction=fast
             )
-            name = f"nncf-{preset.value}-{'fast' if fast else 'full'}-bias"
-            onnx.save(quantised, out / f"{name}.onnx")
-            print(f"{name} {time.time() - begin:.0f} s", flush=True)
+            onnx.save(quantised, path.with_suffix(".partial"))
+            path.with_suffix(".partial").rename(path)
+            print(f"{path.stem} {time.time() - begin:.0f} s", flush=True)
 
 
 def main():
