@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from narrowcast.data.metrics import Metric
 from narrowcast.recipes.budget import Budget, Standing
 from narrowcast.recipes.plan import Plan
 from narrowcast.recipes.recipe import Recipe
@@ -62,6 +63,11 @@ class MetricRecord(_Value):
     name: str
     unit: str
     higher_is_better: bool
+
+    @classmethod
+    def of(cls, metric: Metric) -> MetricRecord:
+        """Return the record of a metric."""
+        return cls(name=metric.name, unit=metric.unit, higher_is_better=metric.higher_is_better)
 
 
 class Environment(_Value):

@@ -27,6 +27,8 @@ Tensors = dict[str, NDArray[Any]]
 
 #: Seconds of interleaved runs, and runs at the least: 40 rounds of 10 support the 99th percentile (368 runs).
 SECONDS, ROUNDS, RUNS = 14.0, 40, 10
+#: The same at the best batch size, where a run takes many times as long: 12 rounds of 3 support the 90th percentile.
+BEST_BATCH_SECONDS, BEST_BATCH_ROUNDS, BEST_BATCH_RUNS = 4.0, 12, 3
 
 
 def measure_pair(
@@ -131,18 +133,25 @@ def size_measurements(sizes: Mapping[str, int]) -> list[Measurement]:
 
 def latency_measurements(timed: Comparison) -> list[Measurement]:
     """Return median and percentiles of ``original`` and ``artifact`` in seconds, and the ratio of the medians."""
-    protocol, found = timed.protocol(), list[Measurement]()
+    protocol = timed.protocol()
+    found = _percentiles(timed, "latency", protocol)
+    ratio = timed.speedup("original", "artifact")
+    return [*found, _measurement("latency_p50", "ratio", ratio, "x", protocol + "; ratio round by round")]
+
+
+def _percentiles(timed: Comparison, measure: str, protocol: str) -> list[Measurement]:
+    """Return median and percentiles in seconds, as far as the number of runs supports them."""
+    found: list[Measurement] = []
     for name, times in timed.times.items():
         median = timed.median(name)
         runs = Estimate(median.value, median.low, median.high, times.size)
-        found.append(_measurement("latency_p50", name, runs, "s", protocol))
+        found.append(_measurement(f"{measure}_p50", name, runs, "s", protocol))
         for q in (90, 99):
             estimate = timed.percentile(name, q)
             if estimate is not None:
                 ends = "interval from order statistics"
-                found.append(_measurement(f"latency_p{q}", name, estimate, "s", f"{protocol}; {ends}"))
-    ratio = timed.speedup("original", "artifact")
-    return [*found, _measurement("latency_p50", "ratio", ratio, "x", protocol + "; ratio round by round")]
+                found.append(_measurement(f"{measure}_p{q}", name, estimate, "s", f"{protocol}; {ends}"))
+    return found
 
 
 def throughput_measurements(
@@ -159,9 +168,17 @@ def throughput_measurements(
     found: list[Measurement] = []
     for name, (size, rate) in best.items():
         found.append(_measurement("throughput", name, rate, "samples/s", protocol))
-        seconds = Estimate(size / rate.value, size / rate.high, size / rate.low, rate.samples)
-        found.append(_measurement("latency_best_batch_p50", name, seconds, "s", protocol))
         found.append(Measurement(measure="best_batch", subject=name, value=size, unit="samples", protocol=protocol))  # type: ignore[arg-type]
+    for size in sorted({size for size, _ in best.values()}):
+        sessions = {name: session for name, session in load(size).items() if best[name][0] == size}
+        timed = compare(
+            sessions,
+            [repeat_to(one, size)],
+            seconds=BEST_BATCH_SECONDS,
+            rounds=BEST_BATCH_ROUNDS,
+            minimum_runs=BEST_BATCH_RUNS,
+        )
+        found += _percentiles(timed, "latency_best_batch", f"batch {size}; {timed.protocol()}")
     ratio = best["artifact"][1].value / best["original"][1].value
     return [*found, Measurement(measure="throughput", subject="ratio", value=ratio, unit="x", protocol=protocol)]
 

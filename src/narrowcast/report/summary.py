@@ -36,11 +36,14 @@ _MEASURES: dict[str, tuple[str, str, str]] = {
     "latency_p99": ("Latency, p99", "faster", "slower"),
     "throughput": ("Throughput", "more", "less"),
     "best_batch": ("Best batch size", "", ""),
-    "latency_best_batch_p50": ("Latency at best batch", "faster", "slower"),
+    "latency_best_batch_p50": ("Latency at best batch", "", ""),
+    "latency_best_batch_p90": ("p90 at best batch", "", ""),
+    "latency_best_batch_p99": ("p99 at best batch", "", ""),
     "peak_memory": ("Peak memory", "less", "more"),
     "added_memory": ("Memory for the graph", "less", "more"),
 }
-_PERCENTILES = ("latency_p50", "latency_p90", "latency_p99")
+_LATENCIES = ("latency_p50", "latency_p90", "latency_p99")
+_BATCH_LATENCIES = ("latency_best_batch_p50", "latency_best_batch_p90", "latency_best_batch_p99")
 # A quotient of these is arithmetic. A quotient of two timings would look like a result and have no interval.
 _EXACT = ("size", "peak_memory")
 
@@ -150,7 +153,8 @@ def _rows(given: _Given) -> list[SummaryRow]:
     to support it. A compression ratio joins the row of the size if that has no ratio of its own.
     """
     present = list(dict.fromkeys(m.measure for m in given.measurements))
-    wanted = [name for name in _MEASURES if name in present or ("latency_p50" in present and name in _PERCENTILES)]
+    percentiles = [name for kind in (_LATENCIES, _BATCH_LATENCIES) if kind[0] in present for name in kind]
+    wanted = [name for name in _MEASURES if name in present or name in percentiles]
     if "compression" in wanted and "size" in present and given.measured("size", "ratio") is None:
         wanted.remove("compression")
     return [_summary_row(given, name) for name in wanted + [name for name in present if name not in _MEASURES]]
@@ -159,7 +163,7 @@ def _rows(given: _Given) -> list[SummaryRow]:
 def _summary_row(given: _Given, measure: str) -> SummaryRow:
     form = _format_of(given, measure)
     pair = [given.measured(measure, subject) for subject in ("original", "artifact")]
-    none = TOO_FEW if measure in _PERCENTILES else text.MISSING
+    none = TOO_FEW if measure in (*_LATENCIES, *_BATCH_LATENCIES) else text.MISSING
     cells = [_cell(found, form) if found else Cell(none) for found in pair]
     counts = list(dict.fromkeys(f"{found.samples:,}" for found in pair if found))
     ratio = given.measured(measure, "ratio")
@@ -224,15 +228,15 @@ def ratio_cell(value: float, low: float | None, high: float | None, better: str,
 def _hint(given: _Given, measure: str) -> str:
     if measure in ("accuracy", "accuracy_drop"):
         return f"{given.metric.name}, report part" if given.metric.name else ""
-    if measure in _PERCENTILES:
+    if measure in _LATENCIES:
         return "" if given.batch is None else f"batch {given.batch}"
-    if measure == "throughput":
+    if measure in ("throughput", *_BATCH_LATENCIES):
         batches = [given.measured("best_batch", subject) for subject in ("original", "artifact")]
         known = list(dict.fromkeys(text.integer(b.value) for b in batches if b and text.finite(b.value)))
-        return f"at its best batch ({' / '.join(known)})" if known else "at its best batch"
+        shown = f" {' / '.join(known)}" if known else ""
+        return f"at its best batch{shown}" if measure == "throughput" else f"batch{shown}"
     return {
         "compression": "times smaller",
-        "latency_best_batch_p50": "median",
         "peak_memory": "of a process that serves it",
         "added_memory": "part of the peak that the graph brings",
     }.get(measure, "")

@@ -92,7 +92,7 @@ def bench(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=manifest.model.model_copy(update={"ref": against}),
         data=manifest.data.model_copy(update={"ref": data, "sha256": samples.sha256, "report": samples.size}),
-        metric=MetricRecord(name=judged.name, unit=judged.unit, higher_is_better=judged.higher_is_better),
+        metric=MetricRecord.of(judged),
         budget=Budget(),
         target=manifest.target,
         environment=environment(),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from narrowcast.artifacts.manifest import Blame, Candidate, Measurement, Verdict
+from narrowcast.artifacts.manifest import Blame, Candidate, Measurement, MetricRecord, Verdict
 from narrowcast.recipes.budget import Standing
+from narrowcast.report import text
 from narrowcast.search.trial import Trial
 
 __all__ = ["verdict_of"]
@@ -53,9 +54,7 @@ def _times(ratio: float, better: str, worse: str) -> str:
 
 
 def _metric(value: float, trial: Trial) -> str:
-    if trial.metric.unit:
-        return f"{value:.1f} {trial.metric.unit}"
-    return f"{value:.1%}" if trial.metric.name in ("top1", "top5", "agreement", "macro-f1") else f"{value:.4g}"
+    return text.accuracy(MetricRecord.of(trial.metric))(value, 0)
 
 
 def _advice(
