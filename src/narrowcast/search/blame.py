@@ -1,113 +1,102 @@
-"""Which operator groups are to blame for the error, from one pass over a few calibration samples.
+"""Where the noise of a quantised graph comes from, tensor by tensor and weight by weight.
 
-Each group is quantised alone in the exact graph and its error is carried to the outputs. This is simulation: it orders the
-groups for the search and never stands as a result.
+Each is rounded alone in the exact graph and its error is carried to the outputs. This is simulation: it guides the search
+and never stands as a result.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from narrowcast.artifacts.manifest import Blame
 from narrowcast.data.dataset import Dataset
-from narrowcast.models.execution import StagedExecutor, session_of
-from narrowcast.models.graph import Graph
 from narrowcast.recipes.target import FusionRules
-from narrowcast.transforms.calibration import calibrate, sample_batch
-from narrowcast.transforms.groups import Group, boundaries, find_groups, quantised_groups, root_of
-from narrowcast.transforms.ranges import METHODS, Quantizer, quantizer_of
-from narrowcast.transforms.rounding import WeightLayout, channel_scales, quantise_weight
-from narrowcast.transforms.walk import noise_share
+from narrowcast.transforms.calibration import sample_batch
+from narrowcast.transforms.groups import root_of
+from narrowcast.transforms.insertion import Disturbance, insertion_noise, rounded_tensor, rounded_weight
+from narrowcast.transforms.operators import Operators
+from narrowcast.transforms.ranges import Quantizer
+from narrowcast.transforms.static_int8 import INSERTION_SAMPLES, Prepared
 
-__all__ = ["GroupBlame", "blame_groups"]
-
-Array = NDArray[Any]
-
-SAMPLES = 6
-CALIBRATION_SAMPLES = 48
+__all__ = ["Source", "blame_of", "noise_sources"]
 
 
 @dataclass(frozen=True)
-class GroupBlame:
-    """A group, the noise that it alone brings to the outputs (as a share of their energy), and its time in FP32."""
+class Source:
+    """One rounding: of a group's weight, or of an activation tensor.
 
-    group: str
-    op_type: str
+    Attributes:
+        noise: Energy that it alone brings to the outputs, as a share of theirs.
+        writer: Group whose weight it is, or that makes the tensor in integers; None for an input of the graph.
+        readers: Groups that read the tensor; none for a weight.
+        elements: Values of the tensor per sample; 0 for a weight.
+    """
+
     noise: float
-    seconds: float
+    writer: str | None
+    readers: tuple[str, ...] = ()
+    elements: int = 0
 
 
-def blame_groups(
-    graph: Graph,
+def noise_sources(
+    prepared: Prepared,
+    quantizers: Mapping[str, Quantizer],
     data: Dataset,
     rules: FusionRules,
     progress: Callable[[float], None] | None = None,
-) -> list[GroupBlame]:
-    """Return the groups by the noise that each alone brings to the outputs, the worst first.
+) -> list[Source]:
+    """Return all roundings of a graph with no group in FP32, in no special order.
 
     Args:
-        graph: The FP32 graph.
+        prepared: The graph as it was quantised.
+        quantizers: Its quantizers.
         data: Calibration samples.
         rules: What the target runtime fuses.
         progress: Called with the share that is done.
     """
-    every = find_groups(graph, rules)
-    groups = {group.name: group for group in quantised_groups(graph, every, rules, frozenset())}
-    producers = graph.producers()
-    roots = {root_of(name, producers, rules) for group in groups.values() for name in group.inputs}
-    executor = StagedExecutor(graph, boundaries(every), roots)
-    quantizers = _quantizers(graph, list(groups.values()), roots, executor, data, rules)
-    feeds = sample_batch(data, SAMPLES)
-    reference = executor.run_from(0, feeds)
-    found: list[GroupBlame] = []
-    tensors = dict(feeds)
-    for index, stage in enumerate(executor.stages):
-        begin = time.perf_counter()
-        made = executor.run_stage(index, tensors)
-        seconds = (time.perf_counter() - begin) / SAMPLES
-        group = groups.get(stage.name)
-        if group is not None:
-            disturbed = _alone(
-                graph, group, tensors, quantizers, {n: root_of(n, producers, rules) for n in group.inputs}
-            )
-            if group.output in quantizers and group.op_type in rules.integer_output | rules.elementwise | rules.pooling:
-                disturbed = quantizers[group.output].apply(disturbed)
-            outputs = executor.run_from(index + 1, tensors | made | {group.output: disturbed})
-            noise = sum(noise_share(reference[name], outputs[name]) for name in reference)
-            found.append(GroupBlame(group.name, group.op_type, noise, seconds))
-        tensors |= made
-        executor.free(index, tensors)
-        if progress is not None:
-            progress((index + 1) / len(executor.stages))
+    operators, producers = Operators(prepared.graph), prepared.graph.producers()
+    disturbances: dict[str, list[Disturbance]] = {}
+    about: dict[str, list[tuple[str | None, tuple[str, ...], str | None]]] = {}
+    makers = {group.output: group.name for group in prepared.groups}
+    readers: dict[str, list[str]] = {}
+    for group in prepared.groups:
+        for name in group.inputs:
+            readers.setdefault(root_of(name, producers, rules), []).append(group.name)
+        if group.kind == "linear":
+            disturbances.setdefault(group.output, []).append(rounded_weight(operators, group))
+            about.setdefault(group.output, []).append((group.name, (), None))
+    for tensor in prepared.tensors & quantizers.keys():
+        disturbances.setdefault(tensor, []).append(rounded_tensor(tensor, quantizers[tensor]))
+        about.setdefault(tensor, []).append((makers.get(tensor), tuple(readers.get(tensor, ())), tensor))
+    noise = insertion_noise(prepared.executor, sample_batch(data, INSERTION_SAMPLES), disturbances, progress)
+    sample = sample_batch(data, 1)
+    sizes = {name: values.size for name, values in sample.items()}
+    for _, alive in prepared.executor.walk(sample):
+        sizes |= {name: values.size for name, values in alive.items()}
+    return [
+        Source(value, writer, read, 0 if tensor is None else sizes[tensor])
+        for name, values in noise.items()
+        for value, (writer, read, tensor) in zip(values, about[name], strict=True)
+    ]
+
+
+def blame_of(prepared: Prepared, sources: list[Source], seconds: Mapping[str, float]) -> list[Blame]:
+    """Return the blame of each group, the worst first: what its weight brings, and the tensor that it makes.
+
+    An input of the graph is the blame of the groups that read it.
+
+    Args:
+        prepared: The graph as it was quantised.
+        sources: Its roundings.
+        seconds: Time of each group in FP32 on the target runtime, where it is known.
+    """
+    noise = {group.name: 0.0 for group in prepared.groups}
+    for source in sources:
+        for name in source.readers if source.writer is None else (source.writer,):
+            noise[name] += source.noise
+    found = [
+        Blame(group=g.name, op_type=g.op_type, noise=noise[g.name], seconds=seconds.get(g.name, 0.0))
+        for g in prepared.groups
+    ]
     return sorted(found, key=lambda item: -item.noise)
-
-
-def _quantizers(
-    graph: Graph, groups: list[Group], roots: set[str], executor: StagedExecutor, data: Dataset, rules: FusionRules
-) -> dict[str, Quantizer]:
-    tensors = roots | {group.output for group in groups}
-    few = data.take(np.unique(np.linspace(0, data.size - 1, min(data.size, CALIBRATION_SAMPLES)).astype(np.int64)))
-    statistics = calibrate(executor, few, tensors)
-    return {name: quantizer_of(*METHODS["mse"](s), rules.signed_activations, "mse") for name, s in statistics.items()}
-
-
-def _alone(
-    graph: Graph, group: Group, tensors: dict[str, Array], quantizers: dict[str, Quantizer], roots: dict[str, str]
-) -> Array:
-    """Return a group's output when it alone reads quantised inputs through quantised weights."""
-    nodes = {node.name: node for node in graph.nodes}
-    feeds = {n: quantizers[roots[n]].apply(tensors[n]) if roots[n] in quantizers else tensors[n] for n in group.inputs}
-    constants = dict(graph.constants)
-    if group.weight is not None:
-        layout = WeightLayout.of(nodes[group.name], constants[group.weight])
-        matrix = layout.to_matrix(constants[group.weight])
-        scale = channel_scales(matrix)
-        constants[group.weight] = layout.from_matrix(quantise_weight(matrix, scale) * scale)
-    inner = Graph(graph.nodes, constants, [], [], graph.values, graph.opsets)
-    session = session_of(inner.subgraph([nodes[name] for name in group.nodes], [group.output]))
-    return np.asarray(session.run(None, feeds)[0])

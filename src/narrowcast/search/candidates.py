@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from narrowcast.artifacts.manifest import Blame, Candidate
+from narrowcast.artifacts.manifest import Candidate
 from narrowcast.models.graph import Graph
 from narrowcast.recipes.recipe import DynamicInt8, Float16Weights, Optimise, Recipe, StaticInt8, WeightOnlyInt8
 
-__all__ = ["MATMUL_HEAVY", "MixedSearch", "first_recipes", "nearest", "preferred"]
+__all__ = ["FULL", "MATMUL_HEAVY", "first_recipes", "nearest", "preferred"]
 
 #: Share of the weights in matrix products from which dynamic INT8 is worth a try.
 MATMUL_HEAVY = 0.3
+#: Name of the candidate with every operator in static INT8.
 FULL = "int8"
 
 
@@ -63,54 +64,3 @@ def nearest(candidates: list[Candidate], minimise: str) -> Candidate | None:
 
     built = [candidate for candidate in candidates if not candidate.failure]
     return min(built, key=lambda c: (excess(c), _objective(c, minimise)), default=None)
-
-
-class MixedSearch:
-    """Searches for the fewest groups to put back to FP32: a bisection along the blame order.
-
-    Groups are ordered by the noise that they bring to the outputs for each second that they would cost in FP32. The first
-    step takes the number of groups after which the remaining noise should fit the budget, taking the metric's drop to grow
-    with the amplitude of the noise; later steps halve the interval between the largest number known to be too few and
-    the smallest known to be enough.
-    """
-
-    def __init__(self, step: StaticInt8, blame: list[Blame], drop: float, allowed: float) -> None:
-        """Order the groups.
-
-        Args:
-            step: The step that quantised all groups.
-            blame: Blame of each group.
-            drop: Measured drop of the metric with all groups in INT8.
-            allowed: Drop that the budget allows.
-        """
-        floor = max((item.seconds for item in blame), default=0.0) * 0.02 + 1e-9
-        self.order = sorted(blame, key=lambda item: -item.noise / (item.seconds + floor))
-        self.step = step
-        self.too_few, self.enough = 0, len(self.order)
-        total = sum(item.noise for item in blame)
-        wanted = total * (allowed / drop) ** 2 if drop > 0 else total
-        self._first, left = len(self.order) - 1, total
-        for number, item in enumerate(self.order, start=1):
-            left -= item.noise
-            if left <= wanted:
-                self._first = number
-                break
-        self._first = min(max(self._first, 1), max(len(self.order) - 1, 1))
-        self._started = False
-
-    def next(self) -> Recipe | None:
-        """Return the next recipe, or None when the boundary is found."""
-        if self.enough - self.too_few <= 1:
-            return None
-        number = (self.too_few + self.enough) // 2 if self._started else self._first
-        self._started = True
-        self._number = number
-        keep = frozenset(item.group for item in self.order[:number])
-        return Recipe(name=f"{FULL}-float{number}", steps=(self.step.model_copy(update={"keep_float": keep}),))
-
-    def tell(self, accurate: bool) -> None:
-        """Say whether the last recipe kept the accuracy limit."""
-        if accurate:
-            self.enough = self._number
-        else:
-            self.too_few = self._number

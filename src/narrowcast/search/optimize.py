@@ -10,7 +10,6 @@ from pathlib import Path
 
 from narrowcast._version import __version__
 from narrowcast.artifacts.manifest import (
-    Blame,
     Candidate,
     DataRecord,
     Evidence,
@@ -30,12 +29,13 @@ from narrowcast.measure.suite import measure_pair
 from narrowcast.models.graph import attribute
 from narrowcast.models.loaders import load_model
 from narrowcast.recipes.budget import Budget
-from narrowcast.recipes.recipe import Recipe, StaticInt8
+from narrowcast.recipes.recipe import Recipe
 from narrowcast.recipes.target import Target
 from narrowcast.runtimes import OperatorTime, get_runtime
-from narrowcast.search.blame import blame_groups
-from narrowcast.search.candidates import FULL, MixedSearch, first_recipes, nearest, preferred
+from narrowcast.search.candidates import FULL, first_recipes, nearest, preferred
+from narrowcast.search.diagnosis import diagnose, static_step
 from narrowcast.search.final import write_artifact
+from narrowcast.search.mixed import MixedSearch, fastest, float_recipe
 from narrowcast.search.progress import Progress, Silent
 from narrowcast.search.trial import Trial, standings_of
 from narrowcast.search.verdict import verdict_of
@@ -160,13 +160,19 @@ def _prepare(
 
 def _search(trial: Trial) -> list[Finished]:
     finished: list[Finished] = []
-    for recipe in first_recipes(trial.model.graph):
+    recipes = list(first_recipes(trial.model.graph))
+    for recipe in recipes:
         finished.append(_run(trial, recipe))
         full = finished[-1].candidate
+        if recipe.name != FULL or full.failure:
+            continue
+        trial.memory.recall(finished[-1].plan, signed=trial.runtime.rules.signed_activations)
+        left = MAX_EVALUATIONS - len(recipes)
         unmet = not any(done.candidate.feasible for done in finished)
-        if recipe.name == FULL and unmet and not full.failure and not _accurate(full):
-            reserved = sum(1 for _ in first_recipes(trial.model.graph))
-            finished += _mixed(trial, finished[-1], MAX_EVALUATIONS - reserved)
+        if unmet and not _accurate(full):
+            finished += _mixed(trial, finished[-1], left)
+        elif trial.budget.minimise == "latency":
+            finished += _faster(trial, finished[-1])
     return finished
 
 
@@ -189,22 +195,12 @@ def _accurate(candidate: Candidate) -> bool:
 
 def _mixed(trial: Trial, full: Finished, evaluations: int) -> list[Finished]:
     """Put the groups to blame back to FP32 until the accuracy limit holds, with as few evaluations as possible."""
-    blame = trial.workspace.blame
-    if blame is None:
-        found = blame_groups(
-            trial.model.graph,
-            trial.splits.calibration,
-            trial.runtime.rules,
-            lambda share: trial.progress.stage("finding the operators to blame", share),
-        )
-        blame = [Blame(group=b.group, op_type=b.op_type, noise=b.noise, seconds=b.seconds) for b in found]
-        trial.workspace.blame = blame
-    trial.memory.recall(full.plan, signed=trial.runtime.rules.signed_activations)
+    path = diagnose(trial, full).path
     limit = next(s.limit for s in full.candidate.standings if s.limit.measure == "accuracy")
     original = trial.judge.original.value
     sign = 1 if trial.metric.higher_is_better else -1
-    step = next(s for s in full.plan.recipe.steps if isinstance(s, StaticInt8))
-    search = MixedSearch(step, blame, sign * (original - full.candidate.accuracy), sign * (original - limit.bound))
+    drop, allowed = sign * (original - full.candidate.accuracy), sign * (original - limit.bound)
+    search = MixedSearch(static_step(full), path, drop, allowed)
     finished: list[Finished] = []
     for _ in range(evaluations):
         recipe = search.next()
@@ -213,6 +209,14 @@ def _mixed(trial: Trial, full: Finished, evaluations: int) -> list[Finished]:
         finished.append(_run(trial, recipe))
         search.tell(not finished[-1].candidate.failure and _accurate(finished[-1].candidate))
     return finished
+
+
+def _faster(trial: Trial, full: Finished) -> list[Finished]:
+    """Put back to FP32 what the target runtime computes faster so, if that is worth an evaluation."""
+    found = fastest(diagnose(trial, full).path)
+    if found is None:
+        return []
+    return [_run(trial, float_recipe(static_step(full), found))]
 
 
 def _choose(trial: Trial, finished: list[Finished]) -> Finished:
@@ -280,7 +284,11 @@ def _evidence(
         },
     )
     kept = {operator.group for operator in chosen.plan.operators if operator.format == "fp32"}
-    blame = [item.model_copy(update={"kept_float": item.group in kept}) for item in trial.workspace.blame or []]
+    blame = (
+        [item.model_copy(update={"kept_float": item.group in kept}) for item in trial.workspace.diagnosis.blame]
+        if trial.workspace.diagnosis
+        else []
+    )
     candidates = tuple(done.candidate for done in finished)
     verdict: Verdict = verdict_of(trial, chosen.candidate, candidates, standings, measurements, blame)
     return Evidence(
@@ -298,9 +306,7 @@ def _evidence(
             report=splits.report.size,
             note=splits.report.note,
         ),
-        metric=MetricRecord(
-            name=trial.metric.name, unit=trial.metric.unit, higher_is_better=trial.metric.higher_is_better
-        ),
+        metric=MetricRecord.of(trial.metric),
         budget=trial.budget,
         target=trial.target,
         environment=environment(),

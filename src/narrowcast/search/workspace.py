@@ -10,10 +10,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from narrowcast.artifacts.manifest import Blame, Candidate, Histogram
+from narrowcast.artifacts.manifest import Candidate, Histogram
 from narrowcast.artifacts.store import write_atomic
 from narrowcast.errors import OutputError
 from narrowcast.recipes.plan import Plan
+from narrowcast.search.mixed import Diagnosis
 
 __all__ = ["Finished", "Workspace"]
 
@@ -33,7 +34,7 @@ class _State(BaseModel):
 
     fingerprint: str
     finished: list[Finished] = Field(default_factory=list[Finished])
-    blame: list[Blame] | None = None
+    diagnosis: Diagnosis | None = None
 
 
 class Workspace:
@@ -106,15 +107,15 @@ class Workspace:
         self._save()
 
     @property
-    def blame(self) -> list[Blame] | None:
-        """The blame table, once it was made."""
+    def diagnosis(self) -> Diagnosis | None:
+        """The diagnosis, once it was made."""
         assert self.state is not None
-        return self.state.blame
+        return self.state.diagnosis
 
-    @blame.setter
-    def blame(self, table: list[Blame]) -> None:
+    @diagnosis.setter
+    def diagnosis(self, found: Diagnosis) -> None:
         assert self.state is not None
-        self.state.blame = table
+        self.state.diagnosis = found
         self._save()
 
     def fresh(self, name: str) -> Path:

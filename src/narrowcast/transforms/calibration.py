@@ -12,10 +12,12 @@ from narrowcast.data.dataset import Dataset, Tensors
 from narrowcast.models.execution import StagedExecutor
 from narrowcast.transforms.ranges import TensorStatistics
 
-__all__ = ["calibrate", "live_bytes", "sample_batch"]
+__all__ = ["calibrate", "live_bytes", "sample_batch", "walk_samples"]
 
 #: Samples that run through the graph at once.
 BATCH = 8
+#: Bytes that samples may take that go through the graph together.
+WALK_BYTES = 800_000_000
 
 
 def calibrate(
@@ -48,6 +50,12 @@ def _update(statistics: dict[str, TensorStatistics], values: Tensors) -> None:
 def live_bytes(executor: StagedExecutor, sample: Tensors) -> int:
     """Return the most bytes of tensors alive at once while one sample runs through the stages."""
     return max(sum(value.nbytes for value in alive.values()) for _, alive in executor.walk(sample))
+
+
+def walk_samples(executor: StagedExecutor, data: Dataset, most: int) -> Tensors:
+    """Return at most so many samples, spread evenly, as fit in memory with two values of all tensors alive together."""
+    fitting = int(WALK_BYTES / (2 * live_bytes(executor, sample_batch(data, 1))))
+    return sample_batch(data, max(2, min(most, data.size, fitting)))
 
 
 def sample_batch(data: Dataset, count: int) -> dict[str, NDArray[Any]]:

@@ -10,7 +10,7 @@ import onnx
 from narrowcast.models.graph import Graph, attribute
 from narrowcast.recipes.target import FusionRules
 
-__all__ = ["Group", "activation_bounds", "boundaries", "find_groups", "quantised_groups", "root_of"]
+__all__ = ["Group", "activation_bounds", "boundaries", "find_groups", "quantised_groups", "root_of", "rounded_tensors"]
 
 Kind = Literal["linear", "elementwise", "pooling"]
 
@@ -157,3 +157,10 @@ def quantised_groups(graph: Graph, groups: list[Group], rules: FusionRules, keep
         if group.kind != "linear" or group.op_type in rules.integer_output:
             integer.add(group.output)
     return chosen
+
+
+def rounded_tensors(graph: Graph, groups: list[Group], rules: FusionRules) -> set[str]:
+    """Return the tensors that get a quantizer when some groups compute in integers."""
+    producers = graph.producers()
+    read = {root_of(name, producers, rules) for group in groups for name in group.inputs}
+    return read | {g.output for g in groups if g.kind != "linear" or g.op_type in rules.integer_output}

@@ -119,6 +119,12 @@ class TensorStatistics:
         np.clip(places, 0, BINS - 1, out=places)
         self.counts += np.bincount(places, minlength=BINS)
 
+    def cover(self, channel_low: Array, channel_high: Array) -> None:
+        """Take over the extremes of each channel that other samples, which the histogram does not know, have reached."""
+        self.channel_low, self.channel_high = channel_low, channel_high
+        self.low, self.high = float(channel_low.min()), float(channel_high.max())
+        self._widen(max(abs(self.low), abs(self.high)))
+
     def _widen(self, reach: float) -> None:
         if self.reach == 0.0:
             self.reach = float(2.0 ** np.ceil(np.log2(max(reach, 1e-30))))

@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 #: Largest magnitude of a weight code; -128 stays unused so that the range is symmetric.
 LARGEST = 127
 #: Output positions that the second moments are taken over: this many per input of the operator, within bounds.
-ROWS_PER_INPUT, FEWEST_ROWS, MOST_ROWS = 40, 1000, 16384
+ROWS_PER_INPUT, FEWEST_ROWS, MOST_ROWS = 60, 4000, 16384
 #: Positions per input below which the least-squares shift of weights is trusted less in proportion.
 ENOUGH_ROWS = 16
 #: Up to this many inputs per group, many scales are tried and codes are settled by coordinate descent.

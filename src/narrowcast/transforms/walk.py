@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narrowcast.data.dataset import Tensors
-from narrowcast.models.execution import StagedExecutor, session_of
+from narrowcast.models.execution import StagedExecutor
 from narrowcast.models.graph import Graph
 from narrowcast.recipes.plan import OperatorPlan, TensorRange
 from narrowcast.recipes.recipe import StaticInt8
 from narrowcast.recipes.target import FusionRules
 from narrowcast.transforms.groups import Group, root_of
+from narrowcast.transforms.insertion import noise_share
+from narrowcast.transforms.operators import Operators, channel_axis, mean_error
 from narrowcast.transforms.qdq import QuantizedWeight
 from narrowcast.transforms.ranges import METHODS, Quantizer, TensorStatistics, quantizer_of
 from narrowcast.transforms.rounding import (
@@ -33,7 +35,7 @@ from narrowcast.transforms.rounding import (
     reconstruct,
 )
 
-__all__ = ["Progress", "Walk", "noise_share", "sqnr_db"]
+__all__ = ["Progress", "Walk", "silent", "sqnr_db"]
 
 Array = NDArray[Any]
 Progress = Callable[[str, float], None]
@@ -55,7 +57,7 @@ class Walk:
         every: All groups of the graph.
         groups: Those that will compute in integers.
         executor: The graph, cut at the groups.
-        statistics: Statistics of the tensors that get a quantizer.
+        statistics: Statistics of the tensors that get a quantizer; without any, weights alone are rounded.
         step: What to do.
         rules: What the target runtime fuses.
         feeds: The samples that the walk looks at.
@@ -84,7 +86,7 @@ class Walk:
     def run(self, report: Progress) -> None:
         """Walk through the stages once, settling each group as it comes."""
         self.by_stage = {group.name: group for group in self.groups}
-        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.runner = Operators(self.graph)
         self.producers = self.graph.producers()
         few = {name: value[:JUDGE_SAMPLES] if value.ndim else value for name, value in self.feeds.items()}
         self.reference = self.executor.run_from(0, few)
@@ -110,46 +112,29 @@ class Walk:
     # Operators ----------------------------------------------------------------------------------------------------
 
     def _input(self, tensor: str, quantised: Tensors) -> Array:
-        """Return a tensor as an integer kernel reads it."""
-        return self.quantizers[root_of(tensor, self.producers, self.rules)].apply(quantised[tensor])
+        """Return a tensor as the kernel reads it."""
+        quantizer = self.quantizers.get(root_of(tensor, self.producers, self.rules))
+        return quantised[tensor] if quantizer is None else quantizer.apply(quantised[tensor])
 
     def _run_group(self, group: Group, exact: Tensors, quantised: Tensors) -> Array:
         feeds = {name: self._input(name, quantised) for name in group.inputs}
         if group.kind != "linear":
-            return np.asarray(self._session(group, self.graph.constants, group.output).run(None, feeds)[0])
+            return self.runner.run(group, feeds)
         weight = self._round_weight(group, exact, feeds[group.inputs[0]])
-        constants = self.graph.constants | {group.weight or "": weight.dequantise()}
-        name = self._before_activation(group)
-        raw = self._session(group, constants, name).run(None, feeds)[0]
+        raw = self.runner.before_activation(group, feeds, weight.dequantise())
         if self.step.bias_correction:
-            axes = tuple(axis for axis in range(raw.ndim) if axis != self._channel_axis(group, raw))
-            full = self._session(group, self.graph.constants, name).run(None, {n: exact[n] for n in group.inputs})[0]
-            shift = (full.mean(axes, dtype=np.float64) - raw.mean(axes, dtype=np.float64)).astype(np.float32)
+            full = self.runner.before_activation(group, {name: exact[name] for name in group.inputs})
+            shift = mean_error(group, full, raw)
             bias = weight.bias if weight.bias is not None else np.zeros(len(shift), np.float32)
             weight = QuantizedWeight(weight.codes, weight.scale, weight.axis, bias + shift)
             shape = [1] * raw.ndim
-            shape[self._channel_axis(group, raw)] = -1
+            shape[channel_axis(group, raw)] = -1
             raw = raw + shift.reshape(shape)
         self.weights[group.name] = weight
-        for name in group.activations:
-            node = self.nodes[name]
-            session = session_of(self.graph.subgraph([node], [node.output[0]]))
-            raw = session.run(None, {session.get_inputs()[0].name: raw})[0]
-        return np.asarray(raw)
-
-    def _channel_axis(self, group: Group, array: Array) -> int:
-        return 1 if group.op_type == "Conv" else array.ndim - 1
-
-    def _before_activation(self, group: Group) -> str:
-        return self.nodes[[name for name in group.nodes if name not in group.activations][-1]].output[0]
-
-    def _session(self, group: Group, constants: dict[str, Array], output: str) -> Any:
-        graph = Graph(self.graph.nodes, constants, [], [], self.graph.values, self.graph.opsets)
-        names = group.nodes if output == group.output else [n for n in group.nodes if n not in group.activations]
-        return session_of(graph.subgraph([self.nodes[name] for name in names], [output]))
+        return self.runner.activate(group, raw)
 
     def _round_weight(self, group: Group, exact: Tensors, seen: Array) -> QuantizedWeight:
-        node = self.nodes[group.name]
+        node = self.runner.nodes[group.name]
         weight = self.graph.constants[group.weight or ""]
         layout = WeightLayout.of(node, weight)
         matrix = layout.to_matrix(weight)
@@ -227,7 +212,7 @@ class Walk:
         return [self._operator(group, group.name in chosen) for group in self.every]
 
     def _operator(self, group: Group, quantised: bool) -> OperatorPlan:
-        fused = tuple(self.nodes[name].op_type for name in group.nodes[1:])
+        fused = tuple(self.runner.nodes[name].op_type for name in group.nodes[1:])
         remedies: list[str] = []
         if quantised and group.kind == "linear":
             names = (group.name, *group.inputs, group.output)
@@ -261,12 +246,8 @@ class Walk:
         ]
 
 
-def noise_share(exact: Array, other: Array) -> float:
-    """Return the energy of the difference as a share of the energy of the signal."""
-    if exact.dtype.kind != "f" or exact.size == 0:
-        return 0.0
-    signal, difference = exact.reshape(-1), (exact - other).reshape(-1)
-    return float(np.vdot(difference, difference)) / max(float(np.vdot(signal, signal)), 1e-30)
+def silent(name: str, share: float) -> None:
+    """Do nothing: the progress that nobody looks at."""
 
 
 def sqnr_db(exact: Array, other: Array) -> float:

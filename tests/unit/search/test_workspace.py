@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,20 @@ from narrowcast.errors import OutputError
 from narrowcast.recipes.plan import Plan
 from narrowcast.recipes.recipe import Recipe, StaticInt8
 from narrowcast.recipes.target import Target
+from narrowcast.search.mixed import Diagnosis, FloatStep
 from narrowcast.search.workspace import Finished, Workspace
 
+DIAGNOSIS = Diagnosis(
+    blame=(
+        Blame(group="a", op_type="Conv", noise=math.inf, seconds=0.2),
+        Blame(group="b", op_type="Add", noise=0.1, seconds=0.0),
+    ),
+    path=(
+        FloatStep(keep=(), noise=math.inf, seconds=1e-3),
+        FloatStep(keep=("a",), noise=1 / 3, seconds=2e-3),
+        FloatStep(keep=("a", "b"), noise=0.0, seconds=3e-3),
+    ),
+)
 PRINT = {"model": "abc", "seed": 0}
 
 
@@ -26,14 +39,15 @@ def test_what_was_finished_is_found_again_by_the_same_request(tmp_path: Path) ->
     first.graph("int8").write_bytes(b"graph")
     first.finish(finished("int8", accuracy=0.9))
     first.finish(finished("fp32", failure="refused"))
-    first.blame = [Blame(group="a", op_type="Conv", noise=0.1, seconds=0.2)]
+    assert first.diagnosis is None
+    first.diagnosis = DIAGNOSIS
     again = Workspace(tmp_path / "out", dict(reversed(PRINT.items())))
     assert again.resumed == 2
     found = again.find("int8")
     assert found is not None
     assert found.candidate.accuracy == 0.9
     assert again.find("other") is None
-    assert again.blame == first.blame
+    assert again.diagnosis == DIAGNOSIS
     assert again.graph("int8").read_bytes() == b"graph"
 
 
@@ -42,8 +56,10 @@ def test_another_request_starts_afresh(tmp_path: Path, other: dict[str, object])
     first = Workspace(tmp_path / "out", PRINT)
     first.graph("int8").write_bytes(b"graph")
     first.finish(finished("int8"))
+    first.diagnosis = DIAGNOSIS
     again = Workspace(tmp_path / "out", other)
     assert again.resumed == 0
+    assert again.diagnosis is None
     assert not again.graph("int8").exists()
 
 

@@ -235,3 +235,17 @@ def test_entropy_cuts_a_long_thin_tail_and_keeps_the_body() -> None:
     assert high < 30
     assert high > 2.5
     assert low < -2.5
+
+
+def test_extremes_of_other_samples_are_covered_without_touching_what_was_counted() -> None:
+    values = RNG.normal(size=(4, 3, 5, 5)).astype(np.float32)
+    seen = TensorStatistics()
+    seen.update(values, channel_axis=1)
+    centres = seen.centres()
+    mean = float(seen.counts @ centres / seen.counts.sum())
+    low, high = np.array([-9.0, -1.0, -2.0]), np.array([1.0, 40.0, 3.0])
+    seen.cover(low, high)
+    assert METHODS["minmax"](seen) == (-9.0, 40.0)
+    assert seen.reach > 40
+    assert seen.counts.sum() == values.size
+    assert float(seen.counts @ seen.centres() / seen.counts.sum()) == pytest.approx(mean, abs=2 * seen.reach / 8192)
