@@ -14,8 +14,9 @@ from narrowcast.recipes.target import FusionRules
 from narrowcast.transforms.dynamic_int8 import quantise_dynamic
 from narrowcast.transforms.groups import find_groups
 from narrowcast.transforms.static_int8 import Memory, quantise_static
-from narrowcast.transforms.walk import Progress
-from narrowcast.transforms.weights import store_float16, store_int8
+from narrowcast.transforms.walk import Progress, silent
+from narrowcast.transforms.weight_only import quantise_weights
+from narrowcast.transforms.weights import store_float16
 
 __all__ = ["Built", "Histograms", "apply_recipe"]
 
@@ -79,9 +80,9 @@ def _float16(
 
 
 def _weight_only(
-    graph: Graph, data: Dataset, step: WeightOnlyInt8, rules: FusionRules, progress: Any, memory: Any
+    graph: Graph, data: Dataset, step: WeightOnlyInt8, rules: FusionRules, progress: Progress | None, memory: Any
 ) -> Built:
-    return Built(*store_int8(graph))
+    return Built(*quantise_weights(graph, data, rules, progress or silent))
 
 
 def _dynamic(graph: Graph, data: Dataset, step: DynamicInt8, rules: FusionRules, progress: Any, memory: Any) -> Built:

@@ -6,11 +6,16 @@ would widen them anew for every input.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 
 from narrowcast.models.graph import Graph, attribute, make_node
 from narrowcast.recipes.plan import OperatorPlan
+from narrowcast.transforms.groups import Group
+from narrowcast.transforms.qdq import QuantizedWeight
 from narrowcast.transforms.rounding import WeightLayout, channel_scales, quantise_weight
 
 __all__ = ["SMALLEST", "store_float16", "store_int8", "store_tables"]
@@ -52,29 +57,52 @@ def store_float16(graph: Graph) -> tuple[Graph, list[OperatorPlan]]:
     return graph, plans
 
 
-def store_int8(graph: Graph) -> tuple[Graph, list[OperatorPlan]]:
-    """Return a graph whose weights are stored in INT8 with a scale per output channel (per row for lookup tables)."""
+def store_int8(graph: Graph, settled: Sequence[tuple[Group, QuantizedWeight]] = ()) -> tuple[Graph, list[OperatorPlan]]:
+    """Return a graph whose weights are stored in INT8 with a scale per output channel (per row for lookup tables).
+
+    Args:
+        graph: The FP32 graph.
+        settled: Groups whose codes and biases were settled already; other weights are rounded to nearest.
+    """
     graph = graph.copy()
     plans: list[OperatorPlan] = []
     nodes = {node.name: node for node in graph.nodes}
+    readers = Counter(name for node in graph.nodes for name in node.input)
+    known = {group.weight: (group, weight) for group, weight in settled if readers[group.weight or ""] == 1}
     for name, reader in _weights(graph).items():
         node, weight = nodes[reader], graph.constants[name]
         if node.op_type == "ConvTranspose" or (node.op_type == "MatMul" and weight.ndim != 2):
             plans.append(_plan(node.op_type, reader, "fp32"))
             continue
-        plans.append(_plan(node.op_type, reader, "int8"))
+        remedies: tuple[str, ...] = ()
         if node.op_type == "Gather":
             _store_table(graph, name)
-            continue
-        layout = WeightLayout.of(node, weight)
-        matrix = layout.to_matrix(weight)
-        scale = channel_scales(matrix)
-        codes = layout.from_matrix(quantise_weight(matrix, scale))
-        shape = [1] * weight.ndim
-        shape[layout.axis] = -1
-        _widen(graph, name, codes, scale.reshape(shape).astype(np.float32))
+        else:
+            layout = WeightLayout.of(node, weight)
+            if name in known:
+                group, found = known[name]
+                codes, scale = found.codes, found.scale
+                remedies = ("weights reconstructed", *_correct_bias(graph, nodes, group, found))
+            else:
+                matrix = layout.to_matrix(weight)
+                scale = channel_scales(matrix)
+                codes = layout.from_matrix(quantise_weight(matrix, scale))
+            shape = [1] * weight.ndim
+            shape[layout.axis] = -1
+            _widen(graph, name, codes, scale.reshape(shape).astype(np.float32))
+        plans.append(_plan(node.op_type, reader, "int8").model_copy(update={"remedies": remedies}))
     graph.remove_unused()
     return graph, plans
+
+
+def _correct_bias(graph: Graph, nodes: dict[str, NodeProto], group: Group, weight: QuantizedWeight) -> tuple[str, ...]:
+    """Write a group's corrected bias, if it has one to correct."""
+    if group.bias is None or weight.bias is None:
+        return ()
+    node = nodes[group.bias_node or group.name]
+    position = list(node.input).index(group.bias)
+    node.input[position] = graph.constant(f"{group.bias}::corrected_{group.name}", weight.bias)
+    return ("bias corrected",)
 
 
 def _widen(graph: Graph, name: str, codes: np.ndarray, scale: np.ndarray) -> None:
