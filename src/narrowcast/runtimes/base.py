@@ -57,6 +57,8 @@ class Runtime(ABC):
     #: Extra that installs it, as in ``pip install 'narrowcast[EXTRA]'``; empty for the core.
     extra: str
     rules: FusionRules
+    #: Types of the kernels that turn FP32 into integers, as profiles call them.
+    conversions: frozenset[str]
 
     @abstractmethod
     def version(self) -> str:

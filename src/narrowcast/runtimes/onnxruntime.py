@@ -44,6 +44,7 @@ class OnnxRuntime(Runtime):
     name = "onnxruntime"
     extra = ""
     rules = FusionRules()
+    conversions = frozenset({"QuantizeLinear"})
 
     def version(self) -> str:
         return ort.__version__

@@ -41,6 +41,7 @@ class OpenVino(Runtime):
     name = "openvino"
     extra = "openvino"
     rules = FusionRules()
+    conversions = frozenset({"FakeQuantize"})
 
     def version(self) -> str:
         return str(_module().__version__).partition("-")[0]

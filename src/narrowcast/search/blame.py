@@ -66,7 +66,7 @@ def noise_sources(
         if group.kind == "linear":
             disturbances.setdefault(group.output, []).append(rounded_weight(operators, group))
             about.setdefault(group.output, []).append((group.name, (), None))
-    for tensor in prepared.tensors & quantizers.keys():
+    for tensor in sorted(prepared.tensors & quantizers.keys()):
         disturbances.setdefault(tensor, []).append(rounded_tensor(tensor, quantizers[tensor]))
         about.setdefault(tensor, []).append((makers.get(tensor), tuple(readers.get(tensor, ())), tensor))
     noise = insertion_noise(prepared.executor, sample_batch(data, INSERTION_SAMPLES), disturbances, progress)

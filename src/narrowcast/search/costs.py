@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from narrowcast.runtimes import OperatorTime
@@ -14,7 +14,6 @@ __all__ = ["Costs", "times_by_group"]
 #: A conversion between integers and FP32 costs its own node and, in the kernels around it, a change of memory layout that
 #: takes about as long again.
 CONVERSION_FACTOR = 2.0
-_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Costs:
     Attributes:
         fp32: Time of each group in FP32.
         int8: Time of each group in INT8.
-        conversion: Time to turn one value from integer to FP32 or back.
+        conversion: Time to turn one value of each sample from FP32 to an integer or back.
     """
 
     fp32: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -37,7 +36,10 @@ class Costs:
         groups: Sequence[Group],
         original: Sequence[OperatorTime],
         quantised: Sequence[OperatorTime],
+        *,
+        conversions: Collection[str],
         converted: int,
+        others: Collection[str] = (),
     ) -> Costs:
         """Return the costs that two profiles tell.
 
@@ -45,14 +47,18 @@ class Costs:
             groups: The groups of the graph.
             original: Profile of the FP32 graph.
             quantised: Profile of the graph with no group in FP32.
-            converted: Values that the quantised graph converts in one run.
+            conversions: Types of the kernels that turn FP32 into integers.
+            converted: Values of each sample that they turn.
+            others: Names of nodes and tensors that belong to no group.
         """
-        seconds = sum(item.seconds for item in quantised if item.op_type in _CONVERSIONS)
+        seconds = sum(item.seconds for item in quantised if item.op_type in conversions)
         each = CONVERSION_FACTOR * seconds / converted if converted else 0.0
-        return cls(times_by_group(groups, original), times_by_group(groups, quantised), each)
+        return cls(times_by_group(groups, original, others), times_by_group(groups, quantised, others), each)
 
 
-def times_by_group(groups: Sequence[Group], times: Sequence[OperatorTime]) -> dict[str, float]:
+def times_by_group(
+    groups: Sequence[Group], times: Sequence[OperatorTime], others: Collection[str] = ()
+) -> dict[str, float]:
     """Return the time of each group that a profile shows.
 
     Runtimes name a kernel after a node or after the tensor that it makes, with additions of their own
@@ -64,8 +70,10 @@ def times_by_group(groups: Sequence[Group], times: Sequence[OperatorTime]) -> di
     found: dict[str, float] = {}
     for item in times:
         name = item.name.removeprefix("fused ")
-        while name and name not in owners:
-            name = re.sub(r"(^|[/_.:])[^/_.:]*$", "", name)
-        if name:
+        while name and name not in owners and name not in others:
+            name = re.sub(
+                r"(^|[/_.])[^/_.]*$", "", name
+            )  # not at a colon: tensor::quantize is no kernel of the tensor's
+        if name in owners:
             found[owners[name]] = found.get(owners[name], 0.0) + item.seconds
     return found

@@ -48,8 +48,14 @@ def diagnose(trial: Trial, full: Finished) -> Diagnosis:
         trial.runtime.profile(path, trial.batch, threads=trial.target.threads)
         for path in (trial.original, trial.workspace.graph(full.candidate.name))
     )
-    converted = trial.target.batch * sum(source.elements for source in sources if source.writer is None)
-    costs = Costs.of(prepared.groups, original, quantised, converted)
+    costs = Costs.of(
+        prepared.groups,
+        original,
+        quantised,
+        conversions=trial.runtime.conversions,
+        converted=sum(source.elements for source in sources if source.writer is None),
+        others={name for node in prepared.graph.nodes for name in (node.name, *node.output)},
+    )
     path = float_path([group.name for group in prepared.groups], sources, costs)
     found = Diagnosis(blame=tuple(blame_of(prepared, sources, costs.fp32)), path=tuple(path))
     trial.workspace.diagnosis = found

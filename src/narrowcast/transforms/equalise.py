@@ -27,7 +27,7 @@ __all__ = ["EqualisedClass", "equalise", "find_classes"]
 
 Array = NDArray[Any]
 
-#: Largest ratio between the factors of two channels of one tensor.
+#: Largest ratio between two channels that is evened out.
 SPREAD = 64.0
 #: How far the channels come together. All the way, every channel would fill the range to its end, and none would have
 #: room for inputs a little larger than those calibrated on.
@@ -151,7 +151,7 @@ def _is_tie(graph: Graph, node: NodeProto) -> bool:
     if node.op_type == "Add":
         return len(activations) == 2 and all(graph.rank(name) == 4 for name in activations)
     if node.op_type == "Clip":
-        return activation_bounds(graph, node)[0] == 0.0
+        return len(activations) == 1 and activation_bounds(graph, node)[0] == 0.0
     return True
 
 

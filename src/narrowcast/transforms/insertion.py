@@ -52,7 +52,7 @@ def insertion_noise(
     found: dict[str, list[float]] = {}
 
     def disturb(stage: int, alive: Tensors, made: Tensors) -> None:
-        for tensor in disturbances.keys() & made.keys():
+        for tensor in sorted(disturbances.keys() & made.keys()):
             for disturbance in disturbances[tensor]:
                 outputs = executor.run_from(stage, alive | {tensor: disturbance(alive)})
                 noise = sum(noise_share(reference[name], outputs[name]) for name in reference)

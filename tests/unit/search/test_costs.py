@@ -26,6 +26,7 @@ def times(**seconds: float) -> list[OperatorTime]:
     return [OperatorTime(name, "Conv", value) for name, value in seconds.items()]
 
 
+KINDS = {"QuantizeLinear"}
 GROUPS = [group("conv1", "relu1"), group("conv_1"), group("conv_10"), group("/block.0/conv/Conv", "/block.0/Relu")]
 
 
@@ -68,23 +69,33 @@ def test_all_kernels_of_a_group_add_up() -> None:
     assert times_by_group(GROUPS, seen) == {"conv1": 1.5, "conv_1": 4.0, "conv_10": 8.0}
 
 
+def test_a_kernel_of_another_operator_is_not_taken_for_that_of_a_group_with_a_shorter_name() -> None:
+    seen = times(conv1=1.0, conv1_2=5.0, conv1_2_token_3=5.0, conv1_token_3=0.5)
+    assert times_by_group(GROUPS, seen, others={"conv1", "conv1_2"}) == {"conv1": 1.5}
+
+
+def test_conversions_beside_a_group_are_no_time_of_the_group() -> None:
+    seen = [OperatorTime("conv1::dequantize", "DequantizeLinear", 3.0), OperatorTime("fused conv1", "Conv", 1.0)]
+    assert times_by_group(GROUPS, seen) == {"conv1": 1.0}
+
+
 def test_the_price_of_a_conversion_is_spread_over_all_values_that_are_converted() -> None:
     quantised = [
         OperatorTime("conv1", "QLinearConv", 1.0),
         OperatorTime("image::quantize", "QuantizeLinear", 0.25),
         OperatorTime("mixed::dequantize", "DequantizeLinear", 0.75),
     ]
-    costs = Costs.of(GROUPS, times(conv1=3.0, conv_1=2.0), quantised, 100)
+    costs = Costs.of(GROUPS, times(conv1=3.0, conv_1=2.0), quantised, conversions=KINDS, converted=100)
     assert costs.fp32 == {"conv1": 3.0, "conv_1": 2.0}
     assert costs.int8 == {"conv1": 1.0}
-    assert costs.conversion == pytest.approx(CONVERSION_FACTOR * 1.0 / 100)
+    assert costs.conversion == pytest.approx(CONVERSION_FACTOR * 0.25 / 100)
 
 
 def test_conversions_cost_nothing_where_none_was_seen() -> None:
-    nothing = Costs.of(GROUPS, times(conv1=3.0), times(conv1=1.0), 100)
+    nothing = Costs.of(GROUPS, times(conv1=3.0), times(conv1=1.0), conversions=KINDS, converted=100)
     assert nothing.conversion == 0.0
     converts = [OperatorTime("image::quantize", "QuantizeLinear", 0.25)]
-    assert Costs.of(GROUPS, times(conv1=3.0), converts, 0).conversion == 0.0
+    assert Costs.of(GROUPS, times(conv1=3.0), converts, conversions=KINDS, converted=0).conversion == 0.0
     assert (Costs().fp32, Costs().int8, Costs().conversion) == ({}, {}, 0.0)
 
 
@@ -112,5 +123,7 @@ def test_every_linear_group_is_found_in_the_profile_of_the_quantised_graph(
     groups = find_groups(graph, runtime.rules)
     built = apply_recipe(Recipe(name="int8", steps=(STEP,)), graph, dataset_of(**case.feeds(8)), runtime.rules)
     built.graph.save(tmp_path / "int8.onnx")
-    found = times_by_group(groups, runtime.profile(tmp_path / "int8.onnx", case.feeds(1), runs=2))
+    seen = runtime.profile(tmp_path / "int8.onnx", case.feeds(1), runs=2)
+    assert {item.op_type for item in seen} & runtime.conversions
+    found = times_by_group(groups, seen)
     assert {group.name for group in groups if group.kind == "linear"} <= found.keys()

@@ -213,6 +213,20 @@ def test_the_attributes_of_a_rewritten_convolution_stay(dataset_of: Make) -> Non
             assert attribute(node, key) == attribute(after[name], key)
 
 
+def test_a_bound_that_is_computed_on_the_way_does_not_break_it(dataset_of: Make) -> None:
+    b = Builder(3)
+    x = b.conv(b.input("image", 3, 8, 8), "a", (3, 8), 3, 3)
+    high = b.node("ReduceMax", b.node("Abs", x, out="magnitude"), out="high", keepdims=0)
+    x = b.node("Clip", x, b.constant("zero", np.float32(0)), high, out="clipped")
+    b.conv(x, "b", (8, 4), 1, 1)
+    case = Case("computed", lambda _: b.model(b=(4, 8, 8)))
+    graph = prepare(case.model(), case.name)
+    groups, stats = looked_at(
+        graph, {"image": np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)}, dataset_of
+    )
+    assert not find_classes(graph, groups, stats)
+
+
 # Smoothing ------------------------------------------------------------------------------------------------------------
 
 
