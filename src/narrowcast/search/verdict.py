@@ -5,9 +5,13 @@ from __future__ import annotations
 from narrowcast.artifacts.manifest import Blame, Candidate, Measurement, MetricRecord, Verdict
 from narrowcast.recipes.budget import Standing
 from narrowcast.report import text
+from narrowcast.search.candidates import nearest
 from narrowcast.search.trial import Trial
 
 __all__ = ["verdict_of"]
+
+#: A speed-up below this is not what anybody asks for latency's sake.
+GAIN = 1.2
 
 
 def verdict_of(
@@ -45,7 +49,20 @@ def verdict_of(
         met=met,
         headline=headline,
         standings=standings,
-        advice=() if met else _advice(trial, chosen, candidates, standings, blame),
+        advice=_no_gain(trial, chosen, candidates) if met else _advice(trial, chosen, candidates, standings, blame),
+    )
+
+
+def _no_gain(trial: Trial, chosen: Candidate, candidates: tuple[Candidate, ...]) -> tuple[str, ...]:
+    """Say what the limits cost, where they are kept only by a candidate that is hardly faster than the original."""
+    if trial.budget.minimise != "latency" or chosen.speedup >= GAIN:
+        return ()
+    found = nearest([c for c in candidates if not c.feasible and not c.failure and c.speedup >= GAIN], "latency")
+    if found is None:
+        return ()
+    return (
+        f"Nothing faster keeps the limits. {found.name} comes nearest: {found.speedup:.2f}x faster, {trial.metric.name} "
+        f"{_metric(found.accuracy, trial)} on the search part.",
     )
 
 
