@@ -169,10 +169,10 @@ def _search(trial: Trial) -> list[Finished]:
         trial.memory.recall(finished[-1].plan, signed=trial.runtime.rules.signed_activations)
         left = MAX_EVALUATIONS - len(recipes)
         unmet = not any(done.candidate.feasible for done in finished)
-        if unmet and not _accurate(full):
+        if _accurate(full):
+            finished += _faster(trial, finished[-1]) if trial.budget.minimise == "latency" else []
+        elif unmet:
             finished += _mixed(trial, finished[-1], left)
-        elif trial.budget.minimise == "latency":
-            finished += _faster(trial, finished[-1])
     return finished
 
 
