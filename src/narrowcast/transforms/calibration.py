@@ -17,7 +17,7 @@ __all__ = ["calibrate", "live_bytes", "sample_batch", "walk_samples"]
 #: Samples that run through the graph at once.
 BATCH = 8
 #: Bytes that samples may take that go through the graph together.
-WALK_BYTES = 800_000_000
+WALK_BYTES = 500_000_000
 
 
 def calibrate(

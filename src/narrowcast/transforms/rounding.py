@@ -24,6 +24,8 @@ Floats = NDArray[np.float32]
 LARGEST = 127
 #: Output positions that the second moments are taken over: this many per input of the operator, within bounds.
 ROWS_PER_INPUT, FEWEST_ROWS, MOST_ROWS = 60, 4000, 16384
+#: Values that all groups of an operator see at those positions together, at the most.
+MOST_VALUES = 24_000_000
 #: Positions per input below which the least-squares shift of weights is trusted less in proportion.
 ENOUGH_ROWS = 16
 #: Up to this many inputs per group, many scales are tried and codes are settled by coordinate descent.
@@ -78,7 +80,7 @@ def patches(node: onnx.NodeProto, layout: WeightLayout, x: Array) -> Floats:
     """Return what output positions of a linear operator see, ``[G, P, K]``: evenly spread ones, the same in each sample."""
     if layout.op_type != "Conv":
         rows = x.reshape(-1, x.shape[-1])
-        return rows[:: max(1, len(rows) // _rows(x.shape[-1]))][None]
+        return rows[:: max(1, len(rows) // _rows(x.shape[-1], 1))][None]
     rank = x.ndim - 2
     kernel = layout.shape[2:]
     strides = list(attribute(node, "strides", [1] * rank))
@@ -89,7 +91,7 @@ def patches(node: onnx.NodeProto, layout: WeightLayout, x: Array) -> Floats:
     sizes = zip(x.shape[2:], kernel, strides, dilations, strict=True)
     out = [(n - (k - 1) * d - 1) // s + 1 for n, k, s, d in sizes]
     positions = np.arange(int(np.prod(out)))
-    wanted = -(-_rows(layout.shape[1] * int(np.prod(kernel))) // len(x))
+    wanted = -(-_rows(layout.shape[1] * int(np.prod(kernel)), layout.groups) // len(x))
     positions = positions[:: max(1, len(positions) // wanted)]
     corners = [axis * s for axis, s in zip(np.unravel_index(positions, out), strides, strict=True)]
     samples, channels, g, count = x.shape[0], x.shape[1], layout.groups, len(positions)
@@ -103,8 +105,8 @@ def patches(node: onnx.NodeProto, layout: WeightLayout, x: Array) -> Floats:
     return np.ascontiguousarray(seen).reshape(g, samples * count, -1)
 
 
-def _rows(inputs: int) -> int:
-    return min(max(ROWS_PER_INPUT * inputs, FEWEST_ROWS), MOST_ROWS)
+def _rows(inputs: int, groups: int) -> int:
+    return min(max(ROWS_PER_INPUT * inputs, FEWEST_ROWS), MOST_ROWS, max(1, MOST_VALUES // (inputs * groups)))
 
 
 def _pads(

@@ -30,7 +30,7 @@ __all__ = ["Memory", "Prepared", "StaticResult", "prepare_static", "quantise_sta
 Array = NDArray[Any]
 
 #: Samples of the walk, at the most.
-WALK_SAMPLES = 64
+WALK_SAMPLES = 40
 #: Samples on which it is judged where noise comes from, and whether evening out channels lowers it.
 INSERTION_SAMPLES = 4
 #: Samples that the histograms of equalised tensors come from; their extremes are known from all samples.

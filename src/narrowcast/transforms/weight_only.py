@@ -16,7 +16,7 @@ from narrowcast.transforms.weights import store_int8
 __all__ = ["quantise_weights"]
 
 #: Samples that weights are settled on, at the most.
-SAMPLES = 32
+SAMPLES = 24
 
 
 def quantise_weights(
