@@ -37,9 +37,23 @@ def matmul_share(graph: Graph) -> float:
     return sum(graph.constants[name].nbytes for name in names) / max(graph.bytes_of_constants(), 1)
 
 
-def preferred(candidates: list[Candidate], minimise: str) -> Candidate | None:
-    """Return the feasible candidate that is best by the objective, or None."""
-    return min((c for c in candidates if c.feasible), key=lambda c: _objective(c, minimise), default=None)
+def preferred(candidates: list[Candidate], minimise: str, *, higher_is_better: bool = True) -> Candidate | None:
+    """Return the feasible candidate that is best by the objective, or None.
+
+    Where speeds differ by no more than their intervals allow, the more accurate one is better.
+
+    Args:
+        candidates: What was measured.
+        minimise: The objective.
+        higher_is_better: Direction of the metric.
+    """
+    feasible = [candidate for candidate in candidates if candidate.feasible]
+    best = min(feasible, key=lambda c: _objective(c, minimise), default=None)
+    if best is None or minimise != "latency":
+        return best
+    tied = [c for c in feasible if c is best or c.speedup_high >= best.speedup_low]
+    sign = 1 if higher_is_better else -1
+    return max(tied, key=lambda c: (sign * c.accuracy, c.speedup))
 
 
 def _objective(candidate: Candidate, minimise: str) -> float:

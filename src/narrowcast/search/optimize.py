@@ -221,7 +221,8 @@ def _faster(trial: Trial, full: Finished) -> list[Finished]:
 
 def _choose(trial: Trial, finished: list[Finished]) -> Finished:
     candidates = [done.candidate for done in finished]
-    chosen = preferred(candidates, trial.budget.minimise) or nearest(candidates, trial.budget.minimise)
+    best = preferred(candidates, trial.budget.minimise, higher_is_better=trial.metric.higher_is_better)
+    chosen = best or nearest(candidates, trial.budget.minimise)
     if chosen is None:
         reasons = "; ".join(f"{c.name}: {c.failure}" for c in candidates)
         raise RuntimeFailedError(f"no candidate could be run on {trial.runtime.name}: {reasons}")

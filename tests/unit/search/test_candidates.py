@@ -53,6 +53,20 @@ def test_the_best_feasible_candidate_by_the_objective_is_preferred() -> None:
     assert preferred(found[3:], "latency") is None
 
 
+@pytest.mark.parametrize(("higher_is_better", "name"), [(True, "accurate"), (False, "fast")])
+def test_among_speeds_that_tie_the_more_accurate_candidate_is_preferred(higher_is_better: bool, name: str) -> None:
+    found = [
+        candidate("fast", accuracy=0.87, speedup=2.04, speedup_low=1.99, speedup_high=2.09, feasible=True),
+        candidate("accurate", accuracy=0.88, speedup=1.97, speedup_low=1.94, speedup_high=2.02, feasible=True),
+        candidate("slow", accuracy=1.0, speedup=1.5, speedup_low=1.4, speedup_high=1.6, feasible=True),
+        candidate("worse", accuracy=0.5, speedup=1.5, speedup_low=1.4, speedup_high=1.6, feasible=True),
+        candidate("wrong", accuracy=0.99, speedup=2.1, speedup_low=2.0, speedup_high=2.2, feasible=False),
+    ]
+    chosen = preferred(found, "latency", higher_is_better=higher_is_better)
+    assert chosen is not None
+    assert chosen.name == name
+
+
 def test_memory_that_was_not_measured_is_never_the_least() -> None:
     found = [candidate("unknown", feasible=True), candidate("known", memory=1e9, feasible=True)]
     chosen = preferred(found, "memory")
