@@ -167,7 +167,7 @@ class Blame(_Value):
         group: Name of the group.
         op_type: Type of its main operator.
         noise: Energy of the error at the outputs as a share of their energy.
-        seconds: Time of the group in FP32 per sample, in the staged execution that the blame was found with.
+        seconds: Time of the group in FP32 in one run on the target runtime; 0 where the profile does not show it.
         kept_float: Whether the chosen artifact keeps it in FP32.
     """
 
@@ -205,7 +205,7 @@ class Verdict(_Value):
         met: Whether the artifact keeps all limits, accuracy judged on the report part alone.
         headline: The answer in one sentence.
         standings: Each limit beside what was measured.
-        advice: What would help, if the budget was not met.
+        advice: What would help, or what the limits cost where they leave hardly a gain.
     """
 
     met: bool

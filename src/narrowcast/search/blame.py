@@ -28,7 +28,7 @@ class Source:
 
     Attributes:
         noise: Energy that it alone brings to the outputs, as a share of theirs.
-        writer: Group whose weight it is, or that makes the tensor in integers; None for an input of the graph.
+        writer: Group whose weight it is, or that makes the tensor in integers; None for others.
         readers: Groups that read the tensor; none for a weight.
         elements: Values of the tensor per sample; 0 for a weight.
     """
@@ -58,18 +58,23 @@ def noise_sources(
     operators, producers = Operators(prepared.graph), prepared.graph.producers()
     disturbances: dict[str, list[Disturbance]] = {}
     about: dict[str, list[tuple[str | None, tuple[str, ...], str | None]]] = {}
-    makers = {group.output: group.name for group in prepared.groups}
+    written = rules.integer_output
+    makers = {g.output: g.name for g in prepared.groups if g.kind != "linear" or g.op_type in written}
     readers: dict[str, list[str]] = {}
+    moved: dict[str, list[str]] = {}
     for group in prepared.groups:
         for name in group.inputs:
-            readers.setdefault(root_of(name, producers, rules), []).append(group.name)
+            root = root_of(name, producers, rules)
+            readers.setdefault(root, []).append(group.name)
+            if root != name:
+                moved.setdefault(root, []).append(name)
         if group.kind == "linear":
             disturbances.setdefault(group.output, []).append(rounded_weight(operators, group))
             about.setdefault(group.output, []).append((group.name, (), None))
     for tensor in sorted(prepared.tensors & quantizers.keys()):
         disturbances.setdefault(tensor, []).append(rounded_tensor(tensor, quantizers[tensor]))
         about.setdefault(tensor, []).append((makers.get(tensor), tuple(readers.get(tensor, ())), tensor))
-    noise = insertion_noise(prepared.executor, sample_batch(data, INSERTION_SAMPLES), disturbances, progress)
+    noise = insertion_noise(prepared.executor, sample_batch(data, INSERTION_SAMPLES), disturbances, progress, moved)
     sample = sample_batch(data, 1)
     sizes = {name: values.size for name, values in sample.items()}
     for _, alive in prepared.executor.walk(sample):

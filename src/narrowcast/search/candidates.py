@@ -12,6 +12,8 @@ __all__ = ["FULL", "MATMUL_HEAVY", "first_recipes", "nearest", "preferred"]
 
 #: Share of the weights in matrix products from which dynamic INT8 is worth a try.
 MATMUL_HEAVY = 0.3
+#: Candidates slower than this share of the fastest one's speed are no tie, however wide the intervals are.
+TIE = 0.95
 #: Name of the candidate with every operator in static INT8.
 FULL = "int8"
 
@@ -51,9 +53,9 @@ def preferred(candidates: list[Candidate], minimise: str, *, higher_is_better: b
     best = min(feasible, key=lambda c: _objective(c, minimise), default=None)
     if best is None or minimise != "latency":
         return best
-    tied = [c for c in feasible if c is best or c.speedup_high >= best.speedup_low]
+    close = [c for c in feasible if c.speedup_high >= best.speedup_low and c.speedup >= TIE * best.speedup]
     sign = 1 if higher_is_better else -1
-    return max(tied, key=lambda c: (sign * c.accuracy, c.speedup))
+    return max(close or [best], key=lambda c: (sign * c.accuracy, -c.size))
 
 
 def _objective(candidate: Candidate, minimise: str) -> float:

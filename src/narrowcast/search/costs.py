@@ -69,11 +69,13 @@ def times_by_group(
     }
     found: dict[str, float] = {}
     for item in times:
+        if re.search(
+            "::(de)?quantize", item.name
+        ):  # tensor::quantize is no kernel of those that make or read the tensor
+            continue
         name = item.name.removeprefix("fused ")
         while name and name not in owners and name not in others:
-            name = re.sub(
-                r"(^|[/_.])[^/_.]*$", "", name
-            )  # not at a colon: tensor::quantize is no kernel of the tensor's
+            name = re.sub(r"(^|[/_.])[^/_.]*$", "", name)
         if name in owners:
             found[owners[name]] = found.get(owners[name], 0.0) + item.seconds
     return found

@@ -44,9 +44,11 @@ def diagnose(trial: Trial, full: Finished) -> Diagnosis:
         rules,
         lambda share: trial.progress.stage(title, share),
     )
+    whole = trial.workspace.graph("prepared")  # the original itself may name its operators otherwise, or not at all
+    prepared.graph.save(whole)
     original, quantised = (
         trial.runtime.profile(path, trial.batch, threads=trial.target.threads)
-        for path in (trial.original, trial.workspace.graph(full.candidate.name))
+        for path in (whole, trial.workspace.graph(full.candidate.name))
     )
     costs = Costs.of(
         prepared.groups,

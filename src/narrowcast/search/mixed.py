@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from narrowcast.artifacts.manifest import Blame
@@ -116,8 +117,8 @@ class MixedSearch:
     """Searches the path for the first candidate that keeps the accuracy limit, with few evaluations.
 
     The first try is the step whose noise should fit the budget, taking the metric's drop to grow with the amplitude of
-    the noise; later tries halve the interval between the last step known to be inaccurate and the first known to be
-    accurate.
+    the noise, or half of the path where that tells nothing. Later tries halve the interval between the last step known to
+    be inaccurate and the first known to be accurate.
     """
 
     def __init__(self, step: StaticInt8, path: Sequence[FloatStep], drop: float, allowed: float) -> None:
@@ -131,9 +132,11 @@ class MixedSearch:
         """
         self.step, self.path = step, path
         self.too_few, self.enough = 0, len(path) - 1
-        wanted = path[0].noise * (allowed / drop) ** 2 if drop > 0 else path[0].noise
-        fits = (number for number, item in enumerate(path) if number and not item.noise > wanted)
-        self._first = min(max(next(fits, self.enough), 1), max(self.enough - 1, 1))
+        first = self.enough // 2
+        if drop > 0 and np.isfinite([drop, allowed]).all():
+            wanted = path[0].noise * (max(allowed, 0.0) / drop) ** 2
+            first = next((number for number, item in enumerate(path) if item.noise <= wanted), self.enough)
+        self._first = min(max(first, 1), max(self.enough - 1, 1))
         self._tried: int | None = None
 
     def next(self) -> Recipe | None:

@@ -100,8 +100,9 @@ def _advice(
                 f"With the {measure} limit alone relaxed, {best.name} would do: {trial.metric.name} "
                 f"{_metric(best.accuracy, trial)} on the search part, {best.speedup:.2f}x, {best.size / 1e6:.2f} MB."
             )
-    if "accuracy" in broken and blame:
-        worst = ", ".join(item.group for item in blame[:3])
+    rounded = [item for item in blame if not item.kept_float]
+    if "accuracy" in broken and rounded and any(step.type == "static_int8" for step in chosen.recipe.steps):
+        worst = ", ".join(item.group for item in rounded[:3])
         advice.append(f"Most of the error comes from {worst}; quantisation-aware training of these would help most.")
     if "accuracy" in broken and trial.splits.calibration.size < 64:
         advice.append(f"Ranges came from {trial.splits.calibration.size} samples; a few hundred would make them surer.")

@@ -49,7 +49,7 @@ def _update(statistics: dict[str, TensorStatistics], values: Tensors) -> None:
 
 def live_bytes(executor: StagedExecutor, sample: Tensors) -> int:
     """Return the most bytes of tensors alive at once while one sample runs through the stages."""
-    return max(sum(value.nbytes for value in alive.values()) for _, alive in executor.walk(sample))
+    return max((sum(value.nbytes for value in alive.values()) for _, alive in executor.walk(sample)), default=1)
 
 
 def walk_samples(executor: StagedExecutor, data: Dataset, most: int) -> Tensors:

@@ -164,8 +164,7 @@ def _channel_range(stats: TensorStatistics) -> Array | None:
 def _factor(activation: Array) -> Array:
     """Return r, at most 1.
 
-    The largest channel keeps its values and no other grows beyond it, so that the step of the tensor's scale stays and
-    the noise of a channel can only shrink.
+    The channel with the largest magnitude keeps its values and no other grows beyond it.
     """
     largest = activation.max()
     share = np.maximum(activation / largest, 1 / SPREAD) if largest > 0 else np.ones_like(activation)

@@ -29,7 +29,7 @@ class Group:
         weight: Name of the constant weight (linear groups).
         bias: Name of the constant bias, if there is one.
         bias_node: Node that adds the bias, if it is a node of its own.
-        activations: Nodes of the activation, in order (a bound per channel makes a second one).
+        activations: Nodes of the activation, in order.
     """
 
     name: str

@@ -30,6 +30,8 @@ def noise_share(exact: Array, other: Array) -> float:
     """Return the energy of the difference as a share of the energy of the signal."""
     if exact.dtype.kind != "f" or exact.size == 0:
         return 0.0
+    if exact.shape != other.shape:  # as many values as the data ask for: none of them can be compared
+        return 1.0
     signal, difference = exact.reshape(-1), (exact - other).reshape(-1)
     return float(np.vdot(difference, difference)) / max(float(np.vdot(signal, signal)), 1e-30)
 
@@ -39,6 +41,7 @@ def insertion_noise(
     feeds: Tensors,
     disturbances: Mapping[str, Sequence[Disturbance]],
     progress: Callable[[float], None] | None = None,
+    moved: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, list[float]]:
     """Return, for each disturbance of each tensor, the noise that it alone brings to the outputs.
 
@@ -47,6 +50,7 @@ def insertion_noise(
         feeds: Samples.
         disturbances: What to do to each tensor, by its name.
         progress: Called with the share that is done.
+        moved: Tensors that hold the values of another one, only moved about, by the name of that one.
     """
     reference = executor.run_from(0, feeds)
     found: dict[str, list[float]] = {}
@@ -54,7 +58,11 @@ def insertion_noise(
     def disturb(stage: int, alive: Tensors, made: Tensors) -> None:
         for tensor in sorted(disturbances.keys() & made.keys()):
             for disturbance in disturbances[tensor]:
-                outputs = executor.run_from(stage, alive | {tensor: disturbance(alive)})
+                changed = {tensor: disturbance(alive)}
+                for name in (moved or {}).get(tensor, ()):
+                    if name in alive:  # made in the same stage as the tensor, and so before it was disturbed
+                        changed[name] = disturbance(alive | {tensor: alive[name]})
+                outputs = executor.run_from(stage, alive | changed)
                 noise = sum(noise_share(reference[name], outputs[name]) for name in reference)
                 found.setdefault(tensor, []).append(noise)
 

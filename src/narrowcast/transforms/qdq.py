@@ -15,7 +15,7 @@ from narrowcast.recipes.target import FusionRules
 from narrowcast.transforms.groups import Group, activation_bounds
 from narrowcast.transforms.ranges import Quantizer
 
-__all__ = ["QuantizedWeight", "absorbed", "write_qdq"]
+__all__ = ["QuantizedWeight", "absorbed", "add_bias_after", "write_qdq"]
 
 Array = NDArray[Any]
 
@@ -127,7 +127,7 @@ class _Writer:
         readers = None if integer or source is not None else members
         self._pair(tensor, tensor, dequantised, self.quantizers[self._root(tensor)])
         self._redirect(tensor, dequantised, readers)
-        if tensor in graph.output_names():
+        if tensor in graph.output_names() and readers is None:
             self._keep_output_name(tensor, dequantised)
 
     def _root(self, tensor: str) -> str:
@@ -186,7 +186,7 @@ class _Writer:
         assert weight.bias is not None
         graph = self.graph
         if group.op_type == "MatMul" and group.bias_node is None:
-            self._add_bias_after(group, node, weight.bias)
+            self.added.append(add_bias_after(graph, node, group.name, weight.bias))
             return
         if group.bias_node is not None:
             adder = self.nodes[group.bias_node]
@@ -205,9 +205,10 @@ class _Writer:
         else:
             node.input.append(f"{name}::dq")
 
-    def _add_bias_after(self, group: Group, node: NodeProto, bias: NDArray[np.float32]) -> None:
-        """Add the bias that correction gave to a matrix product which had none."""
-        output, product = node.output[0], f"{node.output[0]}::product"
-        node.output[0] = product
-        constant = self.graph.constant(f"{group.name}::bias", bias)
-        self.added.append(make_node("Add", [product, constant], [output], f"{group.name}::bias_add"))
+
+def add_bias_after(graph: Graph, node: NodeProto, group: str, bias: NDArray[np.float32]) -> NodeProto:
+    """Return a node that adds the bias which correction gave to a matrix product without one; the product is renamed."""
+    output, product = node.output[0], f"{node.output[0]}::product"
+    node.output[0] = product
+    constant = graph.constant(f"{group}::bias", bias)
+    return make_node("Add", [product, constant], [output], f"{group}::bias_add")

@@ -80,7 +80,7 @@ def patches(node: onnx.NodeProto, layout: WeightLayout, x: Array) -> Floats:
     """Return what output positions of a linear operator see, ``[G, P, K]``: evenly spread ones, the same in each sample."""
     if layout.op_type != "Conv":
         rows = x.reshape(-1, x.shape[-1])
-        return rows[:: max(1, len(rows) // _rows(x.shape[-1], 1))][None]
+        return rows[:: max(1, -(-len(rows) // _rows(x.shape[-1], 1)))][None]
     rank = x.ndim - 2
     kernel = layout.shape[2:]
     strides = list(attribute(node, "strides", [1] * rank))
@@ -92,7 +92,7 @@ def patches(node: onnx.NodeProto, layout: WeightLayout, x: Array) -> Floats:
     out = [(n - (k - 1) * d - 1) // s + 1 for n, k, s, d in sizes]
     positions = np.arange(int(np.prod(out)))
     wanted = -(-_rows(layout.shape[1] * int(np.prod(kernel)), layout.groups) // len(x))
-    positions = positions[:: max(1, len(positions) // wanted)]
+    positions = positions[:: max(1, -(-len(positions) // wanted))]
     corners = [axis * s for axis, s in zip(np.unravel_index(positions, out), strides, strict=True)]
     samples, channels, g, count = x.shape[0], x.shape[1], layout.groups, len(positions)
     flat, area = x.reshape(samples, channels, -1), x.shape[2:]

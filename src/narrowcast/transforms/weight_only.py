@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from narrowcast.data.dataset import Dataset
 from narrowcast.models.execution import StagedExecutor
 from narrowcast.models.graph import Graph
@@ -11,7 +13,7 @@ from narrowcast.recipes.target import FusionRules
 from narrowcast.transforms.calibration import walk_samples
 from narrowcast.transforms.groups import boundaries, find_groups
 from narrowcast.transforms.walk import Progress, Walk
-from narrowcast.transforms.weights import store_int8
+from narrowcast.transforms.weights import storable, store_int8
 
 __all__ = ["quantise_weights"]
 
@@ -31,7 +33,8 @@ def quantise_weights(
         progress: Called with a stage's name and the share of it that is done.
     """
     every = find_groups(graph, rules)
-    groups = [group for group in every if group.kind == "linear"]
+    readers = Counter(name for node in graph.nodes for name in node.input)
+    groups = [g for g in every if g.weight is not None and storable(graph, g.weight) and readers[g.weight] == 1]
     executor = StagedExecutor(graph, boundaries(every))
     walk = Walk(
         graph=graph,

@@ -6,7 +6,6 @@ would widen them anew for every input.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,14 +14,19 @@ from onnx import NodeProto, TensorProto
 from narrowcast.models.graph import Graph, attribute, make_node
 from narrowcast.recipes.plan import OperatorPlan
 from narrowcast.transforms.groups import Group
-from narrowcast.transforms.qdq import QuantizedWeight
+from narrowcast.transforms.qdq import QuantizedWeight, add_bias_after
 from narrowcast.transforms.rounding import WeightLayout, channel_scales, quantise_weight
 
-__all__ = ["SMALLEST", "store_float16", "store_int8", "store_tables"]
+__all__ = ["SMALLEST", "storable", "store_float16", "store_int8", "store_tables"]
 
 #: Constants with fewer elements stay as they are: the nodes around them would cost more than they save.
 SMALLEST = 256
 _READERS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"}
+
+
+def storable(graph: Graph, name: str) -> bool:
+    """Return whether a constant is worth being stored narrow."""
+    return graph.is_float(name) and graph.constants[name].size >= SMALLEST
 
 
 def _weights(graph: Graph) -> dict[str, str]:
@@ -31,7 +35,7 @@ def _weights(graph: Graph) -> dict[str, str]:
     for node in graph.nodes:
         if node.op_type in _READERS and attribute(node, "axis", 0) == 0:
             for name in node.input[:2]:
-                if name in graph.constants and graph.is_float(name) and graph.constants[name].size >= SMALLEST:
+                if name in graph.constants and storable(graph, name):
                     found.setdefault(name, node.name)
     return found
 
@@ -62,13 +66,13 @@ def store_int8(graph: Graph, settled: Sequence[tuple[Group, QuantizedWeight]] = 
 
     Args:
         graph: The FP32 graph.
-        settled: Groups whose codes and biases were settled already; other weights are rounded to nearest.
+        settled: Groups whose codes and biases were settled already, the only readers of their weights; other weights are
+            rounded to nearest.
     """
     graph = graph.copy()
     plans: list[OperatorPlan] = []
     nodes = {node.name: node for node in graph.nodes}
-    readers = Counter(name for node in graph.nodes for name in node.input)
-    known = {group.weight: (group, weight) for group, weight in settled if readers[group.weight or ""] == 1}
+    known = {group.weight: (group, weight) for group, weight in settled}
     for name, reader in _weights(graph).items():
         node, weight = nodes[reader], graph.constants[name]
         if node.op_type == "ConvTranspose" or (node.op_type == "MatMul" and weight.ndim != 2):
@@ -82,7 +86,8 @@ def store_int8(graph: Graph, settled: Sequence[tuple[Group, QuantizedWeight]] = 
             if name in known:
                 group, found = known[name]
                 codes, scale = found.codes, found.scale
-                remedies = ("weights reconstructed", *_correct_bias(graph, nodes, group, found))
+                _correct_bias(graph, nodes, group, found)
+                remedies = ("weights reconstructed", "bias corrected")
             else:
                 matrix = layout.to_matrix(weight)
                 scale = channel_scales(matrix)
@@ -91,18 +96,24 @@ def store_int8(graph: Graph, settled: Sequence[tuple[Group, QuantizedWeight]] = 
             shape[layout.axis] = -1
             _widen(graph, name, codes, scale.reshape(shape).astype(np.float32))
         plans.append(_plan(node.op_type, reader, "int8").model_copy(update={"remedies": remedies}))
+    graph.sort()
     graph.remove_unused()
     return graph, plans
 
 
-def _correct_bias(graph: Graph, nodes: dict[str, NodeProto], group: Group, weight: QuantizedWeight) -> tuple[str, ...]:
-    """Write a group's corrected bias, if it has one to correct."""
-    if group.bias is None or weight.bias is None:
-        return ()
+def _correct_bias(graph: Graph, nodes: dict[str, NodeProto], group: Group, weight: QuantizedWeight) -> None:
+    """Write a group's corrected bias, where it has one or where its operator can take one."""
+    if weight.bias is None:
+        return
     node = nodes[group.bias_node or group.name]
-    position = list(node.input).index(group.bias)
-    node.input[position] = graph.constant(f"{group.bias}::corrected_{group.name}", weight.bias)
-    return ("bias corrected",)
+    if group.bias is not None:
+        name = graph.constant(f"{group.bias}::corrected_{group.name}", weight.bias)
+        node.input[list(node.input).index(group.bias)] = name
+    elif group.op_type == "MatMul":
+        graph.nodes.append(add_bias_after(graph, node, group.name, weight.bias))
+    else:
+        del node.input[2:]  # an optional input may be there without a name
+        node.input.append(graph.constant(f"{group.name}::bias", weight.bias))
 
 
 def _widen(graph: Graph, name: str, codes: np.ndarray, scale: np.ndarray) -> None:

@@ -172,3 +172,21 @@ def test_every_kind_of_graph_can_be_blamed(case: Case, dataset_of: Make) -> None
     assert sorted(item.group for item in found) == sorted(group.name for group in prepared.groups)
     assert all(0 <= item.noise < 1 for item in found)
     assert sum(source.elements > 0 for source in sources) == len(prepared.tensors)
+
+
+@pytest.mark.parametrize("name", ["attention", "gemm", "max_pool", "matmul_without_bias"])
+def test_no_rounding_is_without_noise_even_where_values_are_moved_before_they_are_read(
+    name: str, dataset_of: Make
+) -> None:
+    case = next(case for case in CASES if case.name == name)
+    graph, data = prepare(case.model(), name), dataset_of(**case.feeds(16, seed=1))
+    _, sources = sources_of(graph, data)
+    assert all(source.noise > 0 for source in sources if source.readers)
+
+
+def test_a_product_that_writes_floats_is_no_writer_of_integers(dataset_of: Make) -> None:
+    """Its output is rounded for those that read it; once they are in FP32, nothing is left of that."""
+    case = next(case for case in CASES if case.name == "gemm")
+    graph, data = prepare(case.model(), case.name), dataset_of(**case.feeds(16, seed=1))
+    _, sources = sources_of(graph, data)
+    assert [source.writer for source in sources if source.readers] == [None, None]

@@ -75,7 +75,11 @@ def test_a_kernel_of_another_operator_is_not_taken_for_that_of_a_group_with_a_sh
 
 
 def test_conversions_beside_a_group_are_no_time_of_the_group() -> None:
-    seen = [OperatorTime("conv1::dequantize", "DequantizeLinear", 3.0), OperatorTime("fused conv1", "Conv", 1.0)]
+    seen = [
+        OperatorTime("conv1::dequantize", "DequantizeLinear", 3.0),
+        OperatorTime("conv1_3::quantize", "QuantizeLinear", 3.0),
+        OperatorTime("fused conv1", "Conv", 1.0),
+    ]
     assert times_by_group(GROUPS, seen) == {"conv1": 1.0}
 
 

@@ -410,3 +410,16 @@ def test_a_plan_tells_the_next_call_what_the_memory_of_the_first_one_knew(datase
     mixed = step.model_copy(update={"keep_float": frozenset({first.operators[0].group})})
     models = [quantise_static(graph, data, mixed, RULES, memory=m).graph.to_model() for m in (memory, recalled)]
     assert models[0].SerializeToString() == models[1].SerializeToString()
+
+
+def test_an_input_that_is_handed_through_to_the_outputs_stays_what_it_was(dataset_of: Make) -> None:
+    b = Builder(4)
+    x = b.node("Sigmoid", b.input("image", 3, 8, 8), out="squashed")
+    b.conv(x, "out", (3, 4), 3, 3)
+    graph = prepare(b.model(out=(4, 8, 8), squashed=(3, 8, 8)), "net")
+    data = dataset_of(image=np.random.default_rng(0).normal(size=(16, 3, 8, 8)).astype(np.float32))
+    feeds = data.load(np.arange(16))
+    quantised = quantise_static(graph, data, StaticInt8(), RULES).graph
+    exact, found = (session_of(g).run(["out", "squashed"], feeds) for g in (graph, quantised))
+    np.testing.assert_allclose(np.asarray(found[1]), np.asarray(exact[1]), rtol=1e-6)
+    assert 0 < noise_share(np.asarray(exact[0]), np.asarray(found[0])) < 0.01
