@@ -95,10 +95,11 @@ def float_path(groups: Sequence[str], sources: Sequence[Source], costs: Costs) -
     noise = sum(state[0] for state in states)
     seconds = sum(state[1] for state in states) + sum(costs.int8.get(name, 0.0) for name in groups)
     path = [FloatStep(keep=(), noise=noise, seconds=seconds)]
+    longest = min(LONGEST, max(1, len(groups) // 2))  # there must be candidates between none and all
     while len(kept) < len(groups):
         best: tuple[tuple[float, float], range, float, float] | None = None
         for begin in range(len(groups)):
-            for end in range(begin + 1, min(begin + LONGEST, len(groups)) + 1):
+            for end in range(begin + 1, min(begin + longest, len(groups)) + 1):
                 if begin in kept or end - 1 in kept:
                     continue
                 segment = range(begin, end)
