@@ -22,12 +22,21 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes of a weight in its own shape, a scale per output channel, and the bias that goes with them (FP32)."""
+    """Codes of a weight, and what goes with them.
+
+    Attributes:
+        codes: The codes, in the weight's own shape.
+        scale: A scale per output channel.
+        axis: The axis of the output channels.
+        bias: The operator's bias, FP32, if it has one.
+        remedies: What was done for the operator's accuracy.
+    """
 
     codes: NDArray[np.int8]
     scale: NDArray[np.float32]
     axis: int
     bias: NDArray[np.float32] | None
+    remedies: tuple[str, ...] = ()
 
     def dequantise(self) -> NDArray[np.float32]:
         """Return the real weight that the codes stand for."""

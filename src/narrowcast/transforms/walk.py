@@ -8,7 +8,7 @@ to the first, with all errors made so far already in it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -126,7 +126,7 @@ class Walk:
             full = self.runner.before_activation(group, {name: exact[name] for name in group.inputs})
             shift = mean_error(group, full, raw)
             bias = weight.bias if weight.bias is not None else np.zeros(len(shift), np.float32)
-            weight = QuantizedWeight(weight.codes, weight.scale, weight.axis, bias + shift)
+            weight = replace(weight, bias=bias + shift, remedies=(*weight.remedies, "bias corrected"))
             shape = [1] * raw.ndim
             shape[channel_axis(group, raw)] = -1
             raw = raw + shift.reshape(shape)
@@ -141,11 +141,13 @@ class Walk:
         if self.step.reconstruct and matrix.shape[-1] <= LARGEST_K:
             moments = Moments.of(patches(node, layout, exact[group.inputs[0]]), patches(node, layout, seen))
             codes, scale = reconstruct(matrix, moments)
+            remedies: tuple[str, ...] = ("weights reconstructed",)
         else:
+            remedies = ()
             scale = channel_scales(matrix)
             codes = quantise_weight(matrix, scale)
         bias = self.graph.constants[group.bias].astype(np.float32) if group.bias else None
-        return QuantizedWeight(layout.from_matrix(codes), scale.reshape(-1), layout.axis, bias)
+        return QuantizedWeight(layout.from_matrix(codes), scale.reshape(-1), layout.axis, bias, remedies)
 
     # Ranges -------------------------------------------------------------------------------------------------------
 
@@ -217,10 +219,7 @@ class Walk:
         if quantised and group.kind == "linear":
             names = (group.name, *group.inputs, group.output)
             remedies += sorted({self.changed[name] for name in names if name in self.changed})
-            if self.step.reconstruct:
-                remedies.append("weights reconstructed")
-            if self.step.bias_correction:
-                remedies.append("bias corrected")
+            remedies += self.weights[group.name].remedies
         return OperatorPlan(
             group=group.name,
             op_type=group.op_type,

@@ -87,7 +87,7 @@ def store_int8(graph: Graph, settled: Sequence[tuple[Group, QuantizedWeight]] = 
                 group, found = known[name]
                 codes, scale = found.codes, found.scale
                 _correct_bias(graph, nodes, group, found)
-                remedies = ("weights reconstructed", "bias corrected")
+                remedies = found.remedies
             else:
                 matrix = layout.to_matrix(weight)
                 scale = channel_scales(matrix)

@@ -12,7 +12,10 @@ from narrowcast.data.dataset import Dataset
 from narrowcast.models.execution import session_of
 from narrowcast.models.graph import Graph
 from narrowcast.models.prepare import prepare
+from narrowcast.recipes.recipe import StaticInt8
 from narrowcast.recipes.target import FusionRules
+from narrowcast.transforms.rounding import LARGEST_K
+from narrowcast.transforms.static_int8 import quantise_static
 from narrowcast.transforms.walk import silent
 from narrowcast.transforms.weight_only import quantise_weights
 from narrowcast.transforms.weights import SMALLEST, store_float16, store_int8, store_tables
@@ -153,7 +156,7 @@ def test_the_plan_tells_which_weights_were_settled(dataset_of: Callable[..., Dat
     assert not any(plan.executed for plan in plans if plan.format == "int8")
 
 
-def test_a_weight_that_two_operators_read_is_rounded_for_neither(dataset_of: Callable[..., Dataset]) -> None:
+def test_a_weight_that_two_operators_read_is_settled_for_neither(dataset_of: Callable[..., Dataset]) -> None:
     b = Builder(0)
     x = b.input("image", 64, 6, 6)
     shared = b.constant("shared", RNG.normal(size=(64, 64, 3, 3)).astype(np.float32) / 24)
@@ -166,3 +169,13 @@ def test_a_weight_that_two_operators_read_is_rounded_for_neither(dataset_of: Cal
     feeds = data.load(np.arange(8))
     exact, other = (np.asarray(session_of(g).run(None, feeds)[0]) for g in (graph, changed))
     assert sqnr_db(exact, other) > 35
+
+
+def test_the_plan_does_not_claim_what_was_too_large_to_be_done(dataset_of: Callable[..., Dataset]) -> None:
+    b = Builder(0)
+    b.gemm(b.input("x", LARGEST_K + 8), "out", LARGEST_K + 8, 4)
+    graph = prepare(b.model(out=(4,)), "net")
+    data = dataset_of(x=RNG.normal(size=(6, LARGEST_K + 8)).astype(np.float32))
+    _, plans = quantise_weights(graph, data, FusionRules(), silent)
+    static = quantise_static(graph, data, StaticInt8(), FusionRules()).operators
+    assert [plan.remedies for plan in (*plans, *static)] == [("bias corrected",), ("bias corrected",)]
