@@ -410,8 +410,13 @@ def test_json_is_json_even_where_numbers_are_infinite(blamed: tuple[Path, Outcom
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    json.loads(blamed[1].out, parse_constant=refuse)
-    json.loads((blamed[0] / "report.json").read_text(), parse_constant=refuse)
+    shown = json.loads(blamed[1].out, parse_constant=refuse)
+    kept = json.loads((blamed[0] / "report.json").read_text(), parse_constant=refuse)
+    originals = [
+        [m["value"] for m in d["measurements"] if (m["measure"], m["subject"]) == ("accuracy", "original")]
+        for d in (shown, kept)
+    ]
+    assert originals == [["Infinity"], ["Infinity"]]
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
