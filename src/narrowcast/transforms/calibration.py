@@ -12,7 +12,7 @@ from narrowcast.data.dataset import Dataset, Tensors
 from narrowcast.models.execution import StagedExecutor
 from narrowcast.transforms.ranges import TensorStatistics
 
-__all__ = ["calibrate", "live_bytes", "sample_batch", "walk_samples"]
+__all__ = ["calibrate", "live_bytes", "sample_batch", "spread", "walk_samples"]
 
 #: Samples that run through the graph at once.
 BATCH = 8
@@ -58,6 +58,11 @@ def walk_samples(executor: StagedExecutor, data: Dataset, most: int) -> Tensors:
     return sample_batch(data, max(2, min(most, data.size, fitting)))
 
 
+def spread(size: int, count: int) -> NDArray[np.int64]:
+    """Return at most so many places, spread evenly from the first to the last of a number of samples."""
+    return np.unique(np.linspace(0, size - 1, min(count, size)).astype(np.int64))
+
+
 def sample_batch(data: Dataset, count: int) -> dict[str, NDArray[Any]]:
     """Return samples spread evenly over a dataset, as one batch."""
-    return data.load(np.unique(np.linspace(0, data.size - 1, min(count, data.size)).astype(np.int64)))
+    return data.load(spread(data.size, count))

@@ -15,7 +15,7 @@ from narrowcast.data.dataset import Tensors
 from narrowcast.models.execution import StagedExecutor
 from narrowcast.models.graph import attribute
 from narrowcast.transforms.groups import Group
-from narrowcast.transforms.operators import Operators, channel_axis, mean_error
+from narrowcast.transforms.operators import Operators, add_to_channels, mean_error
 from narrowcast.transforms.ranges import Quantizer
 from narrowcast.transforms.rounding import WeightLayout, channel_scales, quantise_weight
 
@@ -113,9 +113,7 @@ def rounded_weight(operators: Operators, group: Group, factor: Array | None = No
         feeds = {name: alive[name] for name in group.inputs}
         exact = operators.before_activation(group, feeds)
         values = operators.before_activation(group, feeds, rounded)
-        shape = [1] * values.ndim
-        shape[channel_axis(group, values)] = -1
-        return operators.activate(group, values + mean_error(group, exact, values).reshape(shape))
+        return operators.activate(group, add_to_channels(group, values, mean_error(group, exact, values)))
 
     return disturb
 

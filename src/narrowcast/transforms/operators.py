@@ -13,7 +13,7 @@ from narrowcast.models.execution import session_of
 from narrowcast.models.graph import Graph
 from narrowcast.transforms.groups import Group
 
-__all__ = ["Operators", "channel_axis", "mean_error"]
+__all__ = ["Operators", "add_to_channels", "channel_axis", "mean_error"]
 
 Array = NDArray[Any]
 
@@ -65,3 +65,10 @@ def mean_error(group: Group, exact: Array, values: Array) -> NDArray[np.float32]
     """Return the mean of (exact minus values) of each output channel of a linear group."""
     axes = tuple(axis for axis in range(values.ndim) if axis != channel_axis(group, values))
     return (exact.mean(axes, dtype=np.float64) - values.mean(axes, dtype=np.float64)).astype(np.float32)
+
+
+def add_to_channels(group: Group, values: Array, shift: Array) -> Array:
+    """Return what a linear group computed with a number added to each output channel."""
+    shape = [1] * values.ndim
+    shape[channel_axis(group, values)] = -1
+    return values + shift.reshape(shape)

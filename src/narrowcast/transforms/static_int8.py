@@ -14,7 +14,7 @@ from narrowcast.models.graph import Graph
 from narrowcast.recipes.plan import OperatorPlan, Plan, TensorRange
 from narrowcast.recipes.recipe import StaticInt8
 from narrowcast.recipes.target import FusionRules
-from narrowcast.transforms.calibration import calibrate, sample_batch, walk_samples
+from narrowcast.transforms.calibration import calibrate, sample_batch, spread, walk_samples
 from narrowcast.transforms.equalise import equalise, find_classes
 from narrowcast.transforms.groups import Group, boundaries, find_groups, quantised_groups, rounded_tensors
 from narrowcast.transforms.insertion import Disturbance, insertion_noise, noise_share, rounded_tensor, rounded_weight
@@ -204,7 +204,7 @@ def _equalised(plain: Prepared, data: Dataset, rules: FusionRules, report: Progr
         dict.fromkeys(tensors, "equalised"),
         {name: stats for name, stats in plain.statistics.items() if name not in tensors},
     )
-    some = data.take(np.unique(np.linspace(0, data.size - 1, min(data.size, HISTOGRAM_SAMPLES)).astype(np.int64)))
+    some = data.take(spread(data.size, HISTOGRAM_SAMPLES))
     changed = prepared.tensors & tensors
     prepared.statistics |= calibrate(prepared.executor, some, changed) if changed else {}
     for found in helpful:
@@ -232,7 +232,7 @@ def _smoothed(plain: Prepared, data: Dataset, step: StaticInt8, rules: FusionRul
         return plain
     smoothed = _cut(graph, rules, plain.changed | dict.fromkeys(groups, "smoothed"), plain.statistics)
     half = max(1, data.size // 2)
-    fitted = data.take(np.unique(np.linspace(0, half - 1, min(half, TRIAL_CALIBRATION)).astype(np.int64)))
+    fitted = data.take(spread(half, TRIAL_CALIBRATION))
     held_out = sample_batch(data.take(np.arange(min(half, data.size - 1), data.size)), TRIAL_SAMPLES)
     quick = step.model_copy(update={"reconstruct": False, "ranges": ("minmax",)})
     noise: list[float] = []

@@ -22,7 +22,7 @@ from narrowcast.recipes.recipe import StaticInt8
 from narrowcast.recipes.target import FusionRules
 from narrowcast.transforms.groups import Group, root_of
 from narrowcast.transforms.insertion import noise_share
-from narrowcast.transforms.operators import Operators, channel_axis, mean_error
+from narrowcast.transforms.operators import Operators, add_to_channels, mean_error
 from narrowcast.transforms.qdq import QuantizedWeight
 from narrowcast.transforms.ranges import METHODS, Quantizer, TensorStatistics, quantizer_of
 from narrowcast.transforms.rounding import (
@@ -127,9 +127,7 @@ class Walk:
             shift = mean_error(group, full, raw)
             bias = weight.bias if weight.bias is not None else np.zeros(len(shift), np.float32)
             weight = replace(weight, bias=bias + shift, remedies=(*weight.remedies, "bias corrected"))
-            shape = [1] * raw.ndim
-            shape[channel_axis(group, raw)] = -1
-            raw = raw + shift.reshape(shape)
+            raw = add_to_channels(group, raw, shift)
         self.weights[group.name] = weight
         return self.runner.activate(group, raw)
 
