@@ -7,6 +7,7 @@ The tree::
     │   ├── ModelError            the model cannot be found, read, or exported
     │   ├── DataError             the data cannot be read or does not fit the model
     │   ├── MetricError           the metric is unknown or does not fit the data
+    │   ├── FormatError           a number format is unknown, or cannot hold or encode what was given
     │   ├── BudgetError           the budget cannot be parsed or contradicts itself
     │   ├── OutputError           the output folder cannot be used
     │   ├── ArtifactError         a folder is not an artifact, is damaged, or was built by an incompatible version
@@ -26,6 +27,7 @@ __all__ = [
     "ArtifactError",
     "BudgetError",
     "DataError",
+    "FormatError",
     "MetricError",
     "ModelError",
     "NarrowcastError",
@@ -72,6 +74,10 @@ class DataError(UserError):
 
 class MetricError(UserError):
     """A metric is unknown, or does not fit the data or the model's outputs."""
+
+
+class FormatError(UserError):
+    """A number format is unknown or contradicts itself, or cannot hold or encode what it was given."""
 
 
 class BudgetError(UserError):

@@ -1,0 +1,1 @@
+"""The codecs on torch tensors outside main memory."""
