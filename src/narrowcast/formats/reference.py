@@ -43,11 +43,13 @@ def _decode_float(code: int, format: Format) -> float:
     return math.copysign(math.ldexp(significand, exponent - format.bias - format.mantissa_bits), sign)
 
 
-def encode(value: float, format: ElementFormat, rules: Rules | None = None, draw: Fraction = Fraction(1, 2)) -> int:
+def encode(
+    value: float | Fraction, format: ElementFormat, rules: Rules | None = None, draw: Fraction = Fraction(1, 2)
+) -> int:
     """Return the code of ``value``, rounded once.
 
     Args:
-        value: Any float64.
+        value: Any float64, or an exact fraction.
         format: What to encode to.
         rules: Rounding, overflow and the rest; the format's own defaults unless given.
         draw: For stochastic rounding: away from zero if the distance to the lower neighbour, in steps, exceeds it.
@@ -56,7 +58,7 @@ def encode(value: float, format: ElementFormat, rules: Rules | None = None, draw
         FormatError: NaN, and the format has none (unless the rules say what it becomes).
     """
     rules = rules or Rules.of(format)
-    if math.isnan(value) and not (isinstance(format, Format) and format.has_nan):
+    if _is_nan(value) and not (isinstance(format, Format) and format.has_nan):
         value = _instead_of_nan(format, rules)
     match format:
         case Codebook():
@@ -65,6 +67,24 @@ def encode(value: float, format: ElementFormat, rules: Rules | None = None, draw
             return _encode_integer(value, format, rules, draw)
         case Format():
             return _encode_float(value, format, rules, draw)
+
+
+def _is_nan(value: float | Fraction) -> bool:
+    return not isinstance(value, Fraction) and math.isnan(value)
+
+
+def _is_infinite(value: float | Fraction) -> bool:
+    return not isinstance(value, Fraction) and math.isinf(value)
+
+
+def _is_negative(value: float | Fraction) -> bool:
+    return value < 0 if isinstance(value, Fraction) else math.copysign(1.0, value) < 0
+
+
+def _exponent(value: Fraction) -> int:
+    """Return the power of two that a positive number reaches."""
+    estimate = value.numerator.bit_length() - value.denominator.bit_length()  # this or one too many
+    return estimate - (value < Fraction(2) ** estimate)
 
 
 def _instead_of_nan(format: ElementFormat, rules: Rules) -> float:
@@ -77,12 +97,12 @@ def _instead_of_nan(format: ElementFormat, rules: Rules) -> float:
             return format.max
 
 
-def _encode_float(value: float, format: Format, rules: Rules, draw: Fraction) -> int:
-    if math.isnan(value):
+def _encode_float(value: float | Fraction, format: Format, rules: Rules, draw: Fraction) -> int:
+    negative = _is_negative(value)
+    if _is_nan(value):
         nan = format.nan_code
         assert nan is not None
-        return nan | (format.sign_bit if math.copysign(1.0, value) < 0 else 0)
-    negative = math.copysign(1.0, value) < 0
+        return nan | (format.sign_bit if negative else 0)
     if not format.signed and (value < 0 or (not value and not format.has_zero)):
         match rules.below:
             case Below.NAN:
@@ -98,12 +118,13 @@ def _encode_float(value: float, format: Format, rules: Rules, draw: Fraction) ->
     return code | (format.sign_bit if negative else 0)
 
 
-def _encode_magnitude(value: float, negative: bool, format: Format, rules: Rules, draw: Fraction) -> int:
-    if math.isinf(value):
+def _encode_magnitude(value: float | Fraction, negative: bool, format: Format, rules: Rules, draw: Fraction) -> int:
+    if _is_infinite(value):
         return _overflowed(format, rules, negative, infinite=True)
-    exponent = max(math.frexp(value)[1] - 1 if value else -1074, format.minimum_exponent)
+    magnitude = Fraction(value)
+    exponent = max(_exponent(magnitude) if magnitude else format.minimum_exponent, format.minimum_exponent)
     step = Fraction(2) ** (exponent - format.mantissa_bits)
-    steps = _rounded(Fraction(value) / step, negative, rules.rounding, draw)
+    steps = _rounded(magnitude / step, negative, rules.rounding, draw)
     # Codes count up evenly with the numbers they stand for, across exponents too: a carry needs no care.
     code = steps + ((exponent - format.minimum_exponent) << format.mantissa_bits)
     if not format.has_zero:
@@ -142,17 +163,17 @@ def _overflowed(format: Format, rules: Rules, negative: bool, *, infinite: bool)
             return format.max_code
 
 
-def _encode_integer(value: float, format: Integer, rules: Rules, draw: Fraction) -> int:
+def _encode_integer(value: float | Fraction, format: Integer, rules: Rules, draw: Fraction) -> int:
     lowest, highest = round(format.min / format.step), round(format.max / format.step)
     mask = (1 << format.bits) - 1
-    if math.isinf(value):
+    if _is_infinite(value):
         return 0 if rules.overflow is Overflow.WRAP else (highest if value > 0 else lowest) & mask
     steps = _rounded(abs(Fraction(value)) / Fraction(format.step), value < 0, rules.rounding, draw)
     steps = -steps if value < 0 else steps
     return (steps if rules.overflow is Overflow.WRAP else min(max(steps, lowest), highest)) & mask
 
 
-def _encode_codebook(value: float, format: Codebook, rules: Rules, draw: Fraction) -> int:
+def _encode_codebook(value: float | Fraction, format: Codebook, rules: Rules, draw: Fraction) -> int:
     values = format.values
     if value <= values[0]:
         return 0
