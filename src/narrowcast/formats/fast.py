@@ -221,6 +221,22 @@ def _pair_table(format: ElementFormat, dtype: str) -> np.ndarray:
     return pairs.view(np.dtype(f"complex{16 * pairs.itemsize}"))[:, 0]
 
 
+def decode_nibbles(packed: np.ndarray, format: ElementFormat, out: np.ndarray) -> None:
+    """Write the values of 4-bit codes, two a byte with the first one low, into ``out``: shape [2 * bytes]."""
+    both = packed.view("<u2")
+    table = _nibble_table(format, out.dtype.name)
+    np.take(table, both, out=out.view(table.dtype), mode="clip")
+
+
+@lru_cache(maxsize=16)
+def _nibble_table(format: ElementFormat, dtype: str) -> np.ndarray:
+    """Return the four values of every two bytes, as one item of four times ``dtype``'s size: shape [65536]."""
+    both = np.arange(1 << 16)
+    values = np.stack([_decoding_table(format, dtype)[both >> shift & 15] for shift in (0, 4, 8, 12)], axis=1)
+    wide = np.dtype("complex128") if dtype == "float32" else np.dtype("V32")
+    return np.ascontiguousarray(values).view(wide)[:, 0]
+
+
 def _decode_exactly(codes: np.ndarray, format: ElementFormat) -> np.ndarray:
     whole = codes.astype(np.int64)
     match format:
