@@ -6,7 +6,6 @@ torch is never imported here unless somebody already has: a tensor cannot exist 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +94,9 @@ def opened(x: Any) -> Opened:
         if x.layout is not torch.strided:
             raise FormatError(f"a tensor of layout {x.layout}", next_step="give x.to_dense()")
         if dtype in _CODED:
-            return Opened(x.view(getattr(torch, code_dtype(8 * x.element_size()))).numpy(), dtype, _CODED[dtype], True, own)
+            return Opened(
+                x.view(getattr(torch, code_dtype(8 * x.element_size()))).numpy(), dtype, _CODED[dtype], True, own
+            )
         if dtype not in (*_FLOATS, *_WHOLE):
             raise _refused(dtype)
         return Opened(_numbers(x.resolve_neg().numpy(), dtype), dtype, None, True, own)
@@ -119,12 +120,16 @@ def opened_codes(codes: Any, bits: int) -> Opened:
     is_tensor = torch is not None and isinstance(codes, torch.Tensor)
     array = codes.detach().numpy() if is_tensor else np.asarray(codes)
     if array.dtype.kind not in "iu":
-        raise FormatError(f"codes of dtype {array.dtype.name}", allowed="whole numbers", next_step="decode takes what encode gave")
+        raise FormatError(
+            f"codes of dtype {array.dtype.name}", allowed="whole numbers", next_step="decode takes what encode gave"
+        )
     wanted = code_dtype(bits)
     if array.size and (array.dtype.kind == "i" or array.dtype.itemsize * 8 > bits):
         lowest, highest = int(array.min()), int(array.max())
         if lowest < 0 or highest >> bits:
-            raise FormatError(f"code {lowest if lowest < 0 else highest} of {bits} bits", allowed=f"0 to {(1 << bits) - 1}")
+            raise FormatError(
+                f"code {lowest if lowest < 0 else highest} of {bits} bits", allowed=f"0 to {(1 << bits) - 1}"
+            )
     return Opened(array.astype(wanted, copy=False), wanted, None, is_tensor, array.dtype)
 
 

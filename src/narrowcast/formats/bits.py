@@ -70,7 +70,9 @@ def encode_float(bits: Int64, format: Format, rules: Rules, where: Where, places
     code = where(is_infinite, infinite, code)
     nan = _nan_codes(bits, format, rules)
     code = where(is_nan, nan, code)
-    return _signed(code, bits, magnitude, negative & ~is_nan if format.nan_code is None else negative, format, rules, where)
+    return _signed(
+        code, bits, magnitude, negative & ~is_nan if format.nan_code is None else negative, format, rules, where
+    )
 
 
 def _steps(
@@ -148,7 +150,9 @@ def _nan_codes(bits: Int64, format: Format, rules: Rules) -> Int64 | int:
     return format.max_code if rules.nan is NanInput.MAX else 0
 
 
-def _signed(code: Int64, bits: Int64, magnitude: Int64, negative: Int64, format: Format, rules: Rules, where: Where) -> Int64:
+def _signed(
+    code: Int64, bits: Int64, magnitude: Int64, negative: Int64, format: Format, rules: Rules, where: Where
+) -> Int64:
     if not format.signed:
         below = (negative & (magnitude > 0) & (magnitude <= _INFINITY)) | ((magnitude == 0) & (not format.has_zero))
         match rules.below:

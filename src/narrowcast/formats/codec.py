@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from narrowcast.errors import FormatError
 from narrowcast.formats import device, fast
 from narrowcast.formats.arrays import Array, on_device, opened, opened_codes
@@ -78,7 +76,9 @@ def decode(codes: Any, format: FormatLike, *, dtype: str = "float64") -> Array:
         raise FormatError(f"dtype = {dtype!r}", allowed="float64, float32")
     if dtype == "float32" and not fast.exact_in_float32(source_format):
         raise FormatError(
-            f"{source_format.name} in float32 would be rounded", allowed="dtype='float64'", next_step="or decode and cast"
+            f"{source_format.name} in float32 would be rounded",
+            allowed="dtype='float64'",
+            next_step="or decode and cast",
         )
     if on_device(codes):
         return device.decode(codes, source_format, dtype)
@@ -109,4 +109,5 @@ def cast(
     if on_device(x):
         return device.cast(x, to, rules, seed)
     source = opened(x)
-    return source.back(fast.cast(source, to, rules, seed))
+    rounded = fast.cast(source, to, rules, seed)
+    return source.back(rounded) if source.coded is None else source.back_as_coded(rounded)

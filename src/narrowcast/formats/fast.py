@@ -42,25 +42,17 @@ def encode(source: Opened, format: ElementFormat, rules: Rules, seed: int) -> np
     """Return the codes of ``source``, in its shape."""
     x = source.array
     codes = np.empty(x.shape, code_dtype(format.bits))
-    if source.coded == format.name and _keeps_codes(ELEMENTS[source.coded], rules):
-        codes[...] = x
-        return codes
     for part, out, start in _parts(x, codes):
-        numbers = part if source.coded is None else decode(part, ELEMENTS[source.coded], "float64")
+        numbers = part if source.coded is None else decode(part, ELEMENTS[source.coded], "float32")
         encode_part(numbers, format, rules, out, start, seed)
     return codes
-
-
-def _keeps_codes(format: ElementFormat, rules: Rules) -> bool:
-    # A representable number is its own rounding; only rules about infinity, NaN and zero could change the code.
-    return isinstance(format, Format) and format.has_inf and rules.overflow is Overflow.IEEE
 
 
 def encode_part(x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndarray, start: int, seed: int) -> None:
     """Encode one contiguous piece of float64, float32 or float16 numbers into ``out``.
 
     Args:
-        x: Numbers, shape [n].
+        x: Numbers, shape [n], contiguous.
         format: What to encode to.
         rules: What to do where the format gives a choice.
         out: Codes, shape [n].
@@ -77,7 +69,12 @@ def encode_part(x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndar
         np.clip(steps, format.min / format.step, format.max / format.step, out=steps)
         out[...] = steps.astype(np.int32)
         out &= (1 << format.bits) - 1
-    elif x.dtype == np.float32 and format == ELEMENTS["bf16"] and rules.rounding is Rounding.NEAREST_EVEN:
+    elif (
+        x.dtype == np.float32
+        and isinstance(format, Format)
+        and format == ELEMENTS["bf16"]
+        and rules.rounding is Rounding.NEAREST_EVEN
+    ):
         _encode_bf16(x, format, rules, out, start)
     else:
         out[...] = _encode_exactly(x, format, rules, start, seed)

@@ -70,7 +70,8 @@ class Rows:
             shape = (1,)
         if not -len(shape) <= granularity.axis < len(shape):
             raise FormatError(
-                f"axis {granularity.axis} of a tensor of shape {list(shape)}", allowed=f"{-len(shape)} to {len(shape) - 1}"
+                f"axis {granularity.axis} of a tensor of shape {list(shape)}",
+                allowed=f"{-len(shape)} to {len(shape) - 1}",
             )
         axis = granularity.axis % len(shape)
         if isinstance(granularity, PerChannel):

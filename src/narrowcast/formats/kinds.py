@@ -275,7 +275,8 @@ class Codebook:
         for before, after in zip(self.values, self.values[1:], strict=False):
             if not (math.isfinite(before) and math.isfinite(after) and before < after):
                 raise FormatError(
-                    f"codebook {self.name!r} has {after!r} after {before!r}", allowed="finite, strictly increasing values"
+                    f"codebook {self.name!r} has {after!r} after {before!r}",
+                    allowed="finite, strictly increasing values",
                 )
 
     @property

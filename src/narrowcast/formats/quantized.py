@@ -1,166 +1,27 @@
-"""quantize: a tensor as packed codes with scales; and the way back."""
+"""quantize: a tensor as packed codes with scales."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from narrowcast.errors import FormatError
 from narrowcast.formats import device, fast, ranges
-from narrowcast.formats.arrays import Array, on_device, opened, torch_loaded
+from narrowcast.formats.arrays import on_device, opened
 from narrowcast.formats.blocks import BlockFormat
 from narrowcast.formats.granularity import Granularity, PerBlock, Rows
 from narrowcast.formats.kinds import ElementFormat
-from narrowcast.formats.packing import pack_known, unpack
+from narrowcast.formats.packing import pack_known
 from narrowcast.formats.ranges import Chosen
 from narrowcast.formats.rules import Overflow, Rules
 from narrowcast.formats.scales import element_max
 from narrowcast.formats.scheme import DOUBLE_BLOCK, Scheme
 from narrowcast.formats.table import ELEMENTS
+from narrowcast.formats.tensor import QuantizedTensor, host, pieces
 
-__all__ = ["QuantizedTensor", "quantize"]
-
-_DTYPES = ("float64", "float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedTensor:
-    """A tensor as codes packed without gaps, and what they are to be multiplied by.
-
-    Args:
-        scheme: How it was quantised.
-        shape: The tensor's shape.
-        dtype: Name of the tensor's dtype, which :meth:`dequantize` gives back.
-        packed: Codes in the tensor's own order (and its padding, if any), shape [bytes], uint8.
-        stored_scales: As they are kept: codes of ``scheme.scale`` (FP32 as itself), of shape [...] with one entry per
-            channel or block; or, with double quantisation, a quantised tensor of them.
-        zero_points: int32, of the scales' shape; None where zero is code zero.
-        tensor_scale: FP32; 1 without one.
-        scale_offset: What double quantisation took from the scales: their mean.
-    """
-
-    scheme: Scheme
-    shape: tuple[int, ...]
-    dtype: str
-    packed: Array
-    stored_scales: Array | QuantizedTensor
-    zero_points: Array | None = None
-    tensor_scale: float = 1.0
-    scale_offset: float = 0.0
-
-    def dequantize(self, dtype: str | None = None) -> Array:
-        """Return the tensor again: element times scale, in float32 (float64 for a float64 tensor).
-
-        Args:
-            dtype: ``float64``, ``float32``, ``float16`` or ``bfloat16`` (torch alone); the tensor's own unless given.
-
-        Raises:
-            FormatError: Another dtype.
-        """
-        dtype = dtype or (self.dtype if self.dtype in _DTYPES else "float32")
-        if dtype not in _DTYPES or (dtype == "bfloat16" and not self.is_torch):
-            allowed = _DTYPES if self.is_torch else _DTYPES[:3]
-            if self.dtype == dtype:
-                dtype = "float32"  # an array of ml_dtypes: NumPy alone has no such dtype
-            else:
-                raise FormatError(f"dtype = {dtype!r}", allowed=", ".join(allowed))
-        if on_device(self.packed):
-            return device.dequantize(self, dtype)
-        values = self._values("float64" if dtype == "float64" else "float32")
-        if not self.is_torch:
-            with np.errstate(over="ignore"):
-                return values.astype(dtype, copy=False)
-        torch = torch_loaded()
-        return torch.from_numpy(values).to(getattr(torch, dtype))
-
-    def _values(self, work: str) -> np.ndarray:
-        scales = self._row_scales()
-        zero_points = None if self.zero_points is None else self.rows.scales_apart(_numpy(self.zero_points))
-        packed, bits = _numpy(self.packed), self.scheme.element.bits
-        values = np.empty((self.rows.count, self.rows.length), work)
-        if not self._in_order:
-            codes = self.rows.rows_of_stored(unpack(packed, bits, values.size))
-            packed = pack_known(codes.reshape(-1), bits)
-        for rows, columns, start in _pieces(values.shape, aligned=True):
-            out = values[rows, columns]
-            stop = start + out.size
-            part = packed[start * bits // 8 : -(-stop * bits // 8)]
-            _decode_packed(part, self.scheme.element, out)
-            if zero_points is not None:
-                out -= zero_points[rows, None].astype(work)
-            with np.errstate(invalid="ignore", over="ignore"):
-                np.multiply(out, scales[rows, None].astype(work), out=out)
-        return self.rows.without_padding(self.rows.together(values))
-
-    @property
-    def codes(self) -> Array:
-        """The codes, unpacked: the tensor's shape (with its padding), uint8 or uint16."""
-        codes = unpack(_numpy(self.packed), self.scheme.element.bits, self._stored_count)
-        return self._like_packed(codes.reshape(self.rows.stored_shape))
-
-    @property
-    def scales(self) -> Array:
-        """What each channel's or block's elements are multiplied by, tensor scale included: float32."""
-        return self._like_packed(self.rows.scales_together(self._row_scales()))
-
-    @property
-    def rows(self) -> Rows:
-        """How the tensor is laid out in rows that share a scale."""
-        return Rows.of(self.shape, self.scheme.granularity, pad=self.scheme.pad)
-
-    @property
-    def is_torch(self) -> bool:
-        """Whether the tensor came from torch, and goes back to it."""
-        return not isinstance(self.packed, np.ndarray)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are stored: codes, padding, scales, zero points and the tensor's own scale and offset."""
-        scales = self.stored_scales
-        total = _nbytes(self.packed) + (scales.nbytes if isinstance(scales, QuantizedTensor) else _nbytes(scales))
-        if self.zero_points is not None:  # one code each: that is all that a file needs
-            total += -(-_size(self.zero_points) * self.scheme.element.bits // 8)
-        return total + 4 * self.scheme.tensor_scale + 4 * self.scheme.double_quant
-
-    @property
-    def bits_per_element(self) -> float:
-        """Stored bits over elements (padding is paid for, not counted)."""
-        return 8 * self.nbytes / max(math.prod(self.shape), 1)
-
-    def __repr__(self) -> str:
-        return (
-            f"QuantizedTensor({self.scheme.name}, shape={list(self.shape)}, dtype={self.dtype}, "
-            f"{self.bits_per_element:.4g} bits per element)"
-        )
-
-    @property
-    def _stored_count(self) -> int:
-        return math.prod(self.rows.stored_shape)
-
-    @property
-    def _in_order(self) -> bool:
-        """Whether rows lie in memory as the tensor does."""
-        rows = self.rows
-        return rows.axis is None or (rows.axis == len(rows.shape) - 1 if rows.last else rows.axis == 0)
-
-    def _row_scales(self) -> np.ndarray:
-        stored = self.stored_scales
-        if isinstance(stored, QuantizedTensor):
-            scales = _numpy(stored.dequantize("float32")) + np.float32(self.scale_offset)
-        else:
-            scales = _numpy(stored)
-            if self.scheme.scale.bits < 32:
-                scales = fast.decode(scales, self.scheme.scale, "float32")
-        return self.rows.scales_apart(scales) * np.float32(self.tensor_scale)
-
-    def _like_packed(self, array: np.ndarray) -> Array:
-        if not self.is_torch:
-            return array
-        return torch_loaded().from_numpy(array).to(self.packed.device)
+__all__ = ["quantize"]
 
 
 def quantize(
@@ -268,13 +129,13 @@ def _quantized(
         chosen = ranges.choose(rows[part], scheme, None if weights is None else weights[part], tensor_scale)
         _check_finite(chosen.scales, scheme, part.start)
         scales[part] = chosen.scales
-        if zero_points is not None:
+        if zero_points is not None and chosen.zero_points is not None:
             zero_points[part] = chosen.zero_points
         if at_once:
             _encode_rows(rows, codes, part, Chosen(scales, zero_points), tensor_scale, scheme, seed)
     stored, offset = _stored_scales(scales, scheme, layout, back)
     if isinstance(stored, QuantizedTensor):  # encode against the scales that will decode
-        scales = layout.scales_apart(_numpy(stored.dequantize("float32"))) + np.float32(offset)
+        scales = layout.scales_apart(host(stored.dequantize("float32"))) + np.float32(offset)
         _encode_rows(rows, codes, slice(0, layout.count), Chosen(scales, zero_points), tensor_scale, scheme, seed)
     packed = pack_known(layout.together(codes).reshape(-1), scheme.element.bits)
     return QuantizedTensor(
@@ -314,7 +175,7 @@ def _encode_rows(
     rows: np.ndarray, codes: np.ndarray, part: slice, chosen: Chosen, tensor_scale: float, scheme: Scheme, seed: int
 ) -> None:
     scales = chosen.scales * np.float32(tensor_scale)
-    for inner, columns, start in _pieces(rows[part].shape, aligned=False):
+    for inner, columns, start in pieces(rows[part].shape, aligned=False):
         those = slice(part.start + inner.start, part.start + inner.stop)
         zero_points = None if chosen.zero_points is None else chosen.zero_points[those]
         place = part.start * rows.shape[1] + start
@@ -340,41 +201,3 @@ def _row_pieces(shape: tuple[int, ...]) -> Iterator[slice]:
     """Cut rows into runs that stay in the cache; a row is never cut."""
     step = max(fast.CHUNK // max(shape[1], 1), 1)
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
-
-
-def _pieces(shape: tuple[int, ...], *, aligned: bool) -> Iterator[tuple[slice, slice, int]]:
-    """Cut rows, and long rows too, into pieces: (rows, columns, position). Aligned ones begin at whole bytes."""
-    count, length = shape
-    if not count or not length:
-        return
-    if length > fast.CHUNK and not (aligned and length % 8):
-        for row in range(count):
-            for column in range(0, length, fast.CHUNK):
-                stop = min(column + fast.CHUNK, length)
-                yield slice(row, row + 1), slice(column, stop), row * length + column
-        return
-    step = max(fast.CHUNK // length // 8 * 8, 8) if aligned else max(fast.CHUNK // length, 1)
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count)), slice(0, length), start * length
-
-
-
-def _decode_packed(packed: np.ndarray, element: ElementFormat, out: np.ndarray) -> None:
-    """Write the values of packed codes into ``out``, which is contiguous."""
-    flat = out.reshape(-1)
-    if element.bits == 4 and flat.size % 4 == 0:
-        fast.decode_nibbles(packed, element, flat)
-    else:
-        flat[...] = fast.decode(unpack(packed, element.bits, flat.size), element, flat.dtype.name)
-
-
-def _numpy(array: Array) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
-
-
-def _size(array: Array) -> int:
-    return math.prod(array.shape)
-
-
-def _nbytes(array: Array) -> int:
-    return _size(array) * (array.itemsize if isinstance(array, np.ndarray) else array.element_size())

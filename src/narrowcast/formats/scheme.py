@@ -106,7 +106,9 @@ class Scheme:
 
     def to_json(self) -> str:
         """Return the scheme as JSON, with its formats spelled out: a reader needs no table."""
-        plain = {key: value for key, value in vars(self).items() if isinstance(value, str | bool | float)}
+        plain: dict[str, Any] = {
+            key: value for key, value in vars(self).items() if isinstance(value, str | bool | float)
+        }
         plain["element"] = _described(self.element)
         plain["scale"] = _described(self.scale)
         plain["granularity"] = _described(self.granularity)
@@ -124,10 +126,12 @@ class Scheme:
             parts = {key: _built(plain.pop(key)) for key in ("element", "scale", "granularity")}
             return Scheme(**parts, **plain)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise FormatError(f"no quantisation scheme: {error}", next_step="was the file written by narrowcast?") from None
+            raise FormatError(
+                f"no quantisation scheme: {error}", next_step="was the file written by narrowcast?"
+            ) from None
 
 
-_KINDS = {kind.__name__: kind for kind in (Format, Integer, Codebook, PerTensor, PerChannel, PerBlock)}
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Format, Integer, Codebook, PerTensor, PerChannel, PerBlock)}
 
 
 def _described(value: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from narrowcast.formats.blocks import BlockFormat
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer, Nan
 from narrowcast.formats.normal_float import normal_float
 
-__all__ = ["ALIASES", "BLOCKS", "ELEMENTS", "element", "get"]
+__all__ = ["ALIASES", "BLOCKS", "ELEMENTS", "element", "get", "names"]
 
 _IEEE = "IEEE 754-2019, section 3.6"
 _OFP8 = "OCP OFP8 1.0, section 5"
@@ -137,6 +137,11 @@ def get(name: str | ElementFormat | BlockFormat) -> ElementFormat | BlockFormat:
             next_step="run `narrowcast formats` for the table, or build one: Format(exponent_bits, mantissa_bits, bias)",
         )
     return ELEMENTS.get(known) or BLOCKS[known]
+
+
+def names() -> list[str]:
+    """Return the names of all formats, element formats first."""
+    return [*ELEMENTS, *BLOCKS]
 
 
 def element(name: str | ElementFormat | BlockFormat) -> ElementFormat:
