@@ -12,7 +12,7 @@ from narrowcast.errors import FormatError
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer, Nan
 from narrowcast.formats.rules import Below, NanInput, Overflow, Rounding, Rules
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "rounded"]
 
 
 def decode(code: int, format: ElementFormat) -> float:
@@ -124,7 +124,7 @@ def _encode_magnitude(value: float | Fraction, negative: bool, format: Format, r
     magnitude = Fraction(value)
     exponent = max(_exponent(magnitude) if magnitude else format.minimum_exponent, format.minimum_exponent)
     step = Fraction(2) ** (exponent - format.mantissa_bits)
-    steps = _rounded(magnitude / step, negative, rules.rounding, draw)
+    steps = rounded(magnitude / step, negative, rules.rounding, draw)
     # Codes count up evenly with the numbers they stand for, across exponents too: a carry needs no care.
     code = steps + ((exponent - format.minimum_exponent) << format.mantissa_bits)
     if not format.has_zero:
@@ -132,7 +132,7 @@ def _encode_magnitude(value: float | Fraction, negative: bool, format: Format, r
     return _overflowed(format, rules, negative, infinite=False) if code > format.max_code else code
 
 
-def _rounded(steps: Fraction, negative: bool, rounding: Rounding, draw: Fraction) -> int:
+def rounded(steps: Fraction, negative: bool, rounding: Rounding, draw: Fraction) -> int:
     """Round a magnitude, counted in steps of the format, to a whole number of them."""
     whole = math.floor(steps)
     rest = steps - whole
@@ -151,7 +151,12 @@ def _rounded(steps: Fraction, negative: bool, rounding: Rounding, draw: Fraction
 
 def _overflowed(format: Format, rules: Rules, negative: bool, *, infinite: bool) -> int:
     nan, infinity = format.nan_code, (format.infinity_code if format.has_inf else None)
-    toward_zero = {Rounding.TOWARD_ZERO: True, Rounding.TO_ODD: True, Rounding.UP: negative, Rounding.DOWN: not negative}
+    toward_zero = {
+        Rounding.TOWARD_ZERO: True,
+        Rounding.TO_ODD: True,
+        Rounding.UP: negative,
+        Rounding.DOWN: not negative,
+    }
     match rules.overflow:
         case Overflow.NAN if nan is not None:
             return nan
@@ -168,7 +173,7 @@ def _encode_integer(value: float | Fraction, format: Integer, rules: Rules, draw
     mask = (1 << format.bits) - 1
     if _is_infinite(value):
         return 0 if rules.overflow is Overflow.WRAP else (highest if value > 0 else lowest) & mask
-    steps = _rounded(abs(Fraction(value)) / Fraction(format.step), value < 0, rules.rounding, draw)
+    steps = rounded(abs(Fraction(value)) / Fraction(format.step), value < 0, rules.rounding, draw)
     steps = -steps if value < 0 else steps
     return (steps if rules.overflow is Overflow.WRAP else min(max(steps, lowest), highest)) & mask
 
