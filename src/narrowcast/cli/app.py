@@ -16,6 +16,8 @@ import typer
 from narrowcast._version import __version__
 from narrowcast.cli.bench import bench
 from narrowcast.cli.console import print_error, print_json
+from narrowcast.cli.format import format_
+from narrowcast.cli.formats import formats
 from narrowcast.cli.optimize import optimize
 from narrowcast.cli.run import run
 from narrowcast.cli.runtimes import runtimes
@@ -33,6 +35,9 @@ app = typer.Typer(
 )
 for command in (optimize, bench, verify, run, runtimes):
     app.command()(command)
+app.command()(formats)
+# A value may be negative: what begins with a dash and is no option is a value.
+app.command("format", context_settings={"ignore_unknown_options": True})(format_)
 
 
 def _version(value: bool) -> None:
