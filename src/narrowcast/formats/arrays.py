@@ -17,11 +17,11 @@ __all__ = ["Array", "Opened", "code_dtype", "on_device", "opened", "opened_codes
 
 Array = Any  # numpy.ndarray or torch.Tensor
 
-_FLOATS = ("float64", "float32", "float16")
-_WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
-_EXACT_WHOLE = 1 << 53
+FLOATS = ("float64", "float32", "float16")
+WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
+EXACT_WHOLE = 1 << 53
 # Dtypes that hold the codes of a format, in torch and in ml_dtypes, and which format that is.
-_CODED = {
+CODED = {
     "bfloat16": "bf16",
     "float8_e4m3fn": "e4m3fn",
     "float8_e5m2": "e5m2",
@@ -93,20 +93,20 @@ def opened(x: Any) -> Opened:
         x = x.detach()
         if x.layout is not torch.strided:
             raise FormatError(f"a tensor of layout {x.layout}", next_step="give x.to_dense()")
-        if dtype in _CODED:
+        if dtype in CODED:
             return Opened(
-                x.view(getattr(torch, code_dtype(8 * x.element_size()))).numpy(), dtype, _CODED[dtype], True, own
+                x.view(getattr(torch, code_dtype(8 * x.element_size()))).numpy(), dtype, CODED[dtype], True, own
             )
-        if dtype not in (*_FLOATS, *_WHOLE):
-            raise _refused(dtype)
+        if dtype not in (*FLOATS, *WHOLE):
+            raise refused(dtype)
         return Opened(_numbers(x.resolve_neg().numpy(), dtype), dtype, None, True, own)
     try:
         array = np.asarray(x) if isinstance(x, np.ndarray | np.generic) else np.asarray(x, np.float64)
     except (TypeError, ValueError) as error:
         raise FormatError(f"{type(x).__name__} is no array of numbers: {error}", allowed=_allowed()) from None
     dtype = array.dtype.name
-    if dtype in _CODED:
-        return Opened(array.view(code_dtype(8 * array.itemsize)), dtype, _CODED[dtype], False, array.dtype)
+    if dtype in CODED:
+        return Opened(array.view(code_dtype(8 * array.itemsize)), dtype, CODED[dtype], False, array.dtype)
     return Opened(_numbers(array, dtype), dtype, None, False, array.dtype)
 
 
@@ -134,20 +134,20 @@ def opened_codes(codes: Any, bits: int) -> Opened:
 
 
 def _numbers(array: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype in _FLOATS:
+    if dtype in FLOATS:
         return array if array.dtype.isnative else array.astype(dtype)
-    if dtype not in _WHOLE:
-        raise _refused(dtype)
+    if dtype not in WHOLE:
+        raise refused(dtype)
     if array.dtype.itemsize == 8 and array.size:
         furthest = max(int(array.max()), -int(array.min()))
-        if furthest > _EXACT_WHOLE:
+        if furthest > EXACT_WHOLE:
             raise FormatError(f"the whole number {furthest}", allowed="up to 2**53, which float64 holds exactly")
     return array.astype(np.float64)
 
 
-def _refused(dtype: str) -> FormatError:
+def refused(dtype: str) -> FormatError:
     return FormatError(f"numbers of dtype {dtype} cannot be encoded", allowed=_allowed())
 
 
 def _allowed() -> str:
-    return ", ".join((*_FLOATS, *_CODED, "whole numbers"))
+    return ", ".join((*FLOATS, *CODED, "whole numbers"))

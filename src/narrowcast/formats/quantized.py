@@ -11,12 +11,13 @@ from narrowcast.errors import FormatError
 from narrowcast.formats import device, fast, ranges
 from narrowcast.formats.arrays import on_device, opened
 from narrowcast.formats.blocks import BlockFormat
+from narrowcast.formats.engine import engine
 from narrowcast.formats.granularity import Granularity, PerBlock, Rows
 from narrowcast.formats.kinds import ElementFormat
 from narrowcast.formats.packing import pack_known
 from narrowcast.formats.ranges import Chosen
 from narrowcast.formats.rules import Overflow, Rules
-from narrowcast.formats.scales import element_max
+from narrowcast.formats.scales import absmax, element_max
 from narrowcast.formats.scheme import DOUBLE_BLOCK, Scheme
 from narrowcast.formats.table import ELEMENTS
 from narrowcast.formats.tensor import QuantizedTensor, host, pieces
@@ -154,7 +155,9 @@ def _tensor_scale(rows: np.ndarray, scheme: Scheme) -> float:
     """Return the scale that makes the largest block scale its format's largest number (NVIDIA's NVFP4)."""
     largest = 0.0
     for part in _row_pieces(rows.shape):
-        magnitude = np.abs(rows[part])
+        magnitude = absmax(rows[part])
+        if not np.isfinite(magnitude).all():
+            magnitude = np.abs(rows[part])
         largest = max(largest, float(np.max(magnitude, initial=0.0, where=np.isfinite(magnitude))))
     wanted = np.float32(largest / (element_max(scheme) * scheme.scale.max))
     smallest = np.finfo(np.float32).tiny  # a subnormal scale would lose digits, and zero everything
@@ -199,5 +202,5 @@ def _stored_scales(scales: np.ndarray, scheme: Scheme, layout: Rows, back: Any) 
 
 def _row_pieces(shape: tuple[int, ...]) -> Iterator[slice]:
     """Cut rows into runs that stay in the cache; a row is never cut."""
-    step = max(fast.CHUNK // max(shape[1], 1), 1)
+    step = max(engine().CHUNK // max(shape[1], 1), 1)
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))

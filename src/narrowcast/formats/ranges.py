@@ -8,10 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from narrowcast.formats import fast
-from narrowcast.formats.kinds import Format, Integer
-from narrowcast.formats.rules import Overflow, Rounding, Rules
+from narrowcast.formats.codebooks import codebook_edges, few
+from narrowcast.formats.engine import engine
+from narrowcast.formats.kinds import Codebook, Format, Integer
+from narrowcast.formats.rules import NanInput, Overflow, Rounding, Rules
 from narrowcast.formats.scales import absmax, rounded_scales, safe
 from narrowcast.formats.scheme import Scheme
+from narrowcast.formats.tables import by_table, encoding_table
 
 __all__ = ["Chosen", "choose", "element_codes", "element_values", "has_zero_points"]
 
@@ -151,21 +154,44 @@ def element_codes(
         start: Position of the first number, for stochastic rounding.
         seed: Of stochastic rounding.
     """
-    scaled = part / safe(scales).astype(part.dtype)[:, None]
+    codes = np.empty(part.shape, np.uint8 if scheme.element.bits <= 8 else np.uint16)
+    divisors = safe(scales)
+    if part.dtype == np.float32 and _fused(part, divisors, zero_points, scheme, codes):
+        pass
+    elif zero_points is None:
+        rules = Rules(Rounding.parse(scheme.rounding), Overflow.CLAMP, NanInput.ZERO)
+        scaled = part / divisors.astype(part.dtype)[:, None]
+        fast.encode_part(scaled.reshape(-1), scheme.element, rules, codes.reshape(-1), start, seed)
+    else:
+        scaled = part / divisors.astype(part.dtype)[:, None]
+        steps = np.clip(np.rint(scaled) + zero_points[:, None], scheme.element.min, scheme.element.max)
+        codes[...] = steps.astype(np.int32) & ((1 << scheme.element.bits) - 1)
     broken = np.isnan(scales)
     if broken.any():
-        scaled[broken] = 0
-    codes = np.empty(part.shape, np.uint8 if scheme.element.bits <= 8 else np.uint16)
-    if zero_points is None:
-        rules = Rules(Rounding.parse(scheme.rounding), Overflow.CLAMP)
-        fast.encode_part(scaled.reshape(-1), scheme.element, rules, codes.reshape(-1), start, seed)
-        return codes
-    element = scheme.element
-    steps = np.rint(scaled, out=scaled)
-    steps += zero_points[:, None].astype(part.dtype)
-    np.clip(steps, element.min, element.max, out=steps)
-    codes[...] = steps.astype(np.int32) & ((1 << element.bits) - 1)
+        codes[broken] = 0
     return codes
+
+
+def _fused(
+    part: np.ndarray, divisors: np.ndarray, zero_points: np.ndarray | None, scheme: Scheme, codes: np.ndarray
+) -> bool:
+    """Write the codes with one loop that divides and rounds, if there is one for the scheme; return whether."""
+    element = scheme.element
+    rules = Rules(Rounding.parse(scheme.rounding), Overflow.CLAMP, NanInput.ZERO)
+    nearest = rules.rounding is Rounding.NEAREST_EVEN
+    if isinstance(element, Codebook):
+        if nearest and few(element):
+            engine().codes_above_scaled(part, divisors, codebook_edges(element, "float32"), codes)
+        return nearest and few(element)
+    if zero_points is None and by_table(element, rules):
+        engine().codes_of_scaled(part, divisors, encoding_table(element, rules), codes)
+        return True
+    if isinstance(element, Integer) and nearest and not element.fraction_bits:
+        zeros = np.zeros(part.shape[0], np.int32) if zero_points is None else zero_points
+        lowest, highest = round(element.min), round(element.max)
+        engine().rounded_steps(part, divisors, zeros, lowest, highest, (1 << element.bits) - 1, codes)
+        return True
+    return False
 
 
 def element_values(

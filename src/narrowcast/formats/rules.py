@@ -30,12 +30,13 @@ class _Named(StrEnum):
 class Rounding(_Named):
     """Which of the two neighbours a number between them becomes (IEEE 754-2019, section 4.3, and two more)."""
 
-    NEAREST_EVEN = "nearest_even"  # a tie goes to the even code
+    # A tie goes to the even significand; without significand bits (E8M0) there is none, and it goes away from zero.
+    NEAREST_EVEN = "nearest_even"
     NEAREST_AWAY = "nearest_away"  # a tie goes away from zero
     TOWARD_ZERO = "toward_zero"
     UP = "up"  # toward +infinity
     DOWN = "down"  # toward -infinity
-    TO_ODD = "to_odd"  # the neighbour with the odd code: rounding it again, to fewer bits, is then still right
+    TO_ODD = "to_odd"  # the neighbour with the odd significand: rounding it again, to fewer bits, is then still right
     STOCHASTIC = "stochastic"  # up with the probability of the distance to the lower neighbour
 
 
@@ -94,7 +95,13 @@ class Rules:
         if convention is not None:
             if convention not in CONVENTIONS:
                 raise FormatError(f"unknown convention {convention!r}", allowed=choices(convention, CONVENTIONS))
-            rules = CONVENTIONS[convention].get(format.name, rules)
+            known = CONVENTIONS[convention]
+            if format.name not in known:
+                raise FormatError(
+                    f"convention {convention!r} says nothing of {format.name}",
+                    allowed=f"{', '.join(known)}, or no convention",
+                )
+            rules = known[format.name]
         if rounding is not None:
             rules = replace(rules, rounding=Rounding.parse(rounding))
         if overflow is not None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from narrowcast.formats import fast
+from narrowcast.formats import fast, portable
+from narrowcast.formats.engine import engine
 from narrowcast.formats.kinds import Codebook, Format, Integer
 from narrowcast.formats.rules import Overflow, Rules
 from narrowcast.formats.scheme import Scheme
@@ -19,15 +20,9 @@ _SATURATING = Rules(overflow=Overflow.SATURATE)
 
 def absmax(rows: np.ndarray) -> np.ndarray:
     """Return the largest magnitude of each row; NaN if the row holds one."""
-    magnitude = np.abs(rows)
-    length = magnitude.shape[1]
-    while length > 1 and length % 2 == 0 and length <= 1024:  # halving beats NumPy's reduction of short rows
-        flat = magnitude.reshape(-1)
-        magnitude = np.maximum(flat[::2], flat[1::2])
-        length //= 2
-    if length == 0:
+    if not rows.shape[1]:
         return np.zeros(rows.shape[0], rows.dtype)
-    return magnitude.reshape(rows.shape[0], length).max(axis=1)
+    return (engine() if rows.dtype == np.float32 else portable).absmax(rows)
 
 
 def element_max(scheme: Scheme) -> float:
@@ -61,7 +56,7 @@ def rounded_scales(largest: np.ndarray, scheme: Scheme, tensor_scale: float) -> 
 
 def _stored(values: np.ndarray, format: Format) -> np.ndarray:
     codes = np.empty(values.shape, np.uint8 if format.bits <= 8 else np.uint16)
-    fast.encode_part(np.ascontiguousarray(values, np.float64), format, _SATURATING, codes, 0, 0)
+    fast.encode_part(np.ascontiguousarray(values), format, _SATURATING, codes, 0, 0)
     return fast.decode(codes, format, "float32")
 
 

@@ -13,10 +13,11 @@ import numpy as np
 from narrowcast.errors import FormatError
 from narrowcast.formats import device, fast, storage
 from narrowcast.formats.arrays import Array, on_device, torch_loaded
+from narrowcast.formats.engine import engine
 from narrowcast.formats.granularity import Rows
-from narrowcast.formats.kinds import ElementFormat
 from narrowcast.formats.packing import pack_known, packed_size, unpack
 from narrowcast.formats.scheme import Scheme
+from narrowcast.formats.tables import values_of
 
 __all__ = ["QuantizedTensor", "host", "load", "pieces", "save"]
 
@@ -74,7 +75,7 @@ class QuantizedTensor:
         return torch.from_numpy(values).to(getattr(torch, dtype))
 
     def _values(self, work: str) -> np.ndarray:
-        scales = self._row_scales()
+        scales = self._row_scales().astype(work)
         zero_points = None if self.zero_points is None else self.rows.scales_apart(host(self.zero_points))
         packed, bits = host(self.packed), self.scheme.element.bits
         values = np.empty((self.rows.count, self.rows.length), work)
@@ -85,11 +86,15 @@ class QuantizedTensor:
             out = values[rows, columns]
             stop = start + out.size
             part = packed[start * bits // 8 : -(-stop * bits // 8)]
-            _decode_packed(part, self.scheme.element, out)
+            if bits == 4 and zero_points is None and out.shape[1] % 2 == 0:
+                engine().decoded_nibbles(part, scales[rows], values_of(self.scheme.element, work), out)
+                continue
+            codes = unpack(part, bits, out.size)
+            engine().decoded(codes, values_of(self.scheme.element, work), out.reshape(-1))
             if zero_points is not None:
                 out -= zero_points[rows, None].astype(work)
             with np.errstate(invalid="ignore", over="ignore"):
-                np.multiply(out, scales[rows, None].astype(work), out=out)
+                out *= scales[rows, None]
         return self.rows.without_padding(self.rows.together(values)).reshape(self.shape)
 
     def check(self) -> None:
@@ -268,24 +273,15 @@ def pieces(shape: tuple[int, ...], *, aligned: bool) -> Iterator[tuple[slice, sl
     count, length = shape
     if not count or not length:
         return
-    if length > fast.CHUNK and not (aligned and length % 8):
+    if length > engine().CHUNK and not (aligned and length % 8):
         for row in range(count):
-            for column in range(0, length, fast.CHUNK):
-                stop = min(column + fast.CHUNK, length)
+            for column in range(0, length, engine().CHUNK):
+                stop = min(column + engine().CHUNK, length)
                 yield slice(row, row + 1), slice(column, stop), row * length + column
         return
-    step = max(fast.CHUNK // length // 8 * 8, 8) if aligned else max(fast.CHUNK // length, 1)
+    step = max(engine().CHUNK // length // 8 * 8, 8) if aligned else max(engine().CHUNK // length, 1)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count)), slice(0, length), start * length
-
-
-def _decode_packed(packed: np.ndarray, element: ElementFormat, out: np.ndarray) -> None:
-    """Write the values of packed codes into ``out``, which is contiguous."""
-    flat = out.reshape(-1)
-    if element.bits == 4 and flat.size % 4 == 0:
-        fast.decode_nibbles(packed, element, flat)
-    else:
-        flat[...] = fast.decode(unpack(packed, element.bits, flat.size), element, flat.dtype.name)
 
 
 def host(array: Array) -> np.ndarray:

@@ -1,0 +1,147 @@
+"""The inner loops of the codecs in NumPy. ``compiled`` has the same functions, with the same results, and is faster.
+
+Arrays are contiguous; rows have shape [rows, length], scales [rows].
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from narrowcast.formats.kinds import Format
+
+__all__ = [
+    "Values",
+    "absmax",
+    "codes_above",
+    "codes_above_scaled",
+    "codes_by_half",
+    "codes_of_scaled",
+    "decoded",
+    "decoded_nibbles",
+    "round_to_nearest",
+    "rounded_steps",
+    "values_by_half",
+]
+
+NAME = "numpy"
+CHUNK = 1 << 15  # elements worked on at a time: every step passes over them, so they stay in the cache
+
+
+class Values:
+    """The values of a format's codes, and of two codes side by side: half as many look-ups.
+
+    Args:
+        single: Value of each code, shape [2**bits], float32 or float64.
+    """
+
+    def __init__(self, single: np.ndarray) -> None:
+        self.single = single
+
+    @cached_property
+    def pairs(self) -> np.ndarray:
+        """Both values of two 8-bit codes in one 16-bit number, as one complex number: shape [65536]."""
+        of_byte = np.resize(self.single, 256)  # codes above the format's are never looked up
+        both = np.arange(1 << 16)
+        return self._joined(of_byte[both & 0xFF], of_byte[both >> 8])
+
+    @cached_property
+    def nibbles(self) -> np.ndarray:
+        """Both values of two 4-bit codes in one byte, the first one low, as one complex number: shape [256]."""
+        both = np.arange(256)
+        return self._joined(self.single[both & 15], self.single[both >> 4])
+
+    def _joined(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        wide = np.dtype(f"complex{16 * self.single.itemsize}")
+        return np.ascontiguousarray(np.stack([first, second], axis=1)).view(wide)[:, 0]
+
+
+def upper_half(x: np.ndarray) -> np.ndarray:
+    """Return the upper 16 bits of float32 numbers, the lowest of them set if any lower bit is: shape [n]."""
+    word = x.view(np.uint32)
+    return (word >> 16) | ((word & 0xFFFF) != 0)
+
+
+def codes_by_half(x: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
+    """Write the code that the table of 65,536 gives for the upper half of each float32 number."""
+    np.take(table, upper_half(x), out=out, mode="clip")
+
+
+def values_by_half(x: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
+    """As :func:`codes_by_half`, with a table of float32 values."""
+    np.take(table, upper_half(x), out=out, mode="clip")
+
+
+def codes_above(x: np.ndarray, edges: np.ndarray, out: np.ndarray) -> None:
+    """Write, for each number, how many of the increasing edges lie below it."""
+    out[...] = 0
+    for edge in edges:
+        out += x > edge
+
+
+def absmax(rows: np.ndarray) -> np.ndarray:
+    """Return the largest magnitude of each row; NaN if the row holds one."""
+    magnitude = np.abs(rows)
+    length = magnitude.shape[1]
+    while length > 1 and length % 2 == 0:  # halving beats NumPy's reduction of short rows
+        flat = magnitude.reshape(-1)
+        magnitude = np.maximum(flat[::2], flat[1::2])
+        length //= 2
+    return magnitude.reshape(rows.shape[0], length).max(axis=1)
+
+
+def codes_of_scaled(rows: np.ndarray, scales: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
+    """Write the codes of float32 rows divided by their scales, from the table of :func:`codes_by_half`."""
+    codes_by_half((rows / scales[:, None]).reshape(-1), table, out.reshape(-1))
+
+
+def codes_above_scaled(rows: np.ndarray, scales: np.ndarray, edges: np.ndarray, out: np.ndarray) -> None:
+    """Write the codes of float32 rows divided by their scales, as :func:`codes_above` does."""
+    codes_above(rows / scales[:, None], edges, out)
+
+
+def rounded_steps(
+    rows: np.ndarray, scales: np.ndarray, zero_points: np.ndarray, lowest: int, highest: int, mask: int, out: np.ndarray
+) -> None:
+    """Write ``clip(round(row / scale) + zero_point)`` in two's complement, for float32 rows."""
+    steps = np.rint(rows / scales[:, None])
+    steps += zero_points[:, None].astype(steps.dtype)
+    np.clip(steps, lowest, highest, out=steps)
+    out[...] = steps.astype(np.int32) & mask
+
+
+def decoded(codes: np.ndarray, values: Values, out: np.ndarray) -> None:
+    """Write the values of codes."""
+    if codes.dtype == np.uint8 and codes.size % 2 == 0:
+        np.take(values.pairs, codes.view("<u2"), out=out.view(values.pairs.dtype), mode="clip")
+    else:
+        np.take(values.single, codes, out=out, mode="clip")
+
+
+def decoded_nibbles(packed: np.ndarray, scales: np.ndarray, values: Values, out: np.ndarray) -> None:
+    """Write the values of packed 4-bit codes times their rows' scales, for rows of even length."""
+    table = values.nibbles
+    np.take(table, packed, out=out.reshape(-1).view(table.dtype), mode="clip")
+    with np.errstate(invalid="ignore", over="ignore"):
+        out *= scales[:, None]
+
+
+def round_to_nearest(x: np.ndarray, format: Format, out: np.ndarray) -> None:
+    """Write the codes of float32 numbers, rounded to nearest even.
+
+    Overflow, infinity and NaN become any code from the largest number's on. The format is BF16, or signed with two
+    zeros, of up to 16 bits and 5 exponent bits.
+    """
+    if format.exponent_bits == 8:
+        word = x.view(np.uint32)
+        magnitude = np.minimum(word & 0x7FFFFFFF, 0x7F800000)
+        out[...] = (magnitude + (0x7FFF + ((word >> 16) & 1))) >> 16 | (word >> 16 & 0x8000)
+        return
+    dropped, lowest = 23 - format.mantissa_bits, (format.minimum_exponent + 127) << 23
+    magnitude = np.minimum(x.view(np.int32) & 0x7FFFFFFF, (format.maximum_exponent + 128) << 23)
+    magic = np.maximum(magnitude & 0x7F800000, lowest) + (dropped << 23)
+    # A number plus a power of two that far above it is rounded by the addition itself, at the format's last digit.
+    rounded = (magnitude.view(np.float32) + magic.view(np.float32)).view(np.int32)
+    code = np.minimum(rounded - magic + ((magic - (dropped << 23) - lowest) >> dropped), format.magnitude_mask)
+    out[...] = code | ((x.view(np.int32) >> (32 - format.bits)) & format.sign_bit)

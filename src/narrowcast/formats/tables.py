@@ -1,0 +1,99 @@
+"""The codecs of ``bits`` on NumPy arrays, and the tables that follow from them.
+
+A float32 number and a narrow format: the upper 16 bits, with the lowest of them set if anything follows, decide the code,
+because no rounding boundary of a format with few significand bits has a digit further down. So every rounding, overflow
+and NaN rule is one table of 65,536 codes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from narrowcast.formats import bits
+from narrowcast.formats.arrays import code_dtype
+from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer
+from narrowcast.formats.portable import Values
+from narrowcast.formats.rules import Overflow, Rounding, Rules
+
+__all__ = [
+    "by_table",
+    "casting_table",
+    "decode_exactly",
+    "encode_exactly",
+    "encoding_table",
+    "exact_in_float32",
+    "values_of",
+]
+
+_LOWEST_OF_A_TABLE = -131  # exponent of the smallest step: its half is the last digit but one of an upper half
+_DIGITS_OF_A_TABLE = 7  # significant bits of the upper half of a float32, less one for "something follows"
+
+
+def exact_in_float32(format: ElementFormat) -> bool:
+    """Return whether float32 holds every value of the format."""
+    match format:
+        case Codebook():
+            return all(float(np.float32(value)) == value for value in format.values)
+        case Integer():
+            return format.fraction_bits <= 64
+        case Format():
+            lowest = format.minimum_exponent - format.mantissa_bits
+            return format.mantissa_bits <= 23 and lowest >= -149 and format.maximum_exponent <= 127
+
+
+def encode_exactly(x: np.ndarray, format: Format | Integer, rules: Rules, start: int, seed: int) -> np.ndarray:
+    """Return the codes of numbers of any dtype, as int64: shape [n]."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes quiet
+        word = x.astype(np.float64, copy=False).view(np.int64)
+    places = np.arange(start, start + x.size) if rules.rounding is Rounding.STOCHASTIC else word
+    encoder = bits.encode_float if isinstance(format, Format) else bits.encode_integer
+    return encoder(word, format, rules, np.where, places, seed)  # type: ignore[arg-type]
+
+
+def decode_exactly(codes: np.ndarray, format: ElementFormat) -> np.ndarray:
+    """Return the values of codes, as float64."""
+    whole = codes.astype(np.int64)
+    match format:
+        case Codebook():
+            return np.array(format.values)[np.minimum(whole, len(format.values) - 1)]
+        case Integer():
+            return bits.decode_integer(whole, format, np.where) * format.step
+        case Format():
+            return bits.decode_float(whole, format, np.where).view(np.float64)
+
+
+def by_table(format: Format | Integer, rules: Rules) -> bool:
+    """Return whether the upper halves of float32 numbers decide their codes."""
+    digits = format.mantissa_bits + 1 if isinstance(format, Format) else format.bits - format.signed
+    lowest = format.minimum_exponent - format.mantissa_bits if isinstance(format, Format) else -format.fraction_bits
+    return (
+        digits + 1 <= _DIGITS_OF_A_TABLE
+        and lowest >= _LOWEST_OF_A_TABLE
+        and rules.rounding is not Rounding.STOCHASTIC
+        and rules.overflow is not Overflow.WRAP  # which looks at the lowest digits
+    )
+
+
+@lru_cache(maxsize=64)
+def encoding_table(format: Format | Integer, rules: Rules) -> np.ndarray:
+    """Return the code of every upper half: shape [65536]."""
+    halves = np.arange(1 << 16, dtype=np.uint32) << 16
+    with np.errstate(invalid="ignore"):
+        numbers = halves.view(np.float32).astype(np.float64)
+    return encode_exactly(numbers, format, rules, 0, 0).astype(code_dtype(format.bits))
+
+
+@lru_cache(maxsize=64)
+def casting_table(format: Format | Integer, rules: Rules) -> np.ndarray:
+    """Return what every upper half is rounded to: shape [65536], float32."""
+    return values_of(format, "float32").single[encoding_table(format, rules)]
+
+
+@lru_cache(maxsize=64)
+def values_of(format: ElementFormat, dtype: str) -> Values:
+    """Return the values of a format of up to 16 bits, rounded to ``dtype`` where it does not hold them."""
+    values = decode_exactly(np.arange(1 << format.bits), format)
+    with np.errstate(invalid="ignore", over="ignore"):  # a signalling NaN becomes quiet
+        return Values(values.astype(dtype))
