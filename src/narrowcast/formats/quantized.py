@@ -41,6 +41,7 @@ def quantize(
     pad: bool = False,
     rounding: str = "nearest_even",
     seed: int = 0,
+    tensor_max: float | None = None,
 ) -> QuantizedTensor:
     """Return ``x`` as packed codes with scales.
 
@@ -60,6 +61,8 @@ def quantize(
         pad: Whether a block that does not fit is filled up with zeros (which are stored), instead of refused.
         rounding: How elements are rounded, as in :func:`narrowcast.formats.encode`.
         seed: Of stochastic rounding.
+        tensor_max: ``nvfp4``: largest magnitude of the whole tensor that ``x`` is a piece of, from which the tensor's own
+            scale follows; the largest of ``x`` unless given.
 
     Raises:
         FormatError: An unknown name, options that contradict each other, a block that does not divide the axis, numbers
@@ -81,6 +84,8 @@ def quantize(
     )
     if not symmetric and rounding != "nearest_even":
         raise FormatError(f"rounding = {rounding!r} with symmetric=False", allowed="nearest_even")
+    if tensor_max is not None:
+        _check_tensor_max(tensor_max, scheme, x)
     if on_device(x):
         return device.quantize(x, scheme, importance, seed)
     source = opened(x)
@@ -94,7 +99,25 @@ def quantize(
     weights = None
     if importance is not None:
         weights = layout.apart(np.broadcast_to(_weights(importance, shape), shape))
-    return _quantized(layout.apart(numbers), scheme, layout, shape, source.dtype, weights, seed, source.back)
+    rows = layout.apart(numbers)
+    tensor_scale = 1.0
+    if scheme.tensor_scale:
+        tensor_scale = _tensor_scale(_largest(rows) if tensor_max is None else tensor_max, scheme)
+    return _quantized(rows, scheme, layout, shape, source.dtype, weights, seed, source.back, tensor_scale)
+
+
+def _check_tensor_max(tensor_max: float, scheme: Scheme, x: Any) -> None:
+    if not scheme.tensor_scale:
+        raise FormatError(
+            f"tensor_max = {tensor_max} with {scheme.name}, whose scales look no further than their block",
+            allowed="formats with a scale for the whole tensor, such as nvfp4",
+        )
+    if not 0 <= tensor_max < np.inf:
+        raise FormatError(f"tensor_max = {tensor_max}", allowed="a finite magnitude")
+    if on_device(x):
+        raise FormatError(
+            "tensor_max for a tensor on a device", allowed="NumPy arrays and torch tensors in main memory"
+        )
 
 
 def _weights(importance: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -120,8 +143,8 @@ def _quantized(
     weights: np.ndarray | None,
     seed: int,
     back: Any,
+    tensor_scale: float,
 ) -> QuantizedTensor:
-    tensor_scale = _tensor_scale(rows, scheme) if scheme.tensor_scale else 1.0
     scales = np.zeros(layout.count, np.float32)
     zero_points = np.zeros(layout.count, np.int32) if ranges.has_zero_points(scheme) else None
     codes = np.empty(rows.shape, np.uint8 if scheme.element.bits <= 8 else np.uint16)
@@ -151,14 +174,19 @@ def _quantized(
     )
 
 
-def _tensor_scale(rows: np.ndarray, scheme: Scheme) -> float:
-    """Return the scale that makes the largest block scale its format's largest number (NVIDIA's NVFP4)."""
+def _largest(rows: np.ndarray) -> float:
+    """Return the largest finite magnitude; 0 if there is none."""
     largest = 0.0
     for part in _row_pieces(rows.shape):
         magnitude = absmax(rows[part])
         if not np.isfinite(magnitude).all():
             magnitude = np.abs(rows[part])
         largest = max(largest, float(np.max(magnitude, initial=0.0, where=np.isfinite(magnitude))))
+    return largest
+
+
+def _tensor_scale(largest: float, scheme: Scheme) -> float:
+    """Return the scale that makes the largest block scale its format's largest number (NVIDIA's NVFP4)."""
     wanted = np.float32(largest / (element_max(scheme) * scheme.scale.max))
     smallest = np.finfo(np.float32).tiny  # a subnormal scale would lose digits, and zero everything
     return float(max(wanted, smallest)) if largest else 1.0
