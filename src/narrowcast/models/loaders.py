@@ -14,12 +14,13 @@ import onnx
 
 from narrowcast.errors import ModelError, NarrowcastError, RuntimeMissingError, choices
 from narrowcast.models import bundled
+from narrowcast.models.bundled import TorchModel
 from narrowcast.models.graph import Graph
 from narrowcast.models.prepare import prepare, read_onnx
 from narrowcast.models.reference import ImageSpec, Model, ModelRef
 from narrowcast.models.torch_export import export, require_torch
 
-__all__ = ["load_model", "user_function"]
+__all__ = ["artifact_file", "load_model", "load_module", "user_function"]
 
 
 def load_model(reference: str | ModelRef, *, seed: int = 0) -> Model:
@@ -36,6 +37,21 @@ def load_model(reference: str | ModelRef, *, seed: int = 0) -> Model:
     """
     ref = reference if isinstance(reference, ModelRef) else ModelRef.parse(reference)
     return _LOADERS[ref.scheme](ref, seed)
+
+
+def load_module(ref: ModelRef, *, seed: int = 0) -> TorchModel | None:
+    """Return the PyTorch module that a reference names, without exporting it; None for a scheme that has none.
+
+    Args:
+        ref: Any model reference.
+        seed: Seed of the random weights, for the schemes that have no trained ones.
+
+    Raises:
+        ModelError: The model cannot be found.
+        RuntimeMissingError: A package that the scheme needs is not installed.
+    """
+    make = _MODULES.get(ref.scheme)
+    return None if make is None else make(ref, seed)
 
 
 def user_function(text: str, kind: str, error: type[NarrowcastError] = ModelError) -> Callable[..., Any]:
@@ -92,12 +108,21 @@ def _load_onnx(ref: ModelRef, seed: int) -> Model:
 
 def _load_artifact(ref: ModelRef, seed: int) -> Model:
     del seed
-    path = Path(ref.id) / "model.onnx"
+    return _finish(ref, read_onnx(artifact_file(Path(ref.id))))
+
+
+def artifact_file(folder: Path) -> Path:
+    """Return the model file of an artifact folder.
+
+    Raises:
+        ModelError: There is none.
+    """
+    path = folder / "model.onnx"
     if not path.is_file():
         raise ModelError(
-            f"folder {ref.id} holds no model.onnx", allowed="an artifact folder", next_step="check the path"
+            f"folder {folder} holds no model.onnx", allowed="an artifact folder", next_step="check the path"
         )
-    return _finish(ref, read_onnx(path))
+    return path
 
 
 def _package(name: str, extra: str) -> Any:
@@ -109,7 +134,7 @@ def _package(name: str, extra: str) -> Any:
         ) from error
 
 
-def _load_timm(ref: ModelRef, seed: int) -> Model:
+def _timm(ref: ModelRef, seed: int) -> TorchModel:
     torch = require_torch(str(ref))
     timm = _package("timm", "examples")
     if ref.id not in timm.list_models():
@@ -122,10 +147,10 @@ def _load_timm(ref: ModelRef, seed: int) -> Model:
     channels, height, width = config["input_size"]
     image = ImageSpec((height, width), tuple(config["mean"]), tuple(config["std"]), config["crop_pct"])
     example = (torch.randn(2, channels, height, width),)
-    return _finish(ref, export(module, example, ["image"], str(ref)), random_weights=True, image=image)
+    return TorchModel(module, example, ["image"], image=image, random_weights=True)
 
 
-def _load_torchvision(ref: ModelRef, seed: int) -> Model:
+def _torchvision(ref: ModelRef, seed: int) -> TorchModel:
     torch = require_torch(str(ref))
     models = _package("torchvision.models", "examples")
     names = models.list_models(module=models)
@@ -137,7 +162,7 @@ def _load_torchvision(ref: ModelRef, seed: int) -> Model:
     module = models.get_model(ref.id, weights=None, **kwargs)
     image = ImageSpec((side, side))
     example = (torch.randn(2, 3, side, side),)
-    return _finish(ref, export(module, example, ["image"], str(ref)), random_weights=True, image=image)
+    return TorchModel(module, example, ["image"], image=image, random_weights=True)
 
 
 def _nearest(given: str, names: list[str]) -> str:
@@ -146,7 +171,7 @@ def _nearest(given: str, names: list[str]) -> str:
     return f"{len(names)} names, the nearest: {', '.join(near)}" if near else f"{len(names)} names"
 
 
-def _load_python(ref: ModelRef, seed: int) -> Model:
+def _python(ref: ModelRef, seed: int) -> TorchModel:
     torch = require_torch(str(ref))
     torch.manual_seed(seed)
     made = user_function(ref.id, "model")()
@@ -170,23 +195,30 @@ def _load_python(ref: ModelRef, seed: int) -> Model:
                 allowed="a batch of at least 2, because PyTorch's exporter fixes a batch of 1",
                 next_step="repeat the example along its first axis",
             )
-    return _finish(ref, export(module, values, names, str(ref)))
+    return TorchModel(module, values, names)
 
 
-def _load_bundled(ref: ModelRef, seed: int) -> Model:
+def _bundled(ref: ModelRef, seed: int) -> TorchModel:
     del seed
     if ref.id not in bundled.MODELS:
         raise ModelError(f"no bundled model {ref.id!r}", allowed=choices(ref.id, bundled.MODELS))
-    source = bundled.MODELS[ref.id]()
-    model = export(source.module, source.examples, source.names, str(ref))
-    return _finish(ref, model, image=source.image, tokenize=source.tokenize)
+    return bundled.MODELS[ref.id]()
 
 
+def _load_torch(ref: ModelRef, seed: int) -> Model:
+    made = _MODULES[ref.scheme](ref, seed)
+    model = export(made.module, made.examples, made.names, str(ref))
+    return _finish(ref, model, random_weights=made.random_weights, image=made.image, tokenize=made.tokenize)
+
+
+_MODULES: dict[str, Callable[[ModelRef, int], TorchModel]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "py": _python,
+    "bundled": _bundled,
+}
 _LOADERS: dict[str, Callable[[ModelRef, int], Model]] = {
     "onnx": _load_onnx,
     "artifact": _load_artifact,
-    "timm": _load_timm,
-    "torchvision": _load_torchvision,
-    "py": _load_python,
-    "bundled": _load_bundled,
+    **dict.fromkeys(_MODULES, _load_torch),
 }
