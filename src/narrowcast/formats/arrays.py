@@ -101,7 +101,7 @@ def opened(x: Any) -> Opened:
             raise refused(dtype)
         return Opened(_numbers(x.resolve_neg().numpy(), dtype), dtype, None, True, own)
     try:
-        array = np.asarray(x) if isinstance(x, np.ndarray | np.generic) else np.asarray(x, np.float64)
+        array = np.asarray(x)  # what is no number, or whole and too large, shows in the dtype that NumPy gives it
     except (TypeError, ValueError) as error:
         raise FormatError(f"{type(x).__name__} is no array of numbers: {error}", allowed=_allowed()) from None
     dtype = array.dtype.name
@@ -110,8 +110,8 @@ def opened(x: Any) -> Opened:
     return Opened(_numbers(array, dtype), dtype, None, False, array.dtype)
 
 
-def opened_codes(codes: Any, bits: int) -> Opened:
-    """Return ``codes`` as unsigned integers, each checked to have ``bits`` bits at most.
+def opened_codes(codes: Any, bits: int, last: int) -> Opened:
+    """Return ``codes`` as unsigned integers for ``bits`` bits, each checked to be ``last`` at most.
 
     Raises:
         FormatError: Something that is not whole numbers, or a code out of range.
@@ -124,12 +124,10 @@ def opened_codes(codes: Any, bits: int) -> Opened:
             f"codes of dtype {array.dtype.name}", allowed="whole numbers", next_step="decode takes what encode gave"
         )
     wanted = code_dtype(bits)
-    if array.size and (array.dtype.kind == "i" or array.dtype.itemsize * 8 > bits):
+    if array.size and (array.dtype.kind == "i" or np.iinfo(array.dtype).max > last):
         lowest, highest = int(array.min()), int(array.max())
-        if lowest < 0 or highest >> bits:
-            raise FormatError(
-                f"code {lowest if lowest < 0 else highest} of {bits} bits", allowed=f"0 to {(1 << bits) - 1}"
-            )
+        if lowest < 0 or highest > last:
+            raise FormatError(f"code {lowest if lowest < 0 else highest} of {bits} bits", allowed=f"0 to {last}")
     return Opened(array.astype(wanted, copy=False), wanted, None, is_tensor, array.dtype)
 
 

@@ -48,6 +48,8 @@ def _codebook_ties(format: Codebook) -> np.ndarray:
 
 def codebook_codes(x: np.ndarray, format: Codebook, rules: Rules, start: int, seed: int) -> np.ndarray:
     """Return the codes of numbers: shape [n]."""
+    if x.dtype == np.float16:  # which compiled loops do not compute with
+        x = x.astype(np.float32)
     if rules.rounding is Rounding.NEAREST_EVEN and few(format):
         codes = np.empty(x.shape, np.uint8)
         engine().codes_above(x, codebook_edges(format, x.dtype.name), codes)
@@ -62,7 +64,7 @@ def codebook_codes(x: np.ndarray, format: Codebook, rules: Rules, start: int, se
         case Rounding.NEAREST_AWAY:
             up = (x > codebook_edges(format, "float64")[lower]) | ((x == _codebook_ties(format)[lower]) & (x > 0))
         case Rounding.TOWARD_ZERO:
-            up = between & (x < 0)
+            up = between & (np.abs(values[lower + 1]) < np.abs(values[lower]))
         case Rounding.UP:
             up = between
         case Rounding.DOWN:

@@ -82,7 +82,7 @@ def decode(codes: Any, format: FormatLike, *, dtype: str = "float64") -> Array:
         )
     if on_device(codes):
         return device.decode(codes, source_format, dtype)
-    source = opened_codes(codes, source_format.bits)
+    source = opened_codes(codes, source_format.bits, source_format.last_code)
     return source.back(fast.decode(source.array, source_format, dtype))
 
 

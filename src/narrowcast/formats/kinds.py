@@ -89,6 +89,11 @@ class Format:
         return self.signed + self.exponent_bits + self.mantissa_bits
 
     @property
+    def last_code(self) -> int:
+        """The largest code, whatever it stands for."""
+        return (1 << self.bits) - 1
+
+    @property
     def magnitude_mask(self) -> int:
         """The exponent and significand fields' bits."""
         return (1 << (self.exponent_bits + self.mantissa_bits)) - 1
@@ -232,6 +237,11 @@ class Integer:
             object.__setattr__(self, "name", f"{'int' if self.signed else 'uint'}{self.bits}{point}")
 
     @property
+    def last_code(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    @property
     def step(self) -> float:
         """Distance between neighbouring values."""
         return math.ldexp(1.0, -self.fraction_bits)
@@ -283,6 +293,11 @@ class Codebook:
     def bits(self) -> int:
         """Bits of a code."""
         return (len(self.values) - 1).bit_length()
+
+    @property
+    def last_code(self) -> int:
+        """The largest code, which a table of no power of two ends at."""
+        return len(self.values) - 1
 
     @property
     def max(self) -> float:

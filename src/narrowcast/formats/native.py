@@ -22,7 +22,7 @@ def encode_natively(x: np.ndarray, format: Format, out: np.ndarray) -> bool:
         Whether anything was written.
     """
     torch = torch_loaded()
-    if torch is None or format.name not in _TORCH:
+    if torch is None or format.name not in _TORCH or not x.flags.writeable:  # torch warns of arrays that are not
         return False
     codes = torch.from_numpy(out).view(getattr(torch, _TORCH[format.name]))
     codes.copy_(torch.from_numpy(x))
@@ -32,7 +32,7 @@ def encode_natively(x: np.ndarray, format: Format, out: np.ndarray) -> bool:
 def decode_natively(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
     """Write the float32 values of codes, if torch is there and is quicker than a look-up; return whether."""
     torch = torch_loaded()
-    if torch is None or format.name not in _DECODES or out.dtype != np.float32:
+    if torch is None or format.name not in _DECODES or out.dtype != np.float32 or not codes.flags.writeable:
         return False
     torch.from_numpy(out).copy_(torch.from_numpy(codes).view(getattr(torch, _TORCH[format.name])))
     return True

@@ -190,7 +190,7 @@ def _encode_codebook(value: float | Fraction, format: Codebook, rules: Rules, dr
     up = {
         Rounding.NEAREST_EVEN: rest > half,  # codes of a table have no parity that means anything: a tie goes down
         Rounding.NEAREST_AWAY: rest > half or (rest == half and value > 0),
-        Rounding.TOWARD_ZERO: rest > 0 and value < 0,
+        Rounding.TOWARD_ZERO: rest > 0 and abs(values[lower + 1]) < abs(values[lower]),
         Rounding.UP: rest > 0,
         Rounding.DOWN: False,
         Rounding.TO_ODD: rest > 0 and lower % 2 == 0,
