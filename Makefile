@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs setup clean
+.PHONY: demo test exhaustive check docs setup clean
 
 demo: $(READY)  ## the main job on a real model; ends by saying where the report is
 	$(BIN)/narrowcast optimize bundled:efficientnet-lite0 --data bundled:photos --max-drop 15% --minimise latency --out demo --force
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest
+
+exhaustive: $(READY)  ## every float32 there is, to FP16, BF16 and FP8: about ten minutes on one core
+	$(BIN)/python -m pytest -m exhaustive
 
 check: $(READY)  ## lint, types, import layers
 	$(BIN)/ruff check .

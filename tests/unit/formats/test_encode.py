@@ -8,6 +8,7 @@ import gfloat
 import numpy as np
 import pytest
 import torch
+from format_engines import cast, decode, encode
 from format_oracles import ML_DTYPES, NUMPY, ROUND_MODES, gfloat_info, in_gfloat, ml_codes
 from format_values import (
     CODEBOOKS,
@@ -24,7 +25,7 @@ from format_values import (
     same_bits,
 )
 
-from narrowcast.formats import cast, decode, encode, reference
+from narrowcast.formats import reference
 from narrowcast.formats.kinds import ElementFormat, Format, Integer
 from narrowcast.formats.rules import Rules
 
