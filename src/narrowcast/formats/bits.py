@@ -21,6 +21,7 @@ _FRACTION = (1 << 52) - 1
 _EXPONENT = 0x7FF
 _MAGNITUDE = (1 << 63) - 1
 _INFINITY = _EXPONENT << 52
+_QUIET = 1 << 51
 _MOST = 60  # a shift by more leaves nothing of 53 bits
 
 
@@ -193,7 +194,7 @@ def encode_integer(bits: Int64, format: Integer, rules: Rules, where: Where, pla
 
 
 def decode_float(codes: Int64, format: Format, where: Where) -> Int64:
-    """Return the bits of float64 that the codes stand for; a NaN keeps its payload."""
+    """Return the bits of float64 that the codes stand for; a NaN keeps its payload, and is quiet."""
     negative = (codes & format.sign_bit) != 0 if format.bits < 64 else codes < 0
     magnitude = codes & format.magnitude_mask
     mantissa = format.mantissa_bits
@@ -203,11 +204,13 @@ def decode_float(codes: Int64, format: Format, where: Where) -> Int64:
     if format.has_zero:
         bits = where(field == 0, _subnormal(fraction, format, where), bits)
     if format.has_inf:
-        bits = where(field == (1 << format.exponent_bits) - 1, _INFINITY + (fraction << (52 - mantissa)), bits)
+        special = _INFINITY + (fraction << (52 - mantissa))
+        quiet = where(fraction == 0, special, special | _QUIET)  # a signalling NaN does not survive being worked on
+        bits = where(field == (1 << format.exponent_bits) - 1, quiet, bits)
     if format.nan is Nan.ALL_ONES:
-        bits = where(magnitude > format.max_code, _INFINITY | (1 << 51), bits)
+        bits = where(magnitude > format.max_code, _INFINITY | _QUIET, bits)
     if format.nan is Nan.NEGATIVE_ZERO:
-        bits = where(codes == format.sign_bit, _INFINITY | (1 << 51), bits)
+        bits = where(codes == format.sign_bit, _INFINITY | _QUIET, bits)
         negative = negative & (codes != format.sign_bit)
     return where(negative, bits | (-1 << 63), bits)
 

@@ -51,6 +51,8 @@ def encode_part(x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndar
         start: Position of the piece in the whole array.
         seed: Of stochastic rounding.
     """
+    if x.dtype == np.float16:
+        x = x.astype(np.float32)
     _check_nan(x, format, rules, start)
     if isinstance(format, Codebook):
         out[...] = codebook_codes(_without_nan(x, format, rules), format, rules, start, seed)
@@ -91,8 +93,6 @@ def by_rint(format: Integer, rules: Rules) -> bool:
 
 
 def _encode_by_rint(x: np.ndarray, format: Integer, out: np.ndarray) -> None:
-    if x.dtype == np.float16:  # which does not hold the limits of 16-bit integers, nor large scales
-        x = x.astype(np.float32)
     with np.errstate(over="ignore"):  # infinity is clamped like any other number
         steps = np.rint(x * format.step**-1) if format.fraction_bits else np.rint(x)
     np.clip(steps, format.min / format.step, format.max / format.step, out=steps)
@@ -128,7 +128,9 @@ def decode(codes: np.ndarray, format: ElementFormat, dtype: str) -> np.ndarray:
     values = np.empty(codes.shape, dtype)
     for part, out, _ in _parts(codes, values):
         if isinstance(format, Format) and decode_natively(part, format, out):
-            continue
+            magnitude = part & format.magnitude_mask
+            if magnitude.max(initial=0) <= format.infinity_code:
+                continue  # without NaN, whose signalling kind torch lets through
         if format.bits <= 16:
             engine().decoded(part, values_of(format, dtype), out)
         else:
