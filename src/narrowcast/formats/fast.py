@@ -5,6 +5,7 @@ Arrays are cut so that what is worked on stays in the processor's cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -120,7 +121,19 @@ def _encode_by_arithmetic(x: np.ndarray, format: Format, rules: Rules, out: np.n
     magnitude = out & format.magnitude_mask
     if magnitude.max(initial=0) >= format.max_code:
         special = magnitude >= format.max_code  # overflow, perhaps; infinity; NaN
-        out[special] = encode_exactly(x[special], format, rules, start, 0)
+        out[special] = _encode_large(x[special], format, rules, start)
+
+
+def _encode_large(x: np.ndarray, format: Format, rules: Rules, start: int) -> np.ndarray:
+    """Return the codes of numbers that may be too large, without looking at each of those that surely are."""
+    beyond = math.ldexp(1.0, format.maximum_exponent + 1)  # all finite numbers from here on are alike
+    beyond = beyond if beyond < 2.0**128 else math.inf  # which float32 reaches with infinity alone
+    finite, infinite = encode_exactly(np.array([beyond, math.inf]), format, rules, start, 0)
+    magnitude = np.abs(x)
+    codes = np.where(magnitude == math.inf, infinite, finite) | np.where(np.signbit(x), format.sign_bit, 0)
+    near = ~(magnitude >= beyond)  # NaN too
+    codes[near] = encode_exactly(x[near], format, rules, start, 0)
+    return codes
 
 
 def decode(codes: np.ndarray, format: ElementFormat, dtype: str) -> np.ndarray:
