@@ -28,6 +28,11 @@ CASES = [
     ("e5m2", "ml_dtypes", {}),
     ("e5m2", "torch", {}),
 ]
+WHOLE = [
+    row
+    for row in CASES
+    if row[:2] in {("fp16", "torch"), ("bf16", "ml_dtypes"), ("e4m3fn", "torch"), ("e5m2", "ml_dtypes")}
+]
 
 
 def inputs(step: int) -> Iterator[np.ndarray]:
@@ -57,6 +62,8 @@ def check(name: str, oracle: str, choices: dict[str, str], step: int) -> None:
             wanted = wanted.copy()
             wanted[is_nan] = nan_codes(x.view(np.uint32)[is_nan], name)
         for engine in ENGINES:
+            if engine == oracle:
+                continue
             with running_on(engine):
                 found = codec.encode(x, name, **choices)
             if not np.array_equal(found, wanted):
@@ -76,6 +83,6 @@ def test_one_in_4099_inputs_to_fp16_in_numpy() -> None:
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("name", "oracle", "choices"), CASES, ids=[f"{name}-{oracle}" for name, oracle, _ in CASES])
+@pytest.mark.parametrize(("name", "oracle", "choices"), WHOLE, ids=[row[0] for row in WHOLE])
 def test_all_inputs(name: str, oracle: str, choices: dict[str, str]) -> None:
     check(name, oracle, choices, 1)
