@@ -28,7 +28,7 @@ __all__ = ["compare"]
 _DEFAULT = "fp16,bf16,e4m3fn,int8,int4,nf4,mxfp4,nvfp4"
 _NAME = 24  # characters of a tensor's name, at least
 _WORDS = 50  # characters of what is done to weights
-_CELL = 8  # characters of an SQNR with the space after it
+_CELL = 6  # characters of an SQNR, or of why there is none
 
 
 def compare(
@@ -196,7 +196,7 @@ def _tensors_table(found: Comparison, top: int, screen: Console) -> Table:
     from narrowcast.report import text
 
     table = _table()
-    room = screen.width - _CELL * len(found.formats)
+    room = screen.width - sum(max(len(item.name), _CELL) + 2 for item in found.formats) - 2
     shapes = room >= _NAME + 22
     table.add_column("tensor", no_wrap=True)
     if shapes:

@@ -69,19 +69,24 @@ def compare_weights(
             left_out.append(LeftOut(weight.name, weight.shape, weight.dtype, weight.nbytes, reason))
         else:
             chosen.append(weight)
-    if not chosen:
+    tensors: list[TensorErrors] = []
+    done, work = 0, sum(weight.count for weight in chosen)
+    with ThreadPoolExecutor(_threads(len(treatments))) as pool:
+        for weight in chosen:
+            judged = _judged(weight, treatments, pool, _Share(tell, weight.name, done, work))
+            if judged.not_finite < weight.count:
+                tensors.append(judged)
+            else:
+                left_out.append(
+                    LeftOut(weight.name, weight.shape, weight.dtype, weight.nbytes, "NaN and infinity alone")
+                )
+            done += weight.count
+    if not tensors:
         raise ModelError(
             f"{weights.source} holds no weights to compare: {_counted(left_out)}",
             allowed="a model with floating-point tensors of two axes or more",
             next_step="give --all to compare vectors too" if _has_vectors(weights) else "name another model",
         )
-    tensors: list[TensorErrors] = []
-    done, work = 0, sum(weight.count for weight in chosen)
-    with ThreadPoolExecutor(_threads(len(treatments))) as pool:
-        for weight in chosen:
-            progress = _Share(tell, weight.name, done, work)
-            tensors.append(_judged(weight, treatments, pool, progress))
-            done += weight.count
     totals = tuple(added_up(item, tensors, left_out, weights) for item in treatments)
     sort = sort or min(totals, key=lambda item: item.bits_per_element).name
     tensors.sort(key=lambda tensor: -tensor.formats[sort].damage)
@@ -185,14 +190,17 @@ class _Tally:
         if self.failure:
             return
         try:
-            became = self.treatment.apply(finite, tensor_max)
-            if isinstance(became, QuantizedTensor):
-                add_error(self.totals, numbers, became)
-                self._add_scales(host(became.scales))
-            else:
-                add_error(self.totals, numbers, became, self.treatment.format)
+            with np.errstate(over="ignore", invalid="ignore"):  # sums of squares may leave float64, which is an answer
+                self._add(numbers, self.treatment.apply(finite, tensor_max))
         except FormatError as error:
             self.failure = error.what
+
+    def _add(self, numbers: np.ndarray, became: QuantizedTensor | np.ndarray) -> None:
+        if isinstance(became, QuantizedTensor):
+            add_error(self.totals, numbers, became)
+            self._add_scales(host(became.scales))
+        else:
+            add_error(self.totals, numbers, became, self.treatment.format)
 
     def _add_scales(self, scales: np.ndarray) -> None:
         used = scales[scales > 0].astype(np.float64)

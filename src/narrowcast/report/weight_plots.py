@@ -68,11 +68,11 @@ def scatter(formats: Sequence[FormatTotals], own: int, *, width: int = 860, heig
         parts.append(f'<path class="g" d="M{x_of(value):.1f} {top:.1f}V{bottom:.1f}"/>')
         parts.append(f'<text x="{x_of(value):.1f}" y="{bottom + 20:.1f}" class="t m">{_bytes(value)}</text>')
     parts.append(f'<path class="o" d="M{x_of(own):.1f} {top:.1f}V{bottom:.1f}"/>')
-    parts.append(f'<text x="{x_of(own) - 6:.1f}" y="{bottom - 8:.1f}" class="t e">as it is stored</text>')
+    parts.append(f'<text x="{x_of(own) - 6:.1f}" y="{top + 14:.1f}" class="t e">as it is stored</text>')
     axis = "Size of the whole model, log scale, less is better"
     parts.append(f'<text x="{(left + right) / 2:.1f}" y="{height - 10}" class="t m">{axis}</text>')
     points = [(x_of(size), y_of(item.sqnr_db), item) for size, item in zip(sizes, formats, strict=True)]
-    parts += _points(points, (left, top, right, bottom))
+    parts += _points(points, (left, top, right, bottom), (x_of(own) - 94, top, x_of(own) + 3, top + 20))
     words = "; ".join(f"{item.name} {_bytes(item.nbytes)}, {text.decibels(item.sqnr_db)} dB" for item in formats)
     return _svg(width, height, parts, f"Size against SQNR of {len(formats)} formats: {words}")
 
@@ -95,10 +95,12 @@ def _bytes(size: float) -> str:
     raise AssertionError("bytes take all sizes")
 
 
-def _points(points: Sequence[tuple[float, float, FormatTotals]], frame: Box) -> Iterator[str]:
+def _points(points: Sequence[tuple[float, float, FormatTotals]], frame: Box, note: Box) -> Iterator[str]:
     """Yield dots, and names where they hide nothing; a thin line leads from a name that had to go further away."""
-    taken: list[Box] = [(x - 8, y - 8, x + 8, y + 8) for x, y, _ in points]
-    for x, y, item in sorted(points, key=lambda point: point[:2]):
+    taken: list[Box] = [note, *((x - 8, y - 8, x + 8, y + 8) for x, y, _ in points)]
+    ordered = sorted(points, key=lambda point: point[:2])
+    for number, (x, y, item) in enumerate(ordered):
+        hidden = sum(math.hypot(x - other[0], y - other[1]) < 6 for other in ordered[number + 1 :])
         size = _LETTER * len(item.name)
         best: tuple[float, Box, float] | None = None
         for reach, turn in itertools.product((14, 24, 38, 54, 72), range(16)):
@@ -114,9 +116,9 @@ def _points(points: Sequence[tuple[float, float, FormatTotals]], frame: Box) -> 
         cx, cy = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
         if reach > 24:
             yield f'<path class="l" d="M{x:.1f} {y:.1f}L{min(max(x, box[0]), box[2]):.1f} {min(max(y, box[1]), box[3]):.1f}"/>'
-        note = f"{item.name}: {_bytes(item.nbytes)}, {text.decibels(item.sqnr_db)} dB"
-        dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6.5" class="f-{colour_of(item.name)}">'
-        yield f"{dot}<title>{escape(note)}</title></circle>"
+        spoken = f"{item.name}: {_bytes(item.nbytes)}, {text.decibels(item.sqnr_db)} dB"
+        dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6.5 + 4 * hidden}" class="f-{colour_of(item.name)}">'
+        yield f"{dot}<title>{escape(spoken)}</title></circle>"
         yield f'<text x="{cx:.1f}" y="{cy + 5:.1f}" class="b m">{escape(item.name)}</text>'
 
 
@@ -162,7 +164,7 @@ def histogram(tensor: TensorErrors, names: Sequence[str], *, name: str, width: i
         name: Unique in the page.
         width: Of the picture, in pixels.
     """
-    left, right, top, bottom = 62.0, width - 8.0, 12.0, 140.0
+    left, right, top, bottom = max(48.0, 16 + _LETTER * max(map(len, names))), width - 8.0, 12.0, 140.0
     height = bottom + 44 + 26 * len(names)
     low, high = _span(tensor)
 

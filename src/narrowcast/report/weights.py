@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from narrowcast._version import __version__
 from narrowcast.measure.comparison import Comparison, FormatTotals, InFormat, LeftOut, TensorErrors
@@ -107,9 +107,17 @@ def _template() -> Template:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     filters: dict[str, Any] = engine.filters
-    for function in (text.label, text.tail, text.integer):
+    for function in (text.label, text.tail, text.integer, breakable):
         filters[function.__name__] = function
     return engine.get_template("weights.html.j2")
+
+
+def breakable(name: str) -> Markup:
+    """Return a name that may go on in the next line after a dot, a slash or an underscore."""
+    clean = str(escape(name))
+    for mark in "./_":
+        clean = clean.replace(mark, f"{mark}<wbr>")
+    return Markup(clean)
 
 
 def _context(found: Comparison) -> dict[str, Any]:
