@@ -20,7 +20,7 @@ from narrowcast.formats.rules import Overflow, Rules
 from narrowcast.formats.scales import absmax, element_max
 from narrowcast.formats.scheme import DOUBLE_BLOCK, Scheme
 from narrowcast.formats.table import ELEMENTS
-from narrowcast.formats.tensor import QuantizedTensor, host, pieces
+from narrowcast.formats.tensor import QuantizedTensor, host, moved, pieces
 
 __all__ = ["quantize"]
 
@@ -87,7 +87,25 @@ def quantize(
     if tensor_max is not None:
         _check_tensor_max(tensor_max, scheme, x)
     if on_device(x):
-        return device.quantize(x, scheme, importance, seed)
+        return _on_device(x, scheme, importance, seed)
+    return _in_memory(x, scheme, importance, seed, tensor_max)
+
+
+def _on_device(x: Any, scheme: Scheme, importance: Any, seed: int) -> QuantizedTensor:
+    """Quantise by a kernel, or through main memory where there is none for the scheme; the result is on the device."""
+    shape = tuple(x.shape)
+    layout = Rows.of(shape, scheme.granularity, pad=scheme.pad)
+    made = device.quantize(x, scheme, layout) if importance is None else None
+    if made is None:
+        weights = None if importance is None else importance.cpu() if on_device(importance) else importance
+        return moved(_in_memory(x.detach().cpu(), scheme, weights, seed), x.device)
+    if made.broken >= 0:
+        raise _not_finite(made.broken)
+    dtype = str(x.dtype).removeprefix("torch.")
+    return QuantizedTensor(scheme, shape, dtype, made.packed, made.scales, None, made.tensor_scale)
+
+
+def _in_memory(x: Any, scheme: Scheme, importance: Any, seed: int, tensor_max: float | None = None) -> QuantizedTensor:
     source = opened(x)
     numbers = source.array
     if source.coded is not None:
@@ -95,7 +113,7 @@ def quantize(
     elif numbers.dtype == np.float16:
         numbers = numbers.astype(np.float32)
     shape = numbers.shape
-    layout = Rows.of(shape, scheme.granularity, pad=pad)
+    layout = Rows.of(shape, scheme.granularity, pad=scheme.pad)
     weights = None
     if importance is not None:
         weights = layout.apart(np.broadcast_to(_weights(importance, shape), shape))
@@ -194,12 +212,15 @@ def _tensor_scale(largest: float, scheme: Scheme) -> float:
 
 def _check_finite(scales: np.ndarray, scheme: Scheme, first: int) -> None:
     if scheme.scale.bits == 32 and not np.isfinite(scales).all():
-        row = first + int(np.argmin(np.isfinite(scales)))
-        raise FormatError(
-            f"NaN, infinity or a range beyond float32 in row {row} of those that share a scale",
-            allowed="finite numbers",
-            next_step="replace them first, or use an MX format, whose scale can say NaN for a block",
-        )
+        raise _not_finite(first + int(np.argmin(np.isfinite(scales))))
+
+
+def _not_finite(row: int) -> FormatError:
+    return FormatError(
+        f"NaN, infinity or a range beyond float32 in row {row} of those that share a scale",
+        allowed="finite numbers",
+        next_step="replace them first, or use an MX format, whose scale can say NaN for a block",
+    )
 
 
 def _encode_rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from narrowcast.formats.packing import pack_known, packed_size, unpack
 from narrowcast.formats.scheme import Scheme
 from narrowcast.formats.tables import values_of
 
-__all__ = ["QuantizedTensor", "host", "load", "pieces", "save"]
+__all__ = ["QuantizedTensor", "host", "load", "moved", "pieces", "save"]
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -66,13 +66,20 @@ class QuantizedTensor:
             else:
                 raise FormatError(f"dtype = {dtype!r}", allowed=", ".join(allowed))
         if on_device(self.packed):
-            return device.dequantize(self, dtype)
+            return self._on_device(dtype)
         values = self._values("float64" if dtype == "float64" else "float32")
         if not self.is_torch:
             with np.errstate(over="ignore"):
                 return values.astype(dtype, copy=False)
         torch = torch_loaded()
         return torch.from_numpy(values).to(getattr(torch, dtype))
+
+    def _on_device(self, dtype: str) -> Array:
+        """Dequantise by a kernel, or through main memory where there is none for the scheme."""
+        scales, values = self.stored_scales, None
+        if not isinstance(scales, QuantizedTensor) and self.zero_points is None:
+            values = device.dequantize(self.packed, scales, self.scheme, self.rows, self.tensor_scale, dtype)
+        return moved(self, "cpu").dequantize(dtype).to(self.packed.device) if values is None else values
 
     def _values(self, work: str) -> np.ndarray:
         scales = self._row_scales().astype(work)
@@ -265,6 +272,17 @@ def _joined(name: str, plain: dict[str, Any], arrays: Mapping[str, Array]) -> Qu
         zero_points=arrays.get(f"{name}/zero_points"),
         tensor_scale=float(plain["tensor_scale"]),
         scale_offset=float(plain["scale_offset"]),
+    )
+
+
+def moved(tensor: QuantizedTensor, device: Any) -> QuantizedTensor:
+    """Return a quantised tensor of torch's with its arrays on a device of torch's."""
+    scales, zero_points = tensor.stored_scales, tensor.zero_points
+    return replace(
+        tensor,
+        packed=tensor.packed.to(device),
+        stored_scales=moved(scales, device) if isinstance(scales, QuantizedTensor) else scales.to(device),
+        zero_points=None if zero_points is None else zero_points.to(device),
     )
 
 

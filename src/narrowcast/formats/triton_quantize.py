@@ -1,0 +1,284 @@
+"""Triton kernels: tensors to packed codes with scales, each element read once (twice where a scale spans programs).
+
+Rows that share a scale lie one after the other. Short ones (blocks) are scaled and encoded in one kernel; for long ones a
+first kernel finds the largest magnitudes. Divisions are rounded as IEEE 754 says: the codes are the CPU's, bit for bit.
+"""
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# Triton's language has no types that a checker could follow.
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from narrowcast.formats.granularity import Rows
+from narrowcast.formats.kinds import Codebook
+from narrowcast.formats.scales import element_max
+from narrowcast.formats.scheme import Scheme
+from narrowcast.formats.triton_codec import magnitude_code, on, readable, word_of
+from narrowcast.formats.triton_specs import LONGEST_BLOCK, Elements, Scales, buckets, fits, scale_kind
+
+__all__ = ["quantize", "takes"]
+
+_TILE = 4096
+_WARPS = 4
+_NOWHERE = (1 << 63) - 1  # no broken row found
+
+
+def takes(x: torch.Tensor, scheme: Scheme, layout: Rows) -> bool:
+    """Return whether :func:`quantize` does just what the scheme says."""
+    kind = scale_kind(scheme)
+    if kind is None or (
+        kind != "fp32" and isinstance(scheme.element, Codebook)
+    ):  # a broken block's code is not 0 there
+        return False
+    plain = (
+        scheme.range == "minmax" and scheme.rounding == "nearest_even" and scheme.symmetric and not scheme.double_quant
+    )
+    return plain and readable(x) and fits(layout, scheme) and Elements.of(scheme.element) is not None
+
+
+def quantize(x: torch.Tensor, scheme: Scheme, layout: Rows) -> tuple[torch.Tensor, torch.Tensor, float, int]:
+    """Return what :class:`~narrowcast.formats.device.Packed` holds, of a contiguous tensor."""
+    bits, count, length = scheme.element.bits, layout.count, layout.length
+    fp32 = scale_kind(scheme) == "fp32"
+    codes = torch.empty(x.numel() // 2 if bits == 4 else x.numel(), dtype=torch.uint8, device=x.device)
+    scales = torch.empty(layout.scale_shape, dtype=torch.float32 if fp32 else torch.uint8, device=x.device)
+    broken = torch.full((1,), _NOWHERE, dtype=torch.int64, device=x.device) if fp32 else scales
+    largest = torch.zeros(1, dtype=torch.int32, device=x.device) if scheme.tensor_scale else scales
+    edges, bases = _grid(scheme.element, str(x.device)) if isinstance(scheme.element, Codebook) else (x, x)
+    # Where Triton interprets kernels instead of compiling them, its fused multiply-add rounds twice.
+    known: dict[str, Any] = {
+        "elements": Elements.of(scheme.element),
+        "scales": Scales.of(scheme, fused=not triton.knobs.runtime.interpret),
+        "num_warps": _WARPS,
+    }
+    with on(x):
+        if scheme.tensor_scale:
+            _find_largest(x, largest, 1, x.numel(), finite=True)
+        if length <= LONGEST_BLOCK:
+            rows = _TILE // length
+            _quantize_blocks[(triton.cdiv(count, rows),)](
+                x, codes, scales, broken, largest, edges, bases, count, block=length, rows=rows, **known
+            )
+        else:
+            magnitudes = torch.zeros(count, dtype=torch.int32, device=x.device)
+            _find_largest(x, magnitudes, count, length, finite=False)
+            chunks = triton.cdiv(length, _TILE)
+            _quantize_rows[(count * chunks,)](
+                x, codes, scales, broken, largest, edges, bases, magnitudes, length, chunks, tile=_TILE, **known
+            )
+    tensor_scale = _tensor_scale(int(largest.item()), scheme) if scheme.tensor_scale else 1.0
+    first = int(broken.item()) if fp32 else _NOWHERE
+    return codes if bits in (4, 8) else _pack(codes, bits), scales, tensor_scale, -1 if first == _NOWHERE else first
+
+
+def _find_largest(x: torch.Tensor, out: torch.Tensor, count: int, length: int, *, finite: bool) -> None:
+    chunks = triton.cdiv(length, 2 * _TILE)
+    _largest_of_rows[(count * chunks,)](x, out, length, chunks, finite=finite, tile=2 * _TILE, num_warps=_WARPS)
+
+
+def _tensor_scale(bits: int, scheme: Scheme) -> float:
+    """Return the tensor's scale as the kernel computed it, from the bits of the largest magnitude."""
+    largest = np.array([bits], np.int32).view(np.float32)[0]
+    wanted = largest / np.float32(element_max(scheme) * scheme.scale.max)
+    return float(max(wanted, np.finfo(np.float32).tiny)) if bits else 1.0
+
+
+@lru_cache(maxsize=64)
+def _grid(element: Codebook, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    found = buckets(element)
+    assert found is not None
+    return torch.from_numpy(found[1]).to(device), torch.from_numpy(found[2]).to(device)
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return uint8 codes without gaps, as ``packing.pack`` does: eight codes become ``bits`` bytes."""
+    count = codes.numel()
+    whole = torch.nn.functional.pad(codes, (0, -count % 8)).view(-1, 8).to(torch.int64)
+    places = torch.arange(8, device=codes.device) * bits
+    spread = (whole << places).sum(dim=1).view(torch.uint8).view(-1, 8)[:, :bits]
+    return spread.reshape(-1)[: -(-count * bits // 8)].contiguous()
+
+
+@triton.jit
+def _largest_of_rows(x_ptr, out_ptr, length, chunks, finite: tl.constexpr, tile: tl.constexpr):
+    """Write the largest magnitude of each row, as the bits of float32: NaN's are larger than any number's."""
+    program = tl.program_id(0)
+    row = program // chunks
+    start = (program % chunks).to(tl.int64) * tile
+    offsets = tl.arange(0, tile)
+    x = tl.load(x_ptr + row.to(tl.int64) * length + start + offsets, mask=offsets < length - start, other=0.0)
+    bits = word_of(x) & 0x7FFFFFFF
+    if finite:
+        bits = tl.where(bits < 0x7F800000, bits, 0)
+    tl.atomic_max(out_ptr + row, tl.max(bits, axis=0), sem="relaxed")
+
+
+@triton.jit
+def _tensor_scale_of(largest_ptr, scales: tl.constexpr):
+    if scales.tensor_max == 0.0:
+        scale = 1.0
+    else:
+        bits = tl.load(largest_ptr)
+        wanted = tl.div_rn(bits.to(tl.float32, bitcast=True), scales.tensor_max)
+        scale = tl.where(bits == 0, 1.0, tl.maximum(wanted, 1.1754943508222875e-38))  # float32's smallest normal number
+    return scale
+
+
+@triton.jit
+def _scale_of(bits, tensor_scale, scales: tl.constexpr):
+    """Return, for rows of these largest magnitudes: the scale as stored, what to divide by, and whether it is broken.
+
+    For a power of two, the second is what to multiply by.
+    """
+    largest = bits.to(tl.float32, bitcast=True)
+    if scales.kind == "e8m0":
+        # One more binade below the normal numbers, down to the smallest scale.
+        word = tl.where(bits >= 0x800000, bits, tl.maximum((bits << 1) - 0x800000, 0))
+        exponent = tl.minimum(tl.maximum(((word + scales.carry) >> 23) - scales.exponent, 0), 254)
+        broken = bits >= 0x7F800000
+        stored = tl.where(broken, 255, exponent).to(tl.uint8)
+        inverse = tl.where(exponent == 254, 0x00400000, (254 - exponent) << 23)
+        factor = inverse.to(tl.float32, bitcast=True)
+    elif scales.kind == "e4m3fn":
+        steps: tl.constexpr = scales.steps
+        wanted = tl.div_rn(largest, tensor_scale * scales.largest)
+        word = tl.maximum(wanted, 0.001953125).to(tl.int32, bitcast=True)  # no block loses its scale to rounding
+        broken = wanted.to(tl.int32, bitcast=True) >= 0x7F800000
+        code = tl.minimum(magnitude_code(tl.minimum(word, steps.limit), steps), steps.max_code)
+        code = tl.where(bits == 0, 0, code)
+        stored = tl.where(broken, steps.nan, code).to(tl.uint8)
+        factor = (code << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36 * tensor_scale  # 2**120
+        factor = tl.where(factor == 0.0, 1.0, factor)
+    else:
+        stored = largest
+        if scales.largest != 1.0:
+            stored = tl.div_rn(largest, scales.largest)
+        broken = stored.to(tl.int32, bitcast=True) >= 0x7F800000
+        factor = tl.where(stored == 0.0, 1.0, stored)
+    return stored, factor, broken
+
+
+@triton.jit
+def _scaled(word, factor, scales: tl.constexpr):
+    """Return numbers over their rows' scales, rounded once: numbers [rows, length], factors [rows]."""
+    number = word.to(tl.float32, bitcast=True)
+    if scales.kind == "e8m0":
+        quotient = number * factor[:, None]
+    elif scales.fused:
+        # Markstein's theorem: two corrections of the product with a rounded reciprocal are the rounded quotient. Near one
+        # no correction underflows, unless the quotient is too small for any code but zero's.
+        exponent = factor.to(tl.int32, bitcast=True) & 0x7F800000
+        power = tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)
+        near_one = factor * power
+        divisor, reciprocal = near_one[:, None], tl.div_rn(1.0, near_one)[:, None]
+        number = number * power[:, None]
+        quotient = number * reciprocal
+        quotient = tl.fma(tl.fma(-quotient, divisor, number), reciprocal, quotient)
+        quotient = tl.fma(tl.fma(-quotient, divisor, number), reciprocal, quotient)
+    else:
+        quotient = tl.div_rn(number, factor[:, None])
+    return quotient
+
+
+@triton.jit
+def _element_codes(word, scaled, edges_ptr, bases_ptr, elements: tl.constexpr):
+    """Return the codes, in int32, of scaled numbers; ``word`` holds their signs."""
+    if elements.kind == "float":
+        steps: tl.constexpr = elements.steps
+        code = tl.minimum(magnitude_code(scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF, steps), steps.max_code)
+        sign = (word >> steps.sign_shift) & steps.sign
+        if steps.one_zero:
+            sign = tl.where(code != 0, sign, 0)
+        code = code | sign
+    elif elements.kind == "integer":
+        clamped = tl.minimum(tl.maximum(scaled * elements.factor, elements.low), elements.high)
+        code = (clamped + 12582912.0).to(tl.int32, bitcast=True) & elements.mask  # 1.5 * 2**23: whole steps are left
+    else:
+        cell = tl.minimum(tl.maximum(scaled * elements.factor + elements.middle, 0.0), elements.high).to(tl.int32)
+        code = tl.load(bases_ptr + cell) + (scaled > tl.load(edges_ptr + cell)).to(tl.int32)
+    return code
+
+
+@triton.jit
+def _packed(codes, broken, rows: tl.constexpr, length: tl.constexpr, width: tl.constexpr, masked: tl.constexpr):
+    """Return codes of shape [rows, length] as bytes, two codes of four bits in each; zeros in broken rows."""
+    if width == 4:
+        low, high = tl.split(tl.reshape(codes, (rows, length // 2, 2)))
+        codes = low | (high << 4)
+    if masked:
+        codes = tl.where(broken[:, None], 0, codes)
+    return codes.to(tl.uint8)
+
+
+@triton.jit
+def _quantize_blocks(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    broken_ptr,
+    largest_ptr,
+    edges_ptr,
+    bases_ptr,
+    count,
+    block: tl.constexpr,
+    rows: tl.constexpr,
+    elements: tl.constexpr,
+    scales: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * rows
+    row = tl.arange(0, rows)
+    inside = row < count - first
+    places = row[:, None] * block + tl.arange(0, block)[None, :]
+    word = word_of(tl.load(x_ptr + first * block + places, mask=inside[:, None], other=0.0))
+    tensor_scale = _tensor_scale_of(largest_ptr, scales)
+    stored, factor, broken = _scale_of(tl.max(word & 0x7FFFFFFF, axis=1), tensor_scale, scales)
+    tl.store(scales_ptr + first + row, stored, mask=inside)
+    if scales.kind == "fp32":
+        tl.atomic_min(broken_ptr + row * 0, first + row, mask=broken & inside, sem="relaxed")
+    codes = _element_codes(word, _scaled(word, factor, scales), edges_ptr, bases_ptr, elements)
+    stride: tl.constexpr = block * elements.width // 8
+    at = row[:, None] * stride + tl.arange(0, stride)[None, :]
+    packed = _packed(codes, broken, rows, block, elements.width, scales.kind != "fp32")
+    tl.store(codes_ptr + first * stride + at, packed, mask=inside[:, None])
+
+
+@triton.jit
+def _quantize_rows(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    broken_ptr,
+    largest_ptr,
+    edges_ptr,
+    bases_ptr,
+    magnitudes_ptr,
+    length,
+    chunks,
+    tile: tl.constexpr,
+    elements: tl.constexpr,
+    scales: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = program // chunks
+    start = (program % chunks).to(tl.int64) * tile
+    begin = row.to(tl.int64) * length + start
+    offsets = tl.arange(0, tile)[None, :]
+    word = word_of(tl.load(x_ptr + begin + offsets, mask=offsets < length - start, other=0.0))
+    tensor_scale = _tensor_scale_of(largest_ptr, scales)
+    one = tl.arange(0, 1)  # this row's scale, as a tensor of one
+    stored, factor, broken = _scale_of(tl.load(magnitudes_ptr + row + one), tensor_scale, scales)
+    own = one + start == 0
+    tl.store(scales_ptr + row + one, stored, mask=own)
+    if scales.kind == "fp32":
+        tl.atomic_min(broken_ptr + one, row.to(tl.int64) + one, mask=broken & own, sem="relaxed")
+    codes = _element_codes(word, _scaled(word, factor, scales), edges_ptr, bases_ptr, elements)
+    at = tl.arange(0, tile * elements.width // 8)[None, :]
+    packed = _packed(codes, broken, 1, tile, elements.width, scales.kind != "fp32")
+    tl.store(codes_ptr + begin * elements.width // 8 + at, packed, mask=at < (length - start) * elements.width // 8)
