@@ -20,6 +20,7 @@ from narrowcast.cli.console import print_error, print_json
 from narrowcast.cli.format import format_
 from narrowcast.cli.formats import formats
 from narrowcast.cli.optimize import optimize
+from narrowcast.cli.profile import profile
 from narrowcast.cli.run import run
 from narrowcast.cli.runtimes import runtimes
 from narrowcast.cli.verify import verify
@@ -38,6 +39,7 @@ for command in (optimize, bench, verify, run, runtimes):
     app.command()(command)
 app.command()(formats)
 app.command()(compare)
+app.command()(profile)
 # A value may be negative: what begins with a dash and is no option is a value.
 app.command("format", context_settings={"ignore_unknown_options": True})(format_)
 

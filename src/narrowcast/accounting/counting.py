@@ -1,0 +1,214 @@
+"""What one operator of PyTorch's ATen set costs, from the shapes that it was called with.
+
+A rule per operator, as data: what is not here, and is no view or copy, is reported as not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["VIEWS", "Work", "is_free", "work_of"]
+
+COMPLEX = 4  # real multiplications in one complex one
+
+
+class Work(NamedTuple):
+    """What an operator computes."""
+
+    macs: int = 0
+    bias_adds: int = 0
+    other: int = 0  # elementwise operations, normalisation, softmax, comparisons
+
+
+Rule = Callable[[Sequence[Any], dict[str, Any], Any], Work]
+
+
+def _mm(a: Any, b: Any) -> int:
+    return a.shape[0] * a.shape[1] * b.shape[1]
+
+
+def _bmm(a: Any, b: Any) -> int:
+    return a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
+
+
+def _addmm(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    return Work(_mm(args[1], args[2]), out.numel() if kwargs.get("beta", 1) else 0)
+
+
+def _baddbmm(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    return Work(_bmm(args[1], args[2]), out.numel() if kwargs.get("beta", 1) else 0)
+
+
+def _convolution(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    x, weight, bias = args[:3]
+    transposed = bool(args[6]) if len(args) > 6 else False
+    positions = x if transposed else out
+    per_position = weight.numel() // weight.shape[0]  # weights that one input (transposed) or output channel has
+    return Work(positions.numel() * per_position, 0 if bias is None else out.numel())
+
+
+def _convolution_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    gradient, x, weight = args[:3]
+    transposed, wanted = bool(args[7]), args[10]
+    positions = x if transposed else gradient
+    forward = positions.numel() * (weight.numel() // weight.shape[0])
+    return Work(forward * (bool(wanted[0]) + bool(wanted[1])), gradient.numel() if wanted[2] else 0)
+
+
+def _attention(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    query, key, value = args[:3]  # query: [..., heads, tokens, width]
+    pairs = query.numel() // query.shape[-1] * key.shape[-2]
+    return Work(pairs * (query.shape[-1] + value.shape[-1]), 0, 5 * pairs)
+
+
+def _attention_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    query, key, value = args[1:4]
+    pairs = query.numel() // query.shape[-1] * key.shape[-2]
+    # Scores again, and the gradients of values, probabilities, queries and keys.
+    return Work(pairs * (3 * query.shape[-1] + 2 * value.shape[-1]), 0, 8 * pairs)
+
+
+def _grouped_mm(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    a, b = args[:2]
+    if a.dim() == 2 and b.dim() == 2:  # the groups cut the inner axis
+        return Work(a.shape[0] * a.shape[1] * b.shape[1])
+    return Work(out.numel() * a.shape[-1])
+
+
+def _each(operations: int) -> Rule:
+    def rule(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+        return Work(0, 0, operations * _first(out).numel())
+
+    return rule
+
+
+def _each_input(operations: int) -> Rule:
+    def rule(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+        return Work(0, 0, operations * args[0].numel())
+
+    return rule
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple | list) else out
+
+
+_BY_HAND: dict[str, Rule] = {
+    "mm": lambda args, kwargs, out: Work(_mm(args[0], args[1])),
+    "addmm": _addmm,
+    "bmm": lambda args, kwargs, out: Work(_bmm(args[0], args[1])),
+    "baddbmm": _baddbmm,
+    "mv": lambda args, kwargs, out: Work(args[0].numel()),
+    "dot": lambda args, kwargs, out: Work(args[0].numel()),
+    "vdot": lambda args, kwargs, out: Work(args[0].numel()),
+    "addmv": lambda args, kwargs, out: Work(args[1].numel(), out.numel()),
+    "_int_mm": lambda args, kwargs, out: Work(_mm(args[0], args[1])),
+    "_scaled_mm": lambda args, kwargs, out: Work(_mm(args[0], args[1])),
+    "_grouped_mm": _grouped_mm,
+    "_scaled_grouped_mm": _grouped_mm,
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+    "_scaled_dot_product_flash_attention": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_efficient_attention": _attention,
+    "_scaled_dot_product_cudnn_attention": _attention,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+    "_scaled_dot_product_flash_attention_backward": _attention_backward,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "_scaled_dot_product_efficient_attention_backward": _attention_backward,
+    "_scaled_dot_product_cudnn_attention_backward": _attention_backward,
+    # Normalisation: mean, variance, and scaling, in operations per element; folded statistics cost a scale and a shift.
+    "native_batch_norm": _each(8),
+    "_native_batch_norm_legit_no_training": _each(2),
+    "_native_batch_norm_legit": _each(8),
+    "native_batch_norm_backward": _each(10),
+    "native_layer_norm": _each(8),
+    "native_layer_norm_backward": _each(12),
+    "native_group_norm": _each(8),
+    "native_group_norm_backward": _each(12),
+    "_fused_rms_norm": _each(5),
+    "_fused_rms_norm_backward": _each(9),
+    # Softmax: largest, difference, exponential, sum, quotient.
+    "_softmax": _each(5),
+    "_safe_softmax": _each(5),
+    "_log_softmax": _each(5),
+    "_softmax_backward_data": _each(4),
+    "_log_softmax_backward_data": _each(4),
+    "addcmul": _each(3),
+    "addcdiv": _each(3),
+    "lerp": _each(3),
+}
+
+# One operation for each element of the result.
+_ELEMENTWISE = """
+add sub rsub mul div neg abs sign reciprocal sqrt rsqrt exp exp2 expm1 log log2 log1p log10 sin cos tan asin acos atan
+sinh cosh tanh sigmoid relu relu6 leaky_relu elu celu selu gelu silu mish softplus hardtanh hardsigmoid hardswish
+clamp clamp_min clamp_max pow square floor ceil round trunc remainder fmod maximum minimum fmax fmin where eq ne lt le
+gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor erf erfc erfinv
+isnan isinf isfinite floor_divide atan2 threshold prelu _prelu_kernel native_dropout bernoulli_ masked_fill
+gelu_backward silu_backward tanh_backward sigmoid_backward threshold_backward hardswish_backward hardtanh_backward
+hardsigmoid_backward leaky_relu_backward elu_backward softplus_backward mish_backward log_sigmoid_forward
+log_sigmoid_backward glu glu_backward frac sgn angle nan_to_num logit digamma lgamma polygamma heaviside copysign
+hypot special_erfcx i0 sinc tril triu complex polar
+""".split()  # noqa: SIM905
+
+# One operation for each element that is read.
+_REDUCTIONS = """
+sum mean max min amax amin prod var var_mean std norm linalg_vector_norm cumsum cumprod argmax argmin logsumexp any
+all max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
+adaptive_max_pool2d count_nonzero median topk sort nll_loss_forward nll_loss2d_forward mse_loss binary_cross_entropy
+smooth_l1_loss huber_loss avg_pool2d_backward max_pool2d_with_indices_backward _adaptive_avg_pool2d_backward
+nll_loss_backward mse_loss_backward histc bincount aminmax cummax cummin logcumsumexp
+""".split()  # noqa: SIM905
+
+# Operators that move numbers and compute nothing.
+_MOVES = """
+copy_ _to_copy clone contiguous cat stack index index_put index_put_ _unsafe_index gather scatter scatter_ scatter_add
+scatter_add_ index_select index_add index_add_ index_copy index_fill masked_select masked_scatter embedding
+embedding_dense_backward constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d roll flip repeat
+repeat_interleave fill fill_ zero_ zeros ones full empty empty_like zeros_like ones_like full_like rand_like
+randn_like rand randn randint randperm arange linspace logspace eye scalar_tensor _local_scalar_dense lift_fresh_copy
+lift_fresh new_zeros new_ones new_full new_empty new_empty_strided empty_strided normal_ uniform_ upsample_nearest2d
+upsample_bilinear2d pixel_shuffle pixel_unshuffle im2col col2im nonzero unique_consecutive _unique2 tril_indices
+triu_indices select_backward slice_backward select_scatter slice_scatter diagonal_scatter as_strided_scatter
+_assert_async _assert_scalar sym_size sym_numel sym_stride is_same_size equal resize_ set_ record_stream one_hot
+grid_sampler_2d channel_shuffle native_channel_shuffle detach_ alias _reshape_copy squeeze_copy view_copy
+""".split()  # noqa: SIM905
+
+# Views that their schema does not call so.
+VIEWS = frozenset(
+    ["_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "lift_fresh", "_reshape_alias"]
+)
+
+_RULES = _BY_HAND | dict.fromkeys(_ELEMENTWISE, _each(1)) | dict.fromkeys(_REDUCTIONS, _each_input(1))
+_FREE = frozenset(_MOVES)
+
+
+def is_free(name: str) -> bool:
+    """Return whether an operator moves numbers and computes nothing."""
+    return name in _FREE
+
+
+def work_of(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work | None:
+    """Return what an operator computes.
+
+    Args:
+        name: Its ATen name without overload, such as ``convolution``.
+        args: What it was called with.
+        kwargs: Likewise.
+        out: What it returned.
+
+    Returns:
+        Its work; None if there is no rule for it.
+    """
+    if is_free(name):
+        return Work()
+    rule = _RULES.get(name) or (_RULES.get(name[:-1]) if name.endswith("_") else None)
+    if rule is None:
+        return None
+    work = rule(args, kwargs, out)
+    result = _first(out)
+    if getattr(result, "is_complex", bool)():
+        return Work(COMPLEX * work.macs, 2 * work.bias_adds, 2 * work.other)
+    return work

@@ -1,0 +1,295 @@
+"""One traced run of a PyTorch module, with shapes in place of numbers: every operator, where it belongs and what it costs.
+
+Nothing is allocated and nothing computed, so a model of 70 billion parameters takes seconds. Kernels that hide their
+work (the fused LSTM of CPUs, the fast path of TransformerEncoder) are switched off for the run, so that what they compute
+is seen.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from narrowcast.accounting.counting import VIEWS, Work, work_of
+from narrowcast.errors import ModelError, NarrowcastError
+
+__all__ = ["Operator", "Trace", "fake_module", "trace"]
+
+_BACKWARD = "(backward)"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of a traced run.
+
+    Args:
+        name: Its ATen name.
+        path: The module that it ran in, by its name in the model; empty outside all modules.
+        phase: ``forward`` or ``backward``.
+        inputs: Shapes of the tensors that it read.
+        outputs: Shapes of the tensors that it made.
+        dtype: Of its first output.
+        work: What it computed; None if there is no rule for it.
+        bytes_read: Bytes of the tensors that it read, each storage once; 0 for a view.
+        bytes_written: Bytes of the tensors that it made; 0 for a view.
+        live_bytes: Bytes of all tensors that were alive right after it, parameters included.
+    """
+
+    name: str
+    path: str
+    phase: str
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int, ...], ...]
+    dtype: str
+    work: Work | None
+    bytes_read: int
+    bytes_written: int
+    live_bytes: int
+
+
+@dataclass
+class Trace:
+    """What a traced run did, in order."""
+
+    operators: list[Operator] = field(default_factory=list[Operator])
+    static_bytes: int = 0  # parameters and buffers
+    peak_bytes: int = 0
+    uncounted: Counter[str] = field(default_factory=Counter[str])
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the whole run."""
+        return sum(operator.work.macs for operator in self.operators if operator.work)
+
+    @property
+    def bias_adds(self) -> int:
+        """Additions of biases."""
+        return sum(operator.work.bias_adds for operator in self.operators if operator.work)
+
+    @property
+    def other(self) -> int:
+        """Operations that are no MAC."""
+        return sum(operator.work.other for operator in self.operators if operator.work)
+
+
+def fake_module(build: Callable[[], nn.Module]) -> tuple[nn.Module, FakeTensorMode]:
+    """Return a module whose parameters have shapes and no memory, and the mode that they live in.
+
+    A constructor that looks at numbers (``.item()``) cannot be built so; it is built for real and converted.
+
+    Args:
+        build: Makes the module; called once or twice.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode:
+            return build(), mode
+    except NarrowcastError:
+        raise
+    except (
+        Exception
+    ):  # constructors fail in many ways on tensors without numbers; a real one tells whether it is theirs
+        return _converted(build(), mode), mode
+
+
+def _converted(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    made: dict[int, Any] = {}  # tied weights stay tied
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            shape = mode.from_tensor(tensor.detach())
+            parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if parameter else shape
+        return made[id(tensor)]
+
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):  # pyright: ignore[reportPrivateUsage]
+            for name, tensor in list(table.items()):
+                if tensor is not None:
+                    table[name] = fake(tensor)  # type: ignore[assignment]
+    return module
+
+
+def trace(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    mode: FakeTensorMode | None = None,
+    train: bool = False,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+) -> Trace:
+    """Return what one run of ``module`` does.
+
+    Args:
+        module: A module; its parameters may be real or fake.
+        args: Example inputs, real or fake; only their shapes and dtypes matter.
+        kwargs: Likewise, by name.
+        mode: The mode that fake parameters live in; a new one unless given.
+        train: Whether to run backward too, in training mode; else inference without gradients, in evaluation mode.
+        loss: What backward starts from; the sum of all floating outputs unless given.
+
+    Raises:
+        ModelError: The inputs do not fit (the layer is named), or the run depends on numbers.
+    """
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+    module = module if _is_fake(module) else _converted(module, mode)
+    module.train(train)
+    recorder = _Recorder(module)
+    fake = lambda value: tree_map_only(torch.Tensor, mode.from_tensor, value)  # noqa: E731
+    with _plain_kernels(), mode, recorder.paths(), torch.set_grad_enabled(train):
+        inputs, named = fake(tuple(args)), fake(dict(kwargs or {}))
+        recorder.watch([*tree_leaves(inputs), *tree_leaves(named)])
+        try:
+            with recorder:
+                out = module(*inputs, **named)
+                if train:
+                    recorder.phase = "backward"
+                    (loss or _sum)(out).backward()
+        except DataDependentOutputException as error:
+            raise ModelError(
+                f"the run depends on numbers at {recorder.where()}: {error.func}",
+                next_step="count a run that takes fixed branches, or export the model to ONNX and count that",
+            ) from error
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(
+                f"the inputs do not fit at {recorder.where()}: {first}", next_step="give inputs of the right shapes"
+            ) from error
+    return recorder.trace
+
+
+def _is_fake(module: nn.Module) -> bool:
+    tensors = [*module.parameters(), *module.buffers()]
+    return bool(tensors) and all(type(tensor.data).__name__ == "FakeTensor" for tensor in tensors)
+
+
+def _sum(out: Any) -> torch.Tensor:
+    floating = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if not floating:
+        raise ValueError("no output depends on a parameter that is trained")
+    return torch.stack([leaf.float().sum() for leaf in floating]).sum()
+
+
+@contextmanager
+def _plain_kernels() -> Generator[None]:
+    """Switch off kernels that hide what they compute."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # setting the flags speaks of TF32, which is not the matter here
+            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operator of a run."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.phase = "forward"
+        self._names = {id(part): name for name, part in reversed(list(module.named_modules(remove_duplicate=False)))}
+        self._stack: list[str] = []
+        self._live: dict[int, int] = {}
+        self._total = 0
+        self.watch([*module.parameters(), *module.buffers()])
+        self.trace.static_bytes = self._total
+
+    def where(self) -> str:
+        """Return the innermost module that was running, for an error."""
+        return f"layer {self._stack[-1]!r}" if self._stack and self._stack[-1] else "the model"
+
+    @contextmanager
+    def paths(self) -> Generator[None]:
+        """Follow which module is running."""
+
+        def enter(part: nn.Module, args: Any) -> None:
+            self._stack.append(self._names.get(id(part), ""))
+
+        def leave(part: nn.Module, args: Any, out: Any) -> None:
+            self._stack.pop()
+
+        handles = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def watch(self, tensors: Sequence[Any]) -> None:
+        """Count the storages of tensors as alive until they die."""
+        for tensor in tensors:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = _storage_of(tensor)
+            if key in self._live:
+                continue
+            self._live[key] = storage.nbytes()
+            self._total += storage.nbytes()
+            weakref.finalize(storage, self._died, key)
+        self.trace.peak_bytes = max(self.trace.peak_bytes, self._total)
+
+    def _died(self, key: int) -> None:
+        self._total -= self._live.pop(key, 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        if not made:
+            return out
+        read = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, torch.Tensor)]
+        moved = not (func.is_view or name in VIEWS)
+        self.watch(made)
+        work = work_of(name, args, kwargs, out) if moved else Work()
+        if work is None:
+            self.trace.uncounted[name] += 1
+        self.trace.operators.append(
+            Operator(
+                name=name,
+                path=(self._stack[-1] if self._stack else "") if self.phase == "forward" else _BACKWARD,
+                phase=self.phase,
+                inputs=tuple(tuple(leaf.shape) for leaf in read),
+                outputs=tuple(tuple(leaf.shape) for leaf in made),
+                dtype=str(made[0].dtype).removeprefix("torch."),
+                work=work,
+                bytes_read=sum(_bytes(leaf) for leaf in _distinct(read)) if moved else 0,
+                bytes_written=sum(_bytes(leaf) for leaf in made) if moved else 0,
+                live_bytes=self._total,
+            )
+        )
+        return out
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return list({_storage_of(tensor): tensor for tensor in tensors}.values())
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
