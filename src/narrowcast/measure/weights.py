@@ -271,7 +271,7 @@ def _judged(
 def _histogram(numbers: np.ndarray, low: float, high: float, mixed: bool) -> np.ndarray:
     """Return how many of a piece's numbers lie in each bin; ``mixed`` says that some may be NaN or infinite."""
     finite = numbers[np.isfinite(numbers)] if mixed else numbers.reshape(-1)
-    width = (high - low) / BINS
+    width = high / BINS - low / BINS  # the difference alone may be beyond float64
     if not width > 1e-300:
         counts = np.zeros(BINS, np.int64)
         counts[BINS // 2] = finite.size
@@ -279,5 +279,5 @@ def _histogram(numbers: np.ndarray, low: float, high: float, mixed: bool) -> np.
     if not 1e-30 < width < 1e30:  # where float32 comes to its ends
         finite = finite.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        places = ((finite - finite.dtype.type(low)) * finite.dtype.type(1 / width)).astype(np.int64)
+        places = (finite / finite.dtype.type(width) - finite.dtype.type(low / width)).astype(np.int64)
     return np.bincount(np.clip(places, 0, BINS - 1), minlength=BINS)

@@ -19,6 +19,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 _LETTER = 7.4  # pixels of a label's letter
 _STEP = 2  # pixels are cut into so many for the levels
+_FURTHEST = 1e300  # of an axis
 _DENSE = 8  # bits up to which levels are drawn one by one
 
 
@@ -180,7 +181,9 @@ def histogram(tensor: TensorErrors, names: Sequence[str], *, name: str, width: i
     for value in _ticks(low, high):
         parts.append(f'<path class="g" d="M{x_of(value):.1f} {top}V{height - 4:.0f}"/>')
         parts.append(f'<text x="{x_of(value):.1f}" y="{bottom + 18}" class="t m">{text.number(value, 2)}</text>')
-    first, last = (x_of(tensor.low), x_of(tensor.high)) if tensor.low < tensor.high else (left, right)
+    first, last = (
+        (left, right) if tensor.low == tensor.high else (x_of(max(tensor.low, low)), x_of(min(tensor.high, high)))
+    )
     parts.append(f'<path class="area" d="{_area(tensor.counts, first, last, top, bottom)}"/>')
     for row, format in enumerate(names):
         y = bottom + 34 + 26 * row
@@ -193,12 +196,12 @@ def histogram(tensor: TensorErrors, names: Sequence[str], *, name: str, width: i
 
 
 def _span(tensor: TensorErrors) -> tuple[float, float]:
-    """Return the ends of the axis: the tensor's numbers, and zero where they are all alike."""
-    low, high = tensor.low, tensor.high
-    if low < high:
+    """Return the ends of the axis: the tensor's numbers, and zero where they are all alike, within float64's reach."""
+    low, high = max(tensor.low, -_FURTHEST), min(tensor.high, _FURTHEST)
+    if high - low > 1 / _FURTHEST:
         margin = 0.02 * (high - low)
         return low - margin, high + margin
-    around = abs(low) or 1.0
+    around = max(abs(low), 1 / _FURTHEST) if low else 1.0
     return low - around, high + around
 
 

@@ -19,7 +19,7 @@ from narrowcast.artifacts.manifest import Evidence, Histogram
 from narrowcast.report import render_html
 
 Make = Callable[..., Evidence]
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
 
 
 class Page(HTMLParser):
