@@ -22,6 +22,7 @@ from narrowcast.models.stored import Weight, Weights
 __all__ = ["Tell", "compare_weights"]
 
 _PIECE = 1 << 20  # elements worked on at a time: whole rows, at least one
+_LONG = 4 << 20  # elements of one row from which on formats take turns, so that memory holds the work of one
 
 
 class Tell(Protocol):
@@ -250,9 +251,12 @@ def _judged(
     for upto, numbers in kept or _pieces(weight):
         finite = np.where(np.isfinite(numbers), numbers, numbers.dtype.type(0)) if extent.not_finite else numbers
         counts += _histogram(numbers, low, high, extent.not_finite > 0)
-        judged = [pool.submit(tally.add, numbers, finite, extent.largest) for tally in tallies]
-        for future in judged:
-            future.result()
+        if numbers.size > _LONG:
+            for tally in tallies:
+                tally.add(numbers, finite, extent.largest)
+        else:
+            for future in [pool.submit(tally.add, numbers, finite, extent.largest) for tally in tallies]:
+                future.result()
         progress.come(upto)
     return TensorErrors(
         weight.name,

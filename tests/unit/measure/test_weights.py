@@ -91,6 +91,12 @@ def test_pieces_give_what_whole_tensors_give(
             assert result.typical_scale == pytest.approx(math.exp(np.log(used.astype(np.float64)).mean()))
 
 
+def test_rows_too_long_to_work_on_side_by_side_give_the_same(model: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = compare(model, *DEFAULT_FORMATS)
+    monkeypatch.setattr(module, "_LONG", 10)
+    assert repr(compare(model, *DEFAULT_FORMATS)) == repr(expected)
+
+
 @pytest.mark.parametrize("range", ["percentile", "mse"])
 def test_the_range_is_passed_on(model: Weights, range: str) -> None:
     result = compare(model, "int4", range=range)
