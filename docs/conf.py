@@ -1,7 +1,11 @@
-"""Sphinx configuration; the reference of the command line is generated here from the commands themselves."""
+"""Sphinx configuration; the reference of the command line is generated here from the commands themselves.
+
+What the pages on number formats show is computed by the package too: see ``_ext/format_pages.py``.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,10 @@ from sphinx.application import Sphinx
 
 import narrowcast
 from narrowcast.cli.app import app as commands
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+import format_pages
 
 project = "narrowcast"
 author = "The narrowcast developers"
@@ -22,6 +30,8 @@ exclude_patterns = ["_build", "**/*.inc"]
 html_theme = "furo"
 html_title = f"narrowcast {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["formats.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -82,4 +92,6 @@ def write_command_line(target: Path) -> None:
 
 def setup(app: Sphinx) -> None:
     """Generate before any source is read."""
-    write_command_line(Path(app.srcdir) / "reference" / "generated" / "commands.inc")
+    source = Path(app.srcdir)
+    write_command_line(source / "reference" / "generated" / "commands.inc")
+    format_pages.write(source / "formats" / "generated")
