@@ -1,6 +1,6 @@
 """Sphinx configuration; the reference of the command line is generated here from the commands themselves.
 
-What the pages on number formats show is computed by the package too: see ``_ext/format_pages.py``.
+What the pages on number formats and devices show is computed by the package too: see ``_ext/``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from narrowcast.cli.app import app as commands
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
+import device_pages
 import format_pages
 
 project = "narrowcast"
@@ -95,3 +96,4 @@ def setup(app: Sphinx) -> None:
     source = Path(app.srcdir)
     write_command_line(source / "reference" / "generated" / "commands.inc")
     format_pages.write(source / "formats" / "generated")
+    device_pages.write(source / "reference" / "generated")

@@ -8,6 +8,7 @@ The tree::
     │   ├── DataError             the data cannot be read or does not fit the model
     │   ├── MetricError           the metric is unknown or does not fit the data
     │   ├── FormatError           a number format is unknown, or cannot hold or encode what was given
+    │   ├── DeviceError           a device is unknown, or the user's catalogue of devices cannot be read
     │   ├── BudgetError           the budget cannot be parsed or contradicts itself
     │   ├── OutputError           the output folder cannot be used
     │   ├── ArtifactError         a folder is not an artifact, is damaged, or was built by an incompatible version
@@ -27,6 +28,7 @@ __all__ = [
     "ArtifactError",
     "BudgetError",
     "DataError",
+    "DeviceError",
     "FormatError",
     "MetricError",
     "ModelError",
@@ -78,6 +80,10 @@ class MetricError(UserError):
 
 class FormatError(UserError):
     """A number format is unknown or contradicts itself, or cannot hold or encode what it was given."""
+
+
+class DeviceError(UserError):
+    """A device is unknown, or a catalogue of devices cannot be read."""
 
 
 class BudgetError(UserError):

@@ -17,6 +17,7 @@ from narrowcast._version import __version__
 from narrowcast.cli.bench import bench
 from narrowcast.cli.compare import compare
 from narrowcast.cli.console import print_error, print_json
+from narrowcast.cli.devices import devices
 from narrowcast.cli.format import format_
 from narrowcast.cli.formats import formats
 from narrowcast.cli.optimize import optimize
@@ -39,6 +40,7 @@ for command in (optimize, bench, verify, run, runtimes):
     app.command()(command)
 app.command()(formats)
 app.command()(compare)
+app.command()(devices)
 app.command()(profile)
 # A value may be negative: what begins with a dash and is no option is a value.
 app.command("format", context_settings={"ignore_unknown_options": True})(format_)
