@@ -16,6 +16,8 @@ from narrowcast.formats.rules import Rules
 from narrowcast.formats.table import ELEMENTS, element
 from narrowcast.formats.tensor import QuantizedTensor, host
 
+_PIECE = 1 << 14
+
 __all__ = ["ErrorReport", "ErrorTotals", "add_error", "error"]
 
 
@@ -74,7 +76,7 @@ class ErrorTotals:
         x: np.ndarray,
         y: np.ndarray,
         codes: np.ndarray | None,
-        beyond: np.ndarray,
+        reach: tuple[np.ndarray | float, np.ndarray | float],
         below_normal: np.ndarray | float | None,
     ) -> None:
         """Count one piece.
@@ -82,34 +84,47 @@ class ErrorTotals:
         Args:
             x: The original numbers, shape [n].
             y: What they became, shape [n].
-            codes: Their codes; None if not known.
-            beyond: Where the original lies beyond the largest number.
-            below_normal: Smallest normal magnitude (per element or for all); None where there are no subnormals.
+            codes: Their codes, shape [n]; None if not known.
+            reach: Lowest and highest number that rounding takes into the range, for each element or for all.
+            below_normal: Smallest normal magnitude, for each element or for all; None without subnormals.
         """
-        finite = np.isfinite(x)
-        if not finite.all():
-            self.not_finite += int(x.size - finite.sum())
-            x, y, beyond = x[finite], y[finite], beyond[finite]
-            codes = None if codes is None else codes[finite]
-            below_normal = below_normal[finite] if isinstance(below_normal, np.ndarray) else below_normal
+        for start in range(0, x.size, _PIECE):  # what is worked on stays in the processor's cache
+            piece = slice(start, start + _PIECE)
+            low, high, smallest = (_cut(limit, piece) for limit in (*reach, below_normal))
+            part = None if codes is None else codes[piece]
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._add(x[piece].astype(np.float64), y[piece].astype(np.float64), part, low, high, smallest)
+
+    def _add(self, x: np.ndarray, y: np.ndarray, codes: np.ndarray | None, low: Any, high: Any, smallest: Any) -> None:
+        signal = float((x * x).sum())
+        if not math.isfinite(signal):  # NaN, infinity, or squares beyond float64, which then say so
+            finite = np.isfinite(x)
+            if not finite.all():
+                self.not_finite += int(x.size - finite.sum())
+                low, high, smallest = (_cut(limit, finite) for limit in (low, high, smallest))
+                x, y = x[finite], y[finite]
+                codes = None if codes is None else codes[finite]
+                signal = float((x * x).sum())
         self.count += x.size
         if not x.size:
             return
-        with np.errstate(over="ignore", invalid="ignore"):
-            difference = np.abs(np.subtract(x, y, dtype=np.float64))
-        difference[np.isnan(difference)] = np.inf
-        self.signal += float(np.square(x, dtype=np.float64).sum())
-        self.noise += float(np.square(difference).sum())
-        self.max_abs = max(self.max_abs, float(difference.max()))
-        is_zero = y == 0
-        self.zero += int(is_zero.sum())
-        self.underflowed += int((is_zero & (x != 0)).sum())
-        self.overflowed += int((beyond | ~np.isfinite(y)).sum())
-        if below_normal is not None:
-            small = ~is_zero & (np.abs(y) < below_normal)
-            self.subnormal = (self.subnormal or 0) + int(small.sum())
+        self.signal += signal
+        self.overflowed += int(np.count_nonzero((x < low) | (x > high)))
+        magnitude = np.abs(y)
+        zero = magnitude == 0
+        self.zero += int(np.count_nonzero(zero))
+        self.underflowed += int(np.count_nonzero(zero & (x != 0)))
+        if smallest is not None:
+            small = int(np.count_nonzero((magnitude < smallest) & ~zero))
+            self.subnormal = (self.subnormal or 0) + small
+        difference = np.subtract(x, y, out=magnitude)
+        noise = float((difference * difference).sum())
+        largest = max(float(difference.max()), -float(difference.min()))
+        lost = math.isnan(noise)  # a finite number became NaN
+        self.noise += math.inf if lost else noise
+        self.max_abs = math.inf if lost else max(self.max_abs, largest)
         if codes is not None and self.bits is not None:
-            used = np.bincount(codes.reshape(-1), minlength=1 << self.bits)
+            used = np.bincount(codes, minlength=1 << self.bits)
             self.codes = used if self.codes is None else self.codes + used
 
     def report(self) -> ErrorReport:
@@ -163,7 +178,7 @@ def add_error(totals: ErrorTotals, x: Any, y: Any, format: str | ElementFormat |
 
 def _add_cast(totals: ErrorTotals, x: np.ndarray, y: np.ndarray, format: ElementFormat | None) -> None:
     if format is None:
-        totals.add(x, y, None, np.zeros(x.shape, bool), None)
+        totals.add(x, y, None, (-math.inf, math.inf), None)
         return
     totals.bits = format.bits
     codes = None
@@ -171,7 +186,7 @@ def _add_cast(totals: ErrorTotals, x: np.ndarray, y: np.ndarray, format: Element
         source = opened(y)
         codes = fast.encode(source, format, Rules.of(format), 0)
     below = format.smallest_normal if isinstance(format, Format) and format.has_subnormals else None
-    totals.add(x, y, codes, _outside(x, *_reach(format)), below)
+    totals.add(x, y, codes, _reach(format), below)
 
 
 def _add_quantized(totals: ErrorTotals, x: np.ndarray, q: QuantizedTensor) -> None:
@@ -185,8 +200,7 @@ def _add_quantized(totals: ErrorTotals, x: np.ndarray, q: QuantizedTensor) -> No
     below = None
     if isinstance(form, Format) and form.has_subnormals:
         below = _spread(q, form.smallest_normal * scales)
-    with np.errstate(invalid="ignore"):
-        totals.add(x, y, codes, _outside(x, low, high), below)
+    totals.add(x, y, codes, (low, high), below)
 
 
 def _reach(format: ElementFormat) -> tuple[float, float]:
@@ -202,9 +216,9 @@ def _reach(format: ElementFormat) -> tuple[float, float]:
             return values[0] - (values[1] - values[0]) / 2, values[-1] + (values[-1] - values[-2]) / 2
 
 
-def _outside(x: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        return (x < low) | (x > high)
+def _cut(limit: Any, piece: Any) -> Any:
+    """Return the part of a limit that belongs to a piece; one limit for all stays what it is."""
+    return limit[piece] if isinstance(limit, np.ndarray) else limit
 
 
 def _spread(q: QuantizedTensor, values: np.ndarray) -> np.ndarray:

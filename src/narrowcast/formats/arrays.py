@@ -69,7 +69,7 @@ def torch_loaded() -> Any:
     return sys.modules.get("torch")
 
 
-def on_device(x: object) -> bool:
+def on_device(x: Any) -> bool:
     """Return whether ``x`` is a torch tensor outside main memory."""
     torch = torch_loaded()
     return torch is not None and isinstance(x, torch.Tensor) and x.device.type != "cpu"

@@ -21,9 +21,13 @@ _USUAL_BIAS = -(1 << 31)
 class Nan(StrEnum):
     """Which codes of a floating-point format are NaN."""
 
-    IEEE = "ieee"  # largest exponent field, significand not zero; with a zero significand it is infinity
-    ALL_ONES = "all_ones"  # exponent and significand all ones: the "FN" formats and E8M0
-    NEGATIVE_ZERO = "negative_zero"  # sign bit alone: the "FNUZ" formats
+    #: Largest exponent field, significand not zero; with a zero significand it is infinity.
+    IEEE = "ieee"
+    #: Exponent and significand all ones: the "FN" formats and E8M0.
+    ALL_ONES = "all_ones"
+    #: The sign bit alone: the "FNUZ" formats.
+    NEGATIVE_ZERO = "negative_zero"
+    #: No code is NaN.
     NONE = "none"
 
 
@@ -122,7 +126,7 @@ class Format:
 
     @property
     def nan_code(self) -> int | None:
-        """The code that an (unsigned) NaN gets: quiet, without payload; None without NaN."""
+        """Code of a positive NaN, quiet and without payload; None in a format without NaN."""
         match self.nan:
             case Nan.IEEE:
                 return self.infinity_code | (1 << (self.mantissa_bits - 1))

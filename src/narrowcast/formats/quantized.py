@@ -36,6 +36,7 @@ def quantize(
     range: str = "minmax",
     percentile: float = 99.99,
     importance: Any = None,
+    scale: str | ElementFormat | None = None,
     scale_rule: str = "floor",
     double_quant: bool = False,
     pad: bool = False,
@@ -56,6 +57,7 @@ def quantize(
         range: ``minmax``, ``percentile`` or ``mse`` (the scale of least squared error among a fixed set).
         percentile: Share of the elements, in percent, that ``range="percentile"`` covers.
         importance: For ``mse``: weight of each element's squared error, broadcast to ``x``'s shape.
+        scale: Format of the scales, where the format does not say: ``fp32`` unless given, ``fp16``, ``bf16``, ``e8m0`` ...
         scale_rule: Formats with power-of-two scales: ``floor`` (OCP's), ``ceil``, ``even`` or ``round_up``.
         double_quant: Whether FP32 scales are themselves quantised: less their mean, to int8 in blocks of 256.
         pad: Whether a block that does not fit is filled up with zeros (which are stored), instead of refused.
@@ -74,6 +76,7 @@ def quantize(
         block=block,
         axis=axis,
         granularity=granularity,
+        scale=scale,
         symmetric=symmetric,
         range=range,
         percentile=percentile,
@@ -100,7 +103,7 @@ def _on_device(x: Any, scheme: Scheme, importance: Any, seed: int) -> QuantizedT
         weights = None if importance is None else importance.cpu() if on_device(importance) else importance
         return moved(_in_memory(x.detach().cpu(), scheme, weights, seed), x.device)
     if made.broken >= 0:
-        raise _not_finite(made.broken)
+        raise _not_finite(made.broken, scheme)
     dtype = str(x.dtype).removeprefix("torch.")
     return QuantizedTensor(scheme, shape, dtype, made.packed, made.scales, None, made.tensor_scale)
 
@@ -211,13 +214,13 @@ def _tensor_scale(largest: float, scheme: Scheme) -> float:
 
 
 def _check_finite(scales: np.ndarray, scheme: Scheme, first: int) -> None:
-    if scheme.scale.bits == 32 and not np.isfinite(scales).all():
-        raise _not_finite(first + int(np.argmin(np.isfinite(scales))))
+    if scheme.scale.bits > 8 and not np.isfinite(scales).all():
+        raise _not_finite(first + int(np.argmin(np.isfinite(scales))), scheme)
 
 
-def _not_finite(row: int) -> FormatError:
+def _not_finite(row: int, scheme: Scheme) -> FormatError:
     return FormatError(
-        f"NaN, infinity or a range beyond float32 in row {row} of those that share a scale",
+        f"NaN, infinity or a range beyond {scheme.scale.name} in row {row} of those that share a scale",
         allowed="finite numbers",
         next_step="replace them first, or use an MX format, whose scale can say NaN for a block",
     )

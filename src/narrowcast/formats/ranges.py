@@ -103,7 +103,7 @@ def _candidates(
         for exponent in _EXPONENTS:
             moved = np.clip(first.scales.astype(np.float64) * 2.0**exponent, 2.0**-127, 2.0**127)
             yield Chosen(moved.astype(np.float32), None)
-    elif scheme.scale.bits < 32:
+    elif scheme.scale.bits == 8:
         yield from (Chosen(scales, None) for scales in _neighbouring(first.scales, scheme.scale))
     elif scheme.symmetric:
         for shrink in _SHRINKS.astype(high.dtype):

@@ -30,24 +30,33 @@ class _Named(StrEnum):
 class Rounding(_Named):
     """Which of the two neighbours a number between them becomes (IEEE 754-2019, section 4.3, and two more)."""
 
-    # A tie goes to the even significand; without significand bits (E8M0) there is none, and it goes away from zero.
+    #: A tie goes to the even significand; without significand bits (E8M0) there is none, and it goes away from zero.
     NEAREST_EVEN = "nearest_even"
-    NEAREST_AWAY = "nearest_away"  # a tie goes away from zero
+    #: A tie goes away from zero.
+    NEAREST_AWAY = "nearest_away"
     TOWARD_ZERO = "toward_zero"
-    UP = "up"  # toward +infinity
-    DOWN = "down"  # toward -infinity
-    TO_ODD = "to_odd"  # the neighbour with the odd significand: rounding it again, to fewer bits, is then still right
-    STOCHASTIC = "stochastic"  # up with the probability of the distance to the lower neighbour
+    #: Toward +infinity.
+    UP = "up"
+    #: Toward -infinity.
+    DOWN = "down"
+    #: The neighbour with the odd significand: rounding it again, to fewer bits, is then still right.
+    TO_ODD = "to_odd"
+    #: Up with the probability of the distance to the lower neighbour.
+    STOCHASTIC = "stochastic"
 
 
 class Overflow(_Named):
     """What becomes of a number beyond the largest finite one."""
 
-    IEEE = "ieee"  # infinity, else NaN, as the format has; the largest number where it has neither
-    SATURATE = "saturate"  # a finite number becomes the largest one; an infinite one stays so (NaN without infinity)
-    CLAMP = "clamp"  # infinite ones become the largest number too
+    #: Infinity, else NaN, as the format has; the largest number where it has neither.
+    IEEE = "ieee"
+    #: A finite number becomes the largest one; an infinite one stays so (NaN without infinity).
+    SATURATE = "saturate"
+    #: Infinite ones become the largest number too.
+    CLAMP = "clamp"
     NAN = "nan"
-    WRAP = "wrap"  # integers only: the low bits
+    #: Integers only: the low bits.
+    WRAP = "wrap"
 
 
 class NanInput(_Named):
@@ -62,8 +71,10 @@ class Below(_Named):
     """What becomes of zero and negative numbers in E8M0, and of negative ones in other unsigned floats."""
 
     NAN = "nan"
-    MAGNITUDE = "magnitude"  # the sign is dropped
-    CLAMP = "clamp"  # the smallest number
+    #: The sign is dropped.
+    MAGNITUDE = "magnitude"
+    #: The smallest number.
+    CLAMP = "clamp"
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def rounded_scales(largest: np.ndarray, scheme: Scheme, tensor_scale: float) -> 
         wanted = largest / (element_max(scheme) * tensor_scale)
     if scheme.scale.bits == 32:
         return wanted.astype(np.float32)
-    wanted = np.where(np.isinf(wanted), np.nan, wanted)
+    lost = wanted > scheme.scale.max if scheme.scale.bits > 8 else np.isinf(wanted)
+    wanted = np.where(lost, np.nan, wanted)
     # A block that is not all zeros keeps the smallest scale rather than none.
     wanted = np.where(largest > 0, np.maximum(wanted, scheme.scale.smallest_subnormal), wanted)
     return _stored(wanted, scheme.scale)

@@ -69,8 +69,8 @@ class Scheme:
             raise FormatError(f"symmetric=False with {self.element.name}", allowed="integers")
         if isinstance(self.element, Format) and not self.element.has_zero:
             raise FormatError(f"{self.element.name} elements, which have no zero", allowed="formats with a zero")
-        if self.scale.bits not in (8, 32):
-            raise FormatError(f"{self.scale.name} scales", allowed="FP32, or a format of 8 bits")
+        if self.scale.bits not in (8, 16, 32):
+            raise FormatError(f"{self.scale.name} scales", allowed="floating-point formats of 8, 16 or 32 bits")
         if self.double_quant and self.scale != ELEMENTS["fp32"]:
             raise FormatError(f"double_quant with {self.scale.name} scales", allowed="FP32 scales")
 
@@ -81,6 +81,7 @@ class Scheme:
         block: int | None,
         axis: int,
         granularity: Granularity | None,
+        scale: str | ElementFormat | BlockFormat | None = None,
         **options: Any,
     ) -> Scheme:
         """Return the scheme of a format with the caller's options over its defaults.
@@ -94,15 +95,18 @@ class Scheme:
         if isinstance(found, BlockFormat):
             if granularity is not None:
                 raise FormatError(f"granularity = {granularity} with {found.name}", allowed="axis, and block")
+            if scale is not None:
+                raise FormatError(f"scale = {scale!r} with {found.name}, which says {found.scale.name}")
             where = PerBlock(block or found.block, axis)
             return Scheme(found.element, where, found.scale, found.tensor_scale, name=found.name, **options)
         if granularity is None:
             if block is None and isinstance(found, Codebook):
                 block = _NF_BLOCK
             granularity = PerTensor() if block is None else PerBlock(block, axis)
-        fp32 = ELEMENTS["fp32"]
-        assert isinstance(fp32, Format)
-        return Scheme(found, granularity, fp32, **options)
+        kept = get("fp32" if scale is None else scale)
+        if not isinstance(kept, Format):
+            raise FormatError(f"{kept.name} scales", allowed="floating-point formats of 8, 16 or 32 bits")
+        return Scheme(found, granularity, kept, **options)
 
     def to_json(self) -> str:
         """Return the scheme as JSON, with its formats spelled out: a reader needs no table."""

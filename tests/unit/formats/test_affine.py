@@ -200,3 +200,30 @@ def test_what_no_fp32_scale_can_say_is_refused(name: str, value: float) -> None:
     granularity = nf.PerChannel(0)
     with pytest.raises(FormatError, match="in row 2 of those that share a scale"):
         nf.quantize(x, name, granularity=granularity)
+
+
+@pytest.mark.parametrize(
+    ("scale", "bits"), [("fp32", 5.0), ("fp16", 4.5), ("bf16", 4.5), ("e4m3fn", 4.25), ("e8m0", 4.25)]
+)
+def test_scales_may_be_kept_in_fewer_bits(scale: str, bits: float) -> None:
+    x = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    found = nf.quantize(x, "int4", block=32, scale=scale)
+    assert found.bits_per_element == bits
+    kept = nf.cast(found.scales, scale)
+    assert (kept == found.scales).all()
+    steps = nf.decode(found.codes, "int4", dtype="float32")
+    assert (found.dequantize() == steps * np.repeat(found.scales, 32, axis=1)).all()
+    if scale != "e8m0":  # whose steps double
+        assert nf.error(x, found).sqnr_db == pytest.approx(
+            nf.error(x, nf.quantize(x, "int4", block=32)).sqnr_db, abs=0.2
+        )
+
+
+def test_a_range_that_the_scale_cannot_hold_is_refused() -> None:
+    x = np.full((2, 32), 1e7, np.float32)
+    with pytest.raises(FormatError, match="a range beyond fp16 in row 0"):
+        nf.quantize(x, "int4", block=32, scale="fp16")
+    with pytest.raises(FormatError, match="scale = 'fp16' with mxfp4, which says e8m0"):
+        nf.quantize(x, "mxfp4", scale="fp16")
+    with pytest.raises(FormatError, match="int8 scales"):
+        nf.quantize(x, "int4", scale="int8")
