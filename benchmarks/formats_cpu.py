@@ -105,6 +105,35 @@ def contests(x: Any) -> dict[str, dict[str, Callable[[], Any]]]:
     return found
 
 
+def agreement(x: Any) -> dict[str, int]:
+    """Return how many bytes of codes and scales differ from the peers', who give the same formats."""
+    import bitsandbytes.functional as bnb
+    import numpy as np
+    import torch
+    from torchao.prototype.mx_formats.mx_tensor import to_mx
+    from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
+
+    import narrowcast.formats as nf
+
+    def differing(quantized: Any, codes: Any, scales: Any) -> int:
+        own = quantized.stored_scales.reshape(-1)
+        return int((codes.view(torch.uint8).numpy().reshape(-1) != quantized.packed).sum()) + int(
+            (scales.view(torch.uint8).numpy().reshape(-1) != own.view(np.uint8)).sum()
+        )
+
+    tensor = torch.from_numpy(x)
+    codes, state = bnb.quantize_4bit(tensor, blocksize=64, quant_type="nf4")
+    nf4, nvfp4 = nf.quantize(x, "nf4"), nf.quantize(x, "nvfp4")
+    low_first = nf.pack(nf.unpack(codes.numpy(), 4, x.size, order="high_first"), 4)
+    found = {"nf4, bitsandbytes": differing(nf4, torch.from_numpy(low_first), state.absmax)}
+    for name, dtype in (("mxfp8_e4m3", torch.float8_e4m3fn), ("mxfp4", torch.float4_e2m1fn_x2)):
+        scales, codes = to_mx(tensor, dtype, 32)
+        found[f"{name}, torchao"] = differing(nf.quantize(x, name), codes, scales)
+    scales, codes = nvfp4_quantize(tensor, 16, torch.tensor(nvfp4.tensor_scale))
+    found["nvfp4, torchao"] = differing(nvfp4, codes, scales)
+    return found
+
+
 def measure(rounds: int, out: Path) -> None:
     """Time every contest and write the results."""
     import warnings
@@ -114,6 +143,8 @@ def measure(rounds: int, out: Path) -> None:
     warnings.filterwarnings("ignore")
     rng = np.random.default_rng(0)
     x = rng.standard_normal((ELEMENTS // 4096, 4096)).astype(np.float32)
+    same = agreement(x)
+    print("bytes that differ from the peers':", same)
     results: dict[str, Any] = {}
     for operation, who in contests(x).items():
         for run in who.values():
@@ -124,7 +155,9 @@ def measure(rounds: int, out: Path) -> None:
                 begin = time.perf_counter()
                 who[name]()
                 times[name].append((time.perf_counter() - begin) / x.size * 1e9)
-        results[operation] = {name: summary(np.array(t), np.array(times["narrowcast"]), rng) for name, t in times.items()}
+        results[operation] = {
+            name: summary(np.array(t), np.array(times["narrowcast"]), rng) for name, t in times.items()
+        }
         print(operation)
         for name, row in results[operation].items():
             low, high = row["ratio_interval_95"]
@@ -133,7 +166,14 @@ def measure(rounds: int, out: Path) -> None:
                 f"[{low:.2f}, {high:.2f}] narrowcast's time",
                 flush=True,
             )
-    shown = {"environment": about(), "elements": ELEMENTS, "rounds": rounds, "threads": 1, "results": results}
+    shown = {
+        "environment": about(),
+        "elements": ELEMENTS,
+        "rounds": rounds,
+        "threads": 1,
+        "results": results,
+        "differing_bytes": same,
+    }
     shown["protocol"] = "one process, one thread, random order in each round; medians, paired ratios, bootstrap of 1000"
     out.write_text(json.dumps(shown, indent=1) + "\n")
 
