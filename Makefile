@@ -12,7 +12,7 @@ demo: $(READY)  ## the main job on a real model; ends by saying where the report
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest
 
-exhaustive: $(READY)  ## every float32 there is, to FP16, BF16 and FP8: about ten minutes on one core
+exhaustive: $(READY)  ## every float32 there is, to FP16, BF16 and FP8: ten to fifteen minutes on one core
 	$(BIN)/python -m pytest -m exhaustive
 
 check: $(READY)  ## lint, types, import layers

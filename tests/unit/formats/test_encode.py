@@ -47,7 +47,7 @@ def stride_of(format: ElementFormat, count: int) -> int:
 @EVERY
 @DTYPES
 def test_every_boundary_encodes_as_the_reference_says(format: ElementFormat, dtype: str) -> None:
-    x = boundary_values(format, dtype, stride_of(format, 256))
+    x = boundary_values(format, dtype, stride_of(format, 128))
     assert_same(encode(x, format), by_reference(x, format, Rules.of(format)), x)
 
 
@@ -67,7 +67,7 @@ def test_every_boundary_of_16_bits_encodes_as_the_reference_says(name: str) -> N
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_every_rounding_and_overflow_is_as_the_reference_says(format: ElementFormat, rounding: str) -> None:
     everywhere = boundary_values(format, "float32", stride_of(format, 10))
-    far = everywhere[(np.abs(everywhere) >= format.max / 2) | (everywhere == 0)]
+    far = everywhere[(np.abs(everywhere.astype(np.float64)) >= format.max / 2) | (everywhere == 0)]
     for overflow in overflows(format):
         x = everywhere if overflow == "saturate" else far
         rules = Rules.of(format, rounding=rounding, overflow=overflow)
@@ -102,7 +102,7 @@ def test_unsigned_floats_treat_what_is_below_as_asked(format: Format, below: str
 @pytest.mark.parametrize("rounding", ROUND_MODES)
 @pytest.mark.parametrize("overflow", ["ieee", "clamp"])
 def test_every_boundary_rounds_as_gfloat_says(format: Format, rounding: str, overflow: str) -> None:
-    x = boundary_values(format)
+    x = boundary_values(format, stride=1 if overflow == "ieee" else stride_of(format, 1 << 12))
     if not format.signed:
         x = x[x >= 0]
         x = x[~np.signbit(x)]
@@ -113,11 +113,8 @@ def test_every_boundary_rounds_as_gfloat_says(format: Format, rounding: str, ove
     clamped = overflow == "clamp" or not format.has_nan  # gfloat refuses what neither infinity nor NaN can take
     with np.errstate(all="ignore"):
         wanted = gfloat.round_ndarray(gfloat_info(format), x, ROUND_MODES[rounding], sat=clamped)
-    found = cast(x, format, rounding=rounding, overflow=overflow)
+    found = reference_values(format)[encode(x, format, rounding=rounding, overflow=overflow)]
     assert_same(found, wanted, x, same_bits(found, wanted))
-    codes = encode(x, format, rounding=rounding, overflow=overflow)
-    decoded = reference_values(format)[codes]
-    assert_same(decoded, wanted, x, same_bits(decoded, wanted))
 
 
 @pytest.mark.parametrize("name", ["e8m0", "own_e2m0", "own_e3m0fnuz"])
@@ -172,7 +169,8 @@ def test_tf32_rounds_the_lower_13_bits_of_a_float32_away() -> None:
 @DTYPES
 def test_every_boundary_of_an_integer_encodes_as_numpy_rounds(format: Integer, rounding: str, dtype: str) -> None:
     rounded = {"nearest_even": np.rint, "toward_zero": np.trunc, "up": np.ceil, "down": np.floor}[rounding]
-    x = boundary_values(format, dtype)
+    every = dtype == "float64" and rounding == "nearest_even"
+    x = boundary_values(format, dtype, 1 if every else stride_of(format, 1 << 12))
     with np.errstate(over="ignore"):
         steps = rounded(x.astype(np.float64) / format.step)
     wanted = np.clip(steps, format.min / format.step, format.max / format.step).astype(np.int64) % (1 << format.bits)
@@ -197,7 +195,7 @@ def test_every_boundary_of_a_codebook_encodes_to_the_nearest_value(name: str, dt
 @pytest.mark.parametrize("rounding", [*ROUNDINGS, "stochastic"])
 def test_cast_is_decode_of_encode(format: ElementFormat, rounding: str) -> None:
     for dtype in ("float64", "float32"):
-        x = boundary_values(format, dtype, stride_of(format, 500))
+        x = boundary_values(format, dtype, stride_of(format, 100))
         wanted = decode(encode(x, format, rounding=rounding), format)
         with np.errstate(over="ignore"):
             wanted = wanted.astype(dtype)

@@ -16,7 +16,7 @@ from narrowcast.formats.kinds import Codebook, ElementFormat, Format
 from narrowcast.formats.rules import Rules
 
 EVERY = pytest.mark.parametrize("format", SMALL.values(), ids=SMALL)
-COUNT = 1 << 18
+COUNT = 1 << 16
 SIGMAS = 5.0  # a sound generator fails one such check in 1.7 million; the seed is fixed, so it fails always or never
 
 
