@@ -22,8 +22,8 @@ from onnx import helper
 
 import narrowcast
 from contracts.graphs import Builder
+from e2e.command import Cli, Outcome
 from narrowcast.artifacts import load_artifact
-from narrowcast.cli import main
 from narrowcast.measure import suite
 from narrowcast.runtimes import get_runtime, runtime_names
 from narrowcast.search import optimize as search
@@ -79,26 +79,10 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return Inputs(folder / "net.onnx", folder / "data.npz", images, labels)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def words(self) -> str:
-        """What was printed to stderr on one line, without the frame around it."""
-        return " ".join(self.err.replace("│", " ").split())
-
-
-Cli = Callable[..., Outcome]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _in_a_hurry() -> Iterator[None]:
     """Measure for a moment only; nothing here looks at how long anything took."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "400")
         patch.setattr(trial, "SEARCH_SECONDS", 0.2)
         pair, rate = suite.measure_pair, suite.throughput
         patch.setattr(search, "measure_pair", lambda *rest, **named: pair(*rest, **named | {"seconds": 0.4}))
@@ -109,16 +93,8 @@ def _in_a_hurry() -> Iterator[None]:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["narrowcast", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        return Outcome(int(stopped.value.code or 0), printed.out, printed.err)
-
-    return run
+def columns() -> int:
+    return 400
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.unit.formats.format_engines import ENGINES, running_on
+from format_engines import ENGINES, running_on
 
 import narrowcast.formats as nf
 from narrowcast.errors import FormatError

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gfloat
 import numpy as np
 import pytest
+from format_engines import ENGINES, running_on
 from gfloat import formats as gfloat_formats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tests.unit.formats.format_engines import ENGINES, running_on
 
 import narrowcast.formats as nf
 from narrowcast.errors import FormatError

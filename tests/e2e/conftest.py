@@ -1,0 +1,32 @@
+"""The command line, run in this process."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from e2e.command import Cli, Outcome
+from narrowcast.cli import main
+
+
+@pytest.fixture
+def columns() -> int:
+    """Width of the terminal that commands print for."""
+    return 100
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int) -> Cli:
+    """Run a command as the shell would, and return what it left."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["narrowcast", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), printed.out, printed.err)
+
+    return run
