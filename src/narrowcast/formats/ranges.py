@@ -75,7 +75,9 @@ def _bounds(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
             low = -high
         return np.minimum(low, zero), np.maximum(high, zero)
     if scheme.symmetric:
-        high = absmax(rows) if rows.shape[1] <= 1024 else np.maximum(rows.max(axis=1), -rows.min(axis=1))
+        high = (
+            absmax(rows) if rows.shape[1] <= 1024 else np.maximum(rows.max(axis=1), -rows.min(axis=1)) + zero
+        )  # no -0
         return -high, high
     return np.minimum(rows.min(axis=1), zero), np.maximum(rows.max(axis=1), zero)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Self
 
 from narrowcast.errors import FormatError, choices
@@ -87,6 +88,7 @@ class Rules:
     below: Below = Below.NAN
 
     @staticmethod
+    @lru_cache(maxsize=256)
     def of(
         format: ElementFormat,
         rounding: str | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from narrowcast.errors import FormatError, choices
@@ -75,6 +76,7 @@ class Scheme:
             raise FormatError(f"double_quant with {self.scale.name} scales", allowed="FP32 scales")
 
     @staticmethod
+    @lru_cache(maxsize=256)
     def of(
         format: str | ElementFormat | BlockFormat,
         *,

@@ -4,11 +4,11 @@ Rows that share a scale lie one after the other. Short ones (blocks) are scaled 
 first kernel finds the largest magnitudes. Divisions are rounded as IEEE 754 says: the codes are the CPU's, bit for bit.
 """
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # Triton's language has no types that a checker could follow.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from narrowcast.formats.kinds import Codebook
 from narrowcast.formats.scales import element_max
 from narrowcast.formats.scheme import Scheme
 from narrowcast.formats.triton_codec import magnitude_code, on, readable, word_of
-from narrowcast.formats.triton_specs import LONGEST_BLOCK, Elements, Scales, buckets, fits, scale_kind
+from narrowcast.formats.triton_specs import LONGEST_BLOCK, Elements, Scales, fits, scale_kind
 
 __all__ = ["quantize", "takes"]
 
@@ -40,7 +40,7 @@ def takes(x: torch.Tensor, scheme: Scheme, layout: Rows) -> bool:
     plain = (
         scheme.range == "minmax" and scheme.rounding == "nearest_even" and scheme.symmetric and not scheme.double_quant
     )
-    return plain and readable(x) and fits(layout, scheme) and Elements.of(scheme.element) is not None
+    return plain and readable(x) and fits(layout, scheme) and Elements.of(scheme.element, fused=True) is not None
 
 
 def quantize(x: torch.Tensor, scheme: Scheme, layout: Rows) -> tuple[torch.Tensor, torch.Tensor, float, int]:
@@ -51,27 +51,35 @@ def quantize(x: torch.Tensor, scheme: Scheme, layout: Rows) -> tuple[torch.Tenso
     scales = torch.empty(layout.scale_shape, dtype=torch.float32 if fp32 else torch.uint8, device=x.device)
     broken = torch.full((1,), _NOWHERE, dtype=torch.int64, device=x.device) if fp32 else scales
     largest = torch.zeros(1, dtype=torch.int32, device=x.device) if scheme.tensor_scale else scales
-    edges, bases = _grid(scheme.element, str(x.device)) if isinstance(scheme.element, Codebook) else (x, x)
-    # Where Triton interprets kernels instead of compiling them, its fused multiply-add rounds twice.
+    fused = not triton.knobs.runtime.interpret  # interpreted, a fused multiply-add rounds twice
     known: dict[str, Any] = {
-        "elements": Elements.of(scheme.element),
-        "scales": Scales.of(scheme, fused=not triton.knobs.runtime.interpret),
+        "elements": Elements.of(scheme.element, fused=fused),
+        "scales": Scales.of(scheme, fused=fused),
         "num_warps": _WARPS,
     }
     with on(x):
         if scheme.tensor_scale:
             _find_largest(x, largest, 1, x.numel(), finite=True)
         if length <= LONGEST_BLOCK:
-            rows = _TILE // length
+            rows, vector = _TILE // length, 16 // x.element_size()
             _quantize_blocks[(triton.cdiv(count, rows),)](
-                x, codes, scales, broken, largest, edges, bases, count, block=length, rows=rows, **known
+                x,
+                codes.view(torch.int32),
+                scales,
+                broken,
+                largest,
+                count,
+                block=length,
+                rows=rows,
+                vector=vector,
+                **known,
             )
         else:
             magnitudes = torch.zeros(count, dtype=torch.int32, device=x.device)
             _find_largest(x, magnitudes, count, length, finite=False)
             chunks = triton.cdiv(length, _TILE)
             _quantize_rows[(count * chunks,)](
-                x, codes, scales, broken, largest, edges, bases, magnitudes, length, chunks, tile=_TILE, **known
+                x, codes, scales, broken, largest, magnitudes, length, chunks, tile=_TILE, **known
             )
     tensor_scale = _tensor_scale(int(largest.item()), scheme) if scheme.tensor_scale else 1.0
     first = int(broken.item()) if fp32 else _NOWHERE
@@ -88,13 +96,6 @@ def _tensor_scale(bits: int, scheme: Scheme) -> float:
     largest = np.array([bits], np.int32).view(np.float32)[0]
     wanted = largest / np.float32(element_max(scheme) * scheme.scale.max)
     return float(max(wanted, np.finfo(np.float32).tiny)) if bits else 1.0
-
-
-@lru_cache(maxsize=64)
-def _grid(element: Codebook, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    found = buckets(element)
-    assert found is not None
-    return torch.from_numpy(found[1]).to(device), torch.from_numpy(found[2]).to(device)
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -167,28 +168,28 @@ def _scale_of(bits, tensor_scale, scales: tl.constexpr):
 
 @triton.jit
 def _scaled(word, factor, scales: tl.constexpr):
-    """Return numbers over their rows' scales, rounded once: numbers [rows, length], factors [rows]."""
+    """Return numbers, given as bits, over their rows' factors, rounded once; the factors are broadcast."""
     number = word.to(tl.float32, bitcast=True)
     if scales.kind == "e8m0":
-        quotient = number * factor[:, None]
+        quotient = number * factor
     elif scales.fused:
         # Markstein's theorem: two corrections of the product with a rounded reciprocal are the rounded quotient. Near one
         # no correction underflows, unless the quotient is too small for any code but zero's.
         exponent = factor.to(tl.int32, bitcast=True) & 0x7F800000
         power = tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)
-        near_one = factor * power
-        divisor, reciprocal = near_one[:, None], tl.div_rn(1.0, near_one)[:, None]
-        number = number * power[:, None]
+        divisor = factor * -power
+        reciprocal = tl.div_rn(-1.0, divisor)
+        number = number * power
         quotient = number * reciprocal
-        quotient = tl.fma(tl.fma(-quotient, divisor, number), reciprocal, quotient)
-        quotient = tl.fma(tl.fma(-quotient, divisor, number), reciprocal, quotient)
+        quotient = tl.fma(tl.fma(quotient, divisor, number), reciprocal, quotient)
+        quotient = tl.fma(tl.fma(quotient, divisor, number), reciprocal, quotient)
     else:
-        quotient = tl.div_rn(number, factor[:, None])
+        quotient = tl.div_rn(number, factor)
     return quotient
 
 
 @triton.jit
-def _element_codes(word, scaled, edges_ptr, bases_ptr, elements: tl.constexpr):
+def _element_codes(word, scaled, elements: tl.constexpr):
     """Return the codes, in int32, of scaled numbers; ``word`` holds their signs."""
     if elements.kind == "float":
         steps: tl.constexpr = elements.steps
@@ -201,8 +202,32 @@ def _element_codes(word, scaled, edges_ptr, bases_ptr, elements: tl.constexpr):
         clamped = tl.minimum(tl.maximum(scaled * elements.factor, elements.low), elements.high)
         code = (clamped + 12582912.0).to(tl.int32, bitcast=True) & elements.mask  # 1.5 * 2**23: whole steps are left
     else:
-        cell = tl.minimum(tl.maximum(scaled * elements.factor + elements.middle, 0.0), elements.high).to(tl.int32)
-        code = tl.load(bases_ptr + cell) + (scaled > tl.load(edges_ptr + cell)).to(tl.int32)
+        code = _codebook_codes(scaled, elements)
+    return code
+
+
+@triton.jit
+def _codebook_codes(x, elements: tl.constexpr):
+    """Return how many of 15 edges lie below each number."""
+    e: tl.constexpr = elements.edges
+    upper = x > e[7]
+    if elements.counted:
+        # Half of the edges are ruled out; of the others, each one below adds 1, cut off from a far larger product. Such
+        # sums run on the multipliers, which have nothing else to do, at twice the rate of comparisons and choices.
+        count = tl.where(upper, 8388616.0, 8388608.0)  # 2**23: the count is in the low bits
+        for index in tl.static_range(7):
+            least = tl.where(upper, e[index + 8] * -1.2676506002282294e30, e[index] * -1.2676506002282294e30)  # 2**100
+            count += tl.inline_asm_elementwise(
+                "fma.rn.sat.f32 $0, $1, 0f71800000, $2;", "=f,f,f", [x, least], dtype=tl.float32, is_pure=True, pack=1
+            )
+        code = count.to(tl.int32, bitcast=True) - 0x4B000000
+    else:
+        four = x > tl.where(upper, e[11], e[3])
+        two = x > tl.where(upper, tl.where(four, e[13], e[9]), tl.where(four, e[5], e[1]))
+        high = tl.where(four, tl.where(two, e[14], e[12]), tl.where(two, e[10], e[8]))
+        low = tl.where(four, tl.where(two, e[6], e[4]), tl.where(two, e[2], e[0]))
+        one = x > tl.where(upper, high, low)
+        code = tl.where(upper, 8, 0) + tl.where(four, 4, 0) + tl.where(two, 2, 0) + tl.where(one, 1, 0)
     return code
 
 
@@ -218,35 +243,77 @@ def _packed(codes, broken, rows: tl.constexpr, length: tl.constexpr, width: tl.c
 
 
 @triton.jit
+def _words_of_codes(codes, width: tl.constexpr):
+    """Return codes of shape [rows, groups, vector] packed along the last axis, in int32 words (or a half of one)."""
+    rows: tl.constexpr = codes.shape[0]
+    groups: tl.constexpr = codes.shape[1]
+    vector: tl.constexpr = codes.shape[2]
+    if vector * width <= 32:
+        words = tl.sum(codes << (tl.arange(0, vector) * width)[None, None, :], axis=2)
+    else:
+        halves = tl.reshape(codes, (rows, groups, 2, vector // 2))
+        words = tl.sum(halves << (tl.arange(0, vector // 2) * width)[None, None, None, :], axis=3)
+    return words
+
+
+@triton.jit
 def _quantize_blocks(
     x_ptr,
-    codes_ptr,
+    words_ptr,
     scales_ptr,
     broken_ptr,
     largest_ptr,
-    edges_ptr,
-    bases_ptr,
     count,
     block: tl.constexpr,
     rows: tl.constexpr,
+    vector: tl.constexpr,
     elements: tl.constexpr,
     scales: tl.constexpr,
 ):
+    """Quantise ``rows`` blocks; a thread works on 16 neighbours, read in two or four vectors of 16 bytes.
+
+    So what a row's scale costs is shared by 16 elements, and codes are packed without leaving the thread.
+    """
     first = tl.program_id(0).to(tl.int64) * rows
     row = tl.arange(0, rows)
     inside = row < count - first
-    places = row[:, None] * block + tl.arange(0, block)[None, :]
-    word = word_of(tl.load(x_ptr + first * block + places, mask=inside[:, None], other=0.0))
-    tensor_scale = _tensor_scale_of(largest_ptr, scales)
-    stored, factor, broken = _scale_of(tl.max(word & 0x7FFFFFFF, axis=1), tensor_scale, scales)
+    groups: tl.constexpr = block // 16
+    group = row[:, None, None] * block + tl.arange(0, groups)[None, :, None] * 16
+    here = x_ptr + first * block + group + tl.arange(0, vector)[None, None, :]
+    within = inside[:, None, None]
+    a = word_of(tl.load(here, mask=within, other=0.0))
+    b = word_of(tl.load(here + vector, mask=within, other=0.0))
+    largest = tl.maximum(a & 0x7FFFFFFF, b & 0x7FFFFFFF)
+    if vector == 4:
+        c = word_of(tl.load(here + 8, mask=within, other=0.0))
+        d = word_of(tl.load(here + 12, mask=within, other=0.0))
+        largest = tl.maximum(largest, tl.maximum(c & 0x7FFFFFFF, d & 0x7FFFFFFF))
+    bits = tl.max(tl.max(largest, axis=2), axis=1)
+    stored, factor, broken = _scale_of(bits, _tensor_scale_of(largest_ptr, scales), scales)
     tl.store(scales_ptr + first + row, stored, mask=inside)
     if scales.kind == "fp32":
         tl.atomic_min(broken_ptr + row * 0, first + row, mask=broken & inside, sem="relaxed")
-    codes = _element_codes(word, _scaled(word, factor, scales), edges_ptr, bases_ptr, elements)
-    stride: tl.constexpr = block * elements.width // 8
-    at = row[:, None] * stride + tl.arange(0, stride)[None, :]
-    packed = _packed(codes, broken, rows, block, elements.width, scales.kind != "fp32")
-    tl.store(codes_ptr + first * stride + at, packed, mask=inside[:, None])
+    factor = factor[:, None, None]
+    width: tl.constexpr = elements.width
+    a = _words_of_codes(_element_codes(a, _scaled(a, factor, scales), elements), width)
+    b = _words_of_codes(_element_codes(b, _scaled(b, factor, scales), elements), width)
+    if vector == 4:
+        c = _words_of_codes(_element_codes(c, _scaled(c, factor, scales), elements), width)
+        d = _words_of_codes(_element_codes(d, _scaled(d, factor, scales), elements), width)
+        if width == 4:
+            words = tl.join(a | (b << 16), c | (d << 16))
+        else:
+            words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (rows, groups, 4))
+    elif width == 4:
+        words = tl.join(a, b)
+    else:
+        words = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (rows, groups, 4))
+    if scales.kind != "fp32":
+        words = tl.where(broken[:, None, None], 0, words)
+    per_group: tl.constexpr = width // 2
+    at = row[:, None, None] * (groups * per_group) + tl.arange(0, groups)[None, :, None] * per_group
+    at += tl.arange(0, per_group)[None, None, :]
+    tl.store(words_ptr + first * (groups * per_group) + at, words, mask=within)
 
 
 @triton.jit
@@ -256,8 +323,6 @@ def _quantize_rows(
     scales_ptr,
     broken_ptr,
     largest_ptr,
-    edges_ptr,
-    bases_ptr,
     magnitudes_ptr,
     length,
     chunks,
@@ -278,7 +343,7 @@ def _quantize_rows(
     tl.store(scales_ptr + row + one, stored, mask=own)
     if scales.kind == "fp32":
         tl.atomic_min(broken_ptr + one, row.to(tl.int64) + one, mask=broken & own, sem="relaxed")
-    codes = _element_codes(word, _scaled(word, factor, scales), edges_ptr, bases_ptr, elements)
+    codes = _element_codes(word, _scaled(word, factor[:, None], scales), elements)
     at = tl.arange(0, tile * elements.width // 8)[None, :]
     packed = _packed(codes, broken, 1, tile, elements.width, scales.kind != "fp32")
     tl.store(codes_ptr + begin * elements.width // 8 + at, packed, mask=at < (length - start) * elements.width // 8)

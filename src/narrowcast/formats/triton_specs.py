@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,7 +23,6 @@ __all__ = [
     "Scales",
     "Steps",
     "Values",
-    "buckets",
     "fits",
     "has_steps",
     "has_values",
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 LONGEST_BLOCK = 1024  # longer rows are many programs' work
-_MOST_BUCKETS = 1024
+_SHORTEST_BLOCK = 16  # what a thread works on
 
 
 def has_steps(format: ElementFormat) -> bool:
@@ -159,11 +159,12 @@ class Elements:
         kind: ``float``, ``integer`` or ``codebook``.
         width: Bits that a code takes in memory: 4 or 8.
         steps: Of a float.
-        factor: What a scaled number is multiplied by: steps of an integer, or cells of a codebook's grid, per unit.
+        factor: Steps of an integer per unit.
         low: An integer's lowest step.
-        high: An integer's highest step; a grid's last cell.
+        high: An integer's highest step.
         mask: Of an integer's code.
-        middle: The grid's cell that begins at zero.
+        edges: Fifteen numbers above which a codebook's code is the next one; infinity after the last.
+        counted: Whether what numbers exceed the edges by can be multiplied by 2**100: to at least 1, without overflow.
     """
 
     kind: str
@@ -173,11 +174,12 @@ class Elements:
     low: float = 0.0
     high: float = 0.0
     mask: int = 0
-    middle: float = 0.0
+    edges: tuple[float, ...] = ()
+    counted: bool = False
 
     @staticmethod
     @lru_cache(maxsize=64)
-    def of(element: ElementFormat) -> Elements | None:
+    def of(element: ElementFormat, *, fused: bool) -> Elements | None:
         """Return how the elements of a scheme are encoded; None where a kernel does not know how."""
         width = 4 if element.bits == 4 else 8
         if element.bits > 8:
@@ -191,34 +193,12 @@ class Elements:
                 mask, known = (1 << element.bits) - 1, element.signed and element.max >= 1
                 return Elements("integer", width, None, 1 / element.step, low, high, mask) if known else None
             case Codebook():
-                found = buckets(element)
-                if found is None:
+                if len(element.values) > 16:
                     return None
-                cells = len(found[1])
-                return Elements("codebook", width, None, float(found[0]), high=cells - 1.0, middle=cells / 2)
-
-
-@lru_cache(maxsize=64)
-def buckets(element: Codebook) -> tuple[int, np.ndarray, np.ndarray] | None:
-    """Return a grid so fine that each of its cells holds one edge between codes at most.
-
-    Returns:
-        Cells per unit, a power of two; the edge in each cell (infinity without one); the code below it. The middle cell
-        begins at zero, and the grid reaches twice as far as the codebook. None where no small grid will do.
-    """
-    edges = fast.codebook_edges(element, "float32")
-    reach = 2 * max(abs(element.min), element.max)
-    steps = 1
-    while 2 * np.ceil(reach * steps) + 2 <= _MOST_BUCKETS:
-        half = int(np.ceil(reach * steps)) + 1
-        cells = (edges * np.float32(steps) + np.float32(half)).astype(int)  # as the kernel finds them
-        if (np.diff(cells) > 0).all():
-            limits = np.full(2 * half, np.inf, np.float32)
-            limits[cells] = edges
-            bases = np.array([np.count_nonzero(cells < cell) for cell in range(2 * half)], np.int32)
-            return steps, limits, bases
-        steps *= 2
-    return None
+                edges = [float(edge) for edge in fast.codebook_edges(element, "float32")]
+                counted = fused and all(2.0**-60 < abs(edge) < 2.0**20 for edge in edges)
+                edges += [math.inf] * (15 - len(edges))
+                return Elements("codebook", width, edges=tuple(edges), counted=counted)
 
 
 @dataclass(frozen=True)
@@ -244,6 +224,7 @@ class Scales:
     fused: bool
 
     @staticmethod
+    @lru_cache(maxsize=64)
     def of(scheme: Scheme, *, fused: bool) -> Scales:
         """Return how scales of a scheme with a :func:`scale_kind` are found."""
         kind, largest, element = scale_kind(scheme), float(element_max(scheme)), scheme.element
@@ -256,6 +237,7 @@ class Scales:
         return Scales(kind, largest, (word >> 23) - 127, rules[scheme.scale_rule], tensor_max, steps, fused)
 
 
+@lru_cache(maxsize=64)
 def scale_kind(scheme: Scheme) -> str | None:
     """Return the name of the scales' format, if kernels know it."""
     kind = scheme.scale.name
@@ -273,4 +255,4 @@ def fits(layout: Rows, scheme: Scheme) -> bool:
             return False
     if not count or not length or (scheme.element.bits == 4 and length % 2):
         return False
-    return length > LONGEST_BLOCK or (length >= 8 and length & (length - 1) == 0)
+    return length > LONGEST_BLOCK or (length >= _SHORTEST_BLOCK and length & (length - 1) == 0)
