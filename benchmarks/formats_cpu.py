@@ -68,6 +68,7 @@ def contests(x: Any) -> dict[str, dict[str, Callable[[], Any]]]:
         found[f"{name} encode"] = {
             "narrowcast": lambda name=name: nf.encode(x, name),
             "narrowcast, torch tensor": lambda name=name: nf.encode(tensor, name),
+            "narrowcast, torch's codes": lambda name=name: nf.encode(tensor, name, convention="torch"),
             "ml_dtypes" if ml is not np.float16 else "numpy": lambda ml=ml: x.astype(ml),
             "torch": lambda own=own: tensor.to(own),
         }

@@ -9,6 +9,7 @@ from narrowcast.formats import device, fast
 from narrowcast.formats.arrays import Array, on_device, opened, opened_codes
 from narrowcast.formats.blocks import BlockFormat
 from narrowcast.formats.kinds import ElementFormat
+from narrowcast.formats.native import torch_codes
 from narrowcast.formats.rules import Rules
 from narrowcast.formats.table import element
 
@@ -54,6 +55,10 @@ def encode(
     """
     to = element(format)
     rules = Rules.of(to, rounding, overflow, nan, below, convention)
+    if convention == "torch" and (rounding, overflow, nan, below) == (None, None, None, None):
+        codes = torch_codes(x, to)
+        if codes is not None:
+            return codes
     if on_device(x):
         return device.encode(x, to, rules, seed)
     source = opened(x)

@@ -19,8 +19,11 @@ __all__ = [
     "codes_of_scaled",
     "decoded",
     "decoded_nibbles",
+    "from_bf16",
+    "reaches",
     "round_to_nearest",
     "rounded_steps",
+    "to_bf16",
     "values_by_half",
 ]
 
@@ -114,6 +117,19 @@ def codes_above_scaled(rows: Any, scales: Any, edges: Any, out: Any) -> None:
 
 
 @_loop
+def _reaches(codes: Any, mask: Any, limit: Any) -> Any:
+    some = False
+    for i in range(codes.size):
+        some |= (codes[i] & mask) >= limit
+    return some
+
+
+def reaches(codes: np.ndarray, mask: int, limit: int) -> bool:
+    """See ``portable``."""
+    return bool(_reaches(codes, codes.dtype.type(mask), codes.dtype.type(limit)))
+
+
+@_loop
 def _steps(rows: Any, scales: Any, zero_points: Any, lowest: Any, highest: Any, mask: Any, out: Any) -> None:
     for i in range(rows.shape[0]):
         scale, zero_point = scales[i], np.float32(zero_points[i])
@@ -141,28 +157,46 @@ def decoded(codes: np.ndarray, values: Values, out: np.ndarray) -> None:
 
 
 @_loop
-def _nibbles(packed: Any, scales: Any, values: Any, out: Any) -> None:
+def _nibbles(packed: Any, scales: Any, pairs: Any, out: Any) -> None:
     half = out.shape[1] // 2
     for i in range(out.shape[0]):
         scale = scales[i]
         for j in range(half):
             both = packed[i * half + j]
-            out[i, 2 * j] = values[both & 15] * scale
-            out[i, 2 * j + 1] = values[both >> 4] * scale
+            out[i, 2 * j] = pairs[both, 0] * scale
+            out[i, 2 * j + 1] = pairs[both, 1] * scale
 
 
 def decoded_nibbles(packed: np.ndarray, scales: np.ndarray, values: Values, out: np.ndarray) -> None:
     """See ``portable``."""
-    _nibbles(packed, scales, values.single, out)
+    _nibbles(packed, scales, values.nibbles.view(out.dtype).reshape(256, 2), out)
 
 
 @_loop
 def _bf16(words: Any, out: Any) -> None:
     for i in range(words.size):
         word = words[i]
-        magnitude = min(word & np.uint32(0x7FFFFFFF), np.uint32(0x7F800000))
-        rounded = (magnitude + (np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-        out[i] = rounded | ((word >> np.uint32(16)) & np.uint32(0x8000))
+        upper = word >> np.uint32(16)
+        rounded = (word + (np.uint32(0x7FFF) + (upper & np.uint32(1)))) >> np.uint32(16)
+        out[i] = upper | np.uint32(0x40) if (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded
+
+
+def to_bf16(x: np.ndarray, out: np.ndarray) -> None:
+    """See ``portable``."""
+    _bf16(x.view(np.uint32), out)
+
+
+@_loop
+def _from_bf16(codes: Any, words: Any) -> None:
+    for i in range(codes.size):
+        word = np.uint32(codes[i]) << np.uint32(16)
+        quiet = np.uint32(0x400000) if (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else np.uint32(0)
+        words[i] = word | quiet
+
+
+def from_bf16(codes: np.ndarray, out: np.ndarray) -> None:
+    """See ``portable``."""
+    _from_bf16(codes, out.view(np.uint32))
 
 
 @_loop
@@ -188,9 +222,6 @@ def _nearest(words: Any, dropped: Any, lowest: Any, cap: Any, mask: Any, sign: A
 
 def round_to_nearest(x: np.ndarray, format: Format, out: np.ndarray) -> None:
     """See ``portable``."""
-    if format.exponent_bits == 8:
-        _bf16(x.view(np.uint32), out)
-        return
     lowest, cap = (format.minimum_exponent + 127) << 23, (format.maximum_exponent + 128) << 23
     dropped = np.int32(23 - format.mantissa_bits)
     mask, sign, shift = np.int32(format.magnitude_mask), np.int32(format.sign_bit), np.int32(32 - format.bits)

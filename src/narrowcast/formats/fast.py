@@ -31,6 +31,9 @@ from narrowcast.formats.tables import (
 __all__ = ["by_rint", "cast", "codebook_edges", "decode", "encode", "encode_part", "exact_in_float32"]
 
 
+_BF16 = ELEMENTS["bf16"]
+
+
 def encode(source: Opened, format: ElementFormat, rules: Rules, seed: int) -> np.ndarray:
     """Return the codes of ``source``, in its shape."""
     x = source.array
@@ -104,7 +107,7 @@ def _encode_by_rint(x: np.ndarray, format: Integer, out: np.ndarray) -> None:
 def _by_arithmetic(format: Format, rules: Rules) -> bool:
     if rules.rounding is not Rounding.NEAREST_EVEN:
         return False
-    return format == ELEMENTS["bf16"] or (format.bits <= 16 and format.exponent_bits <= 5 and _ordinary(format))
+    return format == _BF16 or (format.bits <= 16 and format.exponent_bits <= 5 and _ordinary(format))
 
 
 def _ordinary(format: Format) -> bool:
@@ -115,12 +118,17 @@ def _ordinary(format: Format) -> bool:
 
 
 def _encode_by_arithmetic(x: np.ndarray, format: Format, rules: Rules, out: np.ndarray, start: int) -> None:
-    native = format.name in ELEMENTS and format == ELEMENTS[format.name] and encode_natively(x, format, out)
+    if format == _BF16:
+        engine().to_bf16(x, out)
+        if rules.overflow is Overflow.IEEE:
+            return
+    native = format == _BF16 or (
+        format.name in ELEMENTS and format == ELEMENTS[format.name] and encode_natively(x, format, out)
+    )
     if not native:
         engine().round_to_nearest(x, format, out)
-    magnitude = out & format.magnitude_mask
-    if magnitude.max(initial=0) >= format.max_code:
-        special = magnitude >= format.max_code  # overflow, perhaps; infinity; NaN
+    if engine().reaches(out, format.magnitude_mask, format.max_code):
+        special = (out & format.magnitude_mask) >= format.max_code  # overflow, perhaps; infinity; NaN
         out[special] = _encode_large(x[special], format, rules, start)
 
 
@@ -140,11 +148,11 @@ def decode(codes: np.ndarray, format: ElementFormat, dtype: str) -> np.ndarray:
     """Return the values of unsigned codes in ``dtype``, rounded to it where it does not hold them."""
     values = np.empty(codes.shape, dtype)
     for part, out, _ in _parts(codes, values):
-        if isinstance(format, Format) and decode_natively(part, format, out):
-            magnitude = part & format.magnitude_mask
-            if magnitude.max(initial=0) <= format.infinity_code:
-                continue  # without NaN, whose signalling kind torch lets through
-        if format.bits <= 16:
+        if dtype == "float32" and format == _BF16:
+            engine().from_bf16(part, out)
+        elif isinstance(format, Format) and decode_natively(part, format, out):
+            continue
+        elif format.bits <= 16:
             engine().decoded(part, values_of(format, dtype), out)
         else:
             out[...] = decode_exactly(part, format)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from narrowcast.formats.arrays import torch_loaded
-from narrowcast.formats.kinds import Format
+from narrowcast.formats.arrays import code_dtype, torch_loaded
+from narrowcast.formats.kinds import ElementFormat, Format
+from narrowcast.formats.table import ELEMENTS
 
-__all__ = ["decode_natively", "encode_natively"]
+__all__ = ["decode_natively", "encode_natively", "torch_codes"]
 
-_TORCH = {"bf16": "bfloat16", "fp16": "float16", "e4m3fn": "float8_e4m3fn", "e5m2": "float8_e5m2"}
-_DECODES = ("bf16", "fp16")  # a look-up is quicker for eight bits
+_TORCH = {"fp16": "float16", "e4m3fn": "float8_e4m3fn", "e5m2": "float8_e5m2"}
+_DECODES = ("fp16",)  # a look-up is quicker for eight bits
 
 
 def encode_natively(x: np.ndarray, format: Format, out: np.ndarray) -> bool:
@@ -36,3 +39,17 @@ def decode_natively(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
         return False
     torch.from_numpy(out).copy_(torch.from_numpy(codes).view(getattr(torch, _TORCH[format.name])))
     return True
+
+
+def torch_codes(x: Any, format: ElementFormat) -> Any:
+    """Return what torch itself makes of a float32 tensor, as codes; None for anything else.
+
+    This is what ``convention="torch"`` asks for, to the codes of NaN.
+    """
+    torch = torch_loaded()
+    if torch is None or not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+        return None
+    name = ("bfloat16" if format.name == "bf16" else _TORCH.get(format.name)) if format.name in ELEMENTS else None
+    if name is None or format != ELEMENTS[format.name]:
+        return None
+    return x.detach().to(getattr(torch, name)).view(getattr(torch, code_dtype(format.bits)))

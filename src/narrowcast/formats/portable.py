@@ -20,8 +20,11 @@ __all__ = [
     "codes_of_scaled",
     "decoded",
     "decoded_nibbles",
+    "from_bf16",
+    "reaches",
     "round_to_nearest",
     "rounded_steps",
+    "to_bf16",
     "values_by_half",
 ]
 
@@ -91,6 +94,11 @@ def absmax(rows: np.ndarray) -> np.ndarray:
     return magnitude.reshape(rows.shape[0], length).max(axis=1)
 
 
+def reaches(codes: np.ndarray, mask: int, limit: int) -> bool:
+    """Return whether the magnitude of some code, its bits in ``mask``, is ``limit`` or more."""
+    return bool((codes & mask).max(initial=0) >= limit)
+
+
 def codes_of_scaled(rows: np.ndarray, scales: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
     """Write the codes of float32 rows divided by their scales, from the table of :func:`codes_by_half`."""
     codes_by_half((rows / scales[:, None]).reshape(-1), table, out.reshape(-1))
@@ -121,23 +129,42 @@ def decoded(codes: np.ndarray, values: Values, out: np.ndarray) -> None:
 
 def decoded_nibbles(packed: np.ndarray, scales: np.ndarray, values: Values, out: np.ndarray) -> None:
     """Write the values of packed 4-bit codes times their rows' scales, for rows of even length."""
-    table = values.nibbles
-    np.take(table, packed, out=out.reshape(-1).view(table.dtype), mode="clip")
-    with np.errstate(invalid="ignore", over="ignore"):
-        out *= scales[:, None]
+    table, length = values.nibbles, out.shape[1]
+    step = max(CHUNK // length, 1)
+    for start in range(0, out.shape[0], step):
+        rows = out[start : start + step]
+        first = start * length // 2
+        part = packed[first : first + rows.size // 2]
+        np.take(table, part, out=rows.reshape(-1).view(table.dtype), mode="clip")
+        with np.errstate(invalid="ignore", over="ignore"):
+            rows *= scales[start : start + step, None]
+
+
+def to_bf16(x: np.ndarray, out: np.ndarray) -> None:
+    """Write the BF16 codes of float32 numbers, rounded to nearest even; overflow is infinity, a NaN keeps its payload."""
+    word = x.view(np.uint32)
+    upper = word >> 16
+    out[...] = (word + (0x7FFF + (upper & 1))) >> 16
+    nan = np.isnan(x)
+    if nan.any():
+        out[nan] = upper[nan] | 0x40
+
+
+def from_bf16(codes: np.ndarray, out: np.ndarray) -> None:
+    """Write the float32 values of BF16 codes; a NaN is quiet."""
+    word = out.view(np.uint32)
+    np.left_shift(codes, 16, out=word, dtype=np.uint32)
+    nan = (word & 0x7FFFFFFF) > 0x7F800000
+    if nan.any():
+        word[nan] |= 0x400000
 
 
 def round_to_nearest(x: np.ndarray, format: Format, out: np.ndarray) -> None:
     """Write the codes of float32 numbers, rounded to nearest even.
 
-    Overflow, infinity and NaN become any code from the largest number's on. The format is BF16, or signed with two
-    zeros, of up to 16 bits and 5 exponent bits.
+    Overflow, infinity and NaN become any code from the largest number's on. The format is signed with two zeros, of up
+    to 16 bits and 5 exponent bits.
     """
-    if format.exponent_bits == 8:
-        word = x.view(np.uint32)
-        magnitude = np.minimum(word & 0x7FFFFFFF, 0x7F800000)
-        out[...] = (magnitude + (0x7FFF + ((word >> 16) & 1))) >> 16 | (word >> 16 & 0x8000)
-        return
     dropped, lowest = 23 - format.mantissa_bits, (format.minimum_exponent + 127) << 23
     magnitude = np.minimum(x.view(np.int32) & 0x7FFFFFFF, (format.maximum_exponent + 128) << 23)
     magic = np.maximum(magnitude & 0x7F800000, lowest) + (dropped << 23)

@@ -16,6 +16,7 @@ from narrowcast.formats.arrays import Array, on_device, torch_loaded
 from narrowcast.formats.engine import engine
 from narrowcast.formats.granularity import Rows
 from narrowcast.formats.packing import pack_known, packed_size, unpack
+from narrowcast.formats.portable import Values
 from narrowcast.formats.scheme import Scheme
 from narrowcast.formats.tables import values_of
 
@@ -82,27 +83,20 @@ class QuantizedTensor:
         return moved(self, "cpu").dequantize(dtype).to(self.packed.device) if values is None else values
 
     def _values(self, work: str) -> np.ndarray:
-        scales = self._row_scales().astype(work)
-        zero_points = None if self.zero_points is None else self.rows.scales_apart(host(self.zero_points))
+        layout = self.rows
+        scales = self._row_scales().astype(work, copy=False)
+        zero_points = None if self.zero_points is None else layout.scales_apart(host(self.zero_points))
         packed, bits = host(self.packed), self.scheme.element.bits
-        values = np.empty((self.rows.count, self.rows.length), work)
+        values = np.empty((layout.count, layout.length), work)
         if not self._in_order:
-            codes = self.rows.rows_of_stored(unpack(packed, bits, values.size))
+            codes = layout.rows_of_stored(unpack(packed, bits, values.size))
             packed = pack_known(codes.reshape(-1), bits)
-        for rows, columns, start in pieces(values.shape, aligned=True):
-            out = values[rows, columns]
-            stop = start + out.size
-            part = packed[start * bits // 8 : -(-stop * bits // 8)]
-            if bits == 4 and zero_points is None and out.shape[1] % 2 == 0:
-                engine().decoded_nibbles(part, scales[rows], values_of(self.scheme.element, work), out)
-                continue
-            codes = unpack(part, bits, out.size)
-            engine().decoded(codes, values_of(self.scheme.element, work), out.reshape(-1))
-            if zero_points is not None:
-                out -= zero_points[rows, None].astype(work)
-            with np.errstate(invalid="ignore", over="ignore"):
-                out *= scales[rows, None]
-        return self.rows.without_padding(self.rows.together(values)).reshape(self.shape)
+        table = values_of(self.scheme.element, work)
+        if bits == 4 and zero_points is None and layout.length % 2 == 0 and values.size:
+            engine().decoded_nibbles(packed, scales, table, values)
+        else:
+            _decode_pieces(packed, bits, table, scales, zero_points, values)
+        return layout.without_padding(layout.together(values)).reshape(self.shape)
 
     def check(self) -> None:
         """Check that the arrays are as long as the shape and the scheme say.
@@ -300,6 +294,20 @@ def pieces(shape: tuple[int, ...], *, aligned: bool) -> Iterator[tuple[slice, sl
     step = max(engine().CHUNK // length // 8 * 8, 8) if aligned else max(engine().CHUNK // length, 1)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count)), slice(0, length), start * length
+
+
+def _decode_pieces(
+    packed: np.ndarray, bits: int, table: Values, scales: np.ndarray, zero_points: np.ndarray | None, out: np.ndarray
+) -> None:
+    """Write the values of packed codes times their rows' scales."""
+    for rows, columns, start in pieces(out.shape, aligned=True):
+        values = out[rows, columns]
+        part = packed[start * bits // 8 : -(-(start + values.size) * bits // 8)]
+        engine().decoded(unpack(part, bits, values.size), table, values.reshape(-1))
+        if zero_points is not None:
+            values -= zero_points[rows, None].astype(out.dtype)
+        with np.errstate(invalid="ignore", over="ignore"):
+            values *= scales[rows, None]
 
 
 def host(array: Array) -> np.ndarray:
