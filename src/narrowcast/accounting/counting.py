@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["VIEWS", "Work", "is_free", "work_of"]
+__all__ = ["VIEWS", "Work", "work_of"]
 
 COMPLEX = 4  # real multiplications in one complex one
 
@@ -19,6 +19,7 @@ class Work(NamedTuple):
     macs: int = 0
     bias_adds: int = 0
     other: int = 0  # elementwise operations, normalisation, softmax, comparisons
+    sums: int = 0  # that the products are added to: the first product of each is added to nothing
 
 
 Rule = Callable[[Sequence[Any], dict[str, Any], Any], Work]
@@ -33,11 +34,11 @@ def _bmm(a: Any, b: Any) -> int:
 
 
 def _addmm(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
-    return Work(_mm(args[1], args[2]), out.numel() if kwargs.get("beta", 1) else 0)
+    return Work(_mm(args[1], args[2]), out.numel() if kwargs.get("beta", 1) else 0, sums=out.numel())
 
 
 def _baddbmm(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
-    return Work(_bmm(args[1], args[2]), out.numel() if kwargs.get("beta", 1) else 0)
+    return Work(_bmm(args[1], args[2]), out.numel() if kwargs.get("beta", 1) else 0, sums=out.numel())
 
 
 def _convolution(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
@@ -45,7 +46,7 @@ def _convolution(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
     transposed = bool(args[6]) if len(args) > 6 else False
     positions = x if transposed else out
     per_position = weight.numel() // weight.shape[0]  # weights that one input (transposed) or output channel has
-    return Work(positions.numel() * per_position, 0 if bias is None else out.numel())
+    return Work(positions.numel() * per_position, 0 if bias is None else out.numel(), sums=out.numel())
 
 
 def _convolution_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
@@ -53,27 +54,30 @@ def _convolution_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any)
     transposed, wanted = bool(args[7]), args[10]
     positions = x if transposed else gradient
     forward = positions.numel() * (weight.numel() // weight.shape[0])
-    return Work(forward * (bool(wanted[0]) + bool(wanted[1])), gradient.numel() if wanted[2] else 0)
+    sums = x.numel() * bool(wanted[0]) + weight.numel() * bool(wanted[1])
+    return Work(forward * (bool(wanted[0]) + bool(wanted[1])), gradient.numel() if wanted[2] else 0, sums=sums)
 
 
 def _attention(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
     query, key, value = args[:3]  # query: [..., heads, tokens, width]
     pairs = query.numel() // query.shape[-1] * key.shape[-2]
-    return Work(pairs * (query.shape[-1] + value.shape[-1]), 0, 5 * pairs)
+    result = query.numel() // query.shape[-1] * value.shape[-1]
+    return Work(pairs * (query.shape[-1] + value.shape[-1]), 0, 5 * pairs, pairs + result)
 
 
 def _attention_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
     query, key, value = args[1:4]
     pairs = query.numel() // query.shape[-1] * key.shape[-2]
     # Scores again, and the gradients of values, probabilities, queries and keys.
-    return Work(pairs * (3 * query.shape[-1] + 2 * value.shape[-1]), 0, 8 * pairs)
+    sums = 2 * pairs + query.numel() + key.numel() + value.numel()
+    return Work(pairs * (3 * query.shape[-1] + 2 * value.shape[-1]), 0, 8 * pairs, sums)
 
 
 def _grouped_mm(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
     a, b = args[:2]
     if a.dim() == 2 and b.dim() == 2:  # the groups cut the inner axis
-        return Work(a.shape[0] * a.shape[1] * b.shape[1])
-    return Work(out.numel() * a.shape[-1])
+        return Work(a.shape[0] * a.shape[1] * b.shape[1], sums=out.numel())
+    return Work(out.numel() * a.shape[-1], sums=out.numel())
 
 
 def _each(operations: int) -> Rule:
@@ -95,16 +99,16 @@ def _first(out: Any) -> Any:
 
 
 _BY_HAND: dict[str, Rule] = {
-    "mm": lambda args, kwargs, out: Work(_mm(args[0], args[1])),
+    "mm": lambda args, kwargs, out: Work(_mm(args[0], args[1]), sums=out.numel()),
     "addmm": _addmm,
-    "bmm": lambda args, kwargs, out: Work(_bmm(args[0], args[1])),
+    "bmm": lambda args, kwargs, out: Work(_bmm(args[0], args[1]), sums=out.numel()),
     "baddbmm": _baddbmm,
-    "mv": lambda args, kwargs, out: Work(args[0].numel()),
-    "dot": lambda args, kwargs, out: Work(args[0].numel()),
-    "vdot": lambda args, kwargs, out: Work(args[0].numel()),
-    "addmv": lambda args, kwargs, out: Work(args[1].numel(), out.numel()),
-    "_int_mm": lambda args, kwargs, out: Work(_mm(args[0], args[1])),
-    "_scaled_mm": lambda args, kwargs, out: Work(_mm(args[0], args[1])),
+    "mv": lambda args, kwargs, out: Work(args[0].numel(), sums=out.numel()),
+    "dot": lambda args, kwargs, out: Work(args[0].numel(), sums=out.numel()),
+    "vdot": lambda args, kwargs, out: Work(args[0].numel(), sums=out.numel()),
+    "addmv": lambda args, kwargs, out: Work(args[1].numel(), out.numel(), sums=out.numel()),
+    "_int_mm": lambda args, kwargs, out: Work(_mm(args[0], args[1]), sums=out.numel()),
+    "_scaled_mm": lambda args, kwargs, out: Work(_mm(args[0], args[1]), sums=out.numel()),
     "_grouped_mm": _grouped_mm,
     "_scaled_grouped_mm": _grouped_mm,
     "convolution": _convolution,
@@ -185,11 +189,6 @@ _RULES = _BY_HAND | dict.fromkeys(_ELEMENTWISE, _each(1)) | dict.fromkeys(_REDUC
 _FREE = frozenset(_MOVES)
 
 
-def is_free(name: str) -> bool:
-    """Return whether an operator moves numbers and computes nothing."""
-    return name in _FREE
-
-
 def work_of(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work | None:
     """Return what an operator computes.
 
@@ -202,7 +201,7 @@ def work_of(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) ->
     Returns:
         Its work; None if there is no rule for it.
     """
-    if is_free(name):
+    if name in _FREE:
         return Work()
     rule = _RULES.get(name) or (_RULES.get(name[:-1]) if name.endswith("_") else None)
     if rule is None:
@@ -210,5 +209,5 @@ def work_of(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) ->
     work = rule(args, kwargs, out)
     result = _first(out)
     if getattr(result, "is_complex", bool)():
-        return Work(COMPLEX * work.macs, 2 * work.bias_adds, 2 * work.other)
+        return Work(COMPLEX * work.macs, 2 * work.bias_adds, 2 * work.other, 2 * work.sums)
     return work

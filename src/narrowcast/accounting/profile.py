@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from narrowcast.accounting.counting import Work
 from narrowcast.accounting.sources import Source
 from narrowcast.accounting.trace import Trace, fake_module, trace
 
@@ -133,8 +135,6 @@ def profile_module(
     """Return what one run of a module costs; takes what :func:`narrowcast.accounting.trace.trace` takes."""
     run = trace(module, args, kwargs, mode=mode, train=train)
     leaves = [value for value in (*args, *(kwargs or {}).values()) if hasattr(value, "shape")]
-    counted = [operator for operator in run.operators if operator.work and operator.work.macs]
-    sums = sum(_size(operator.outputs[0]) for operator in counted if operator.phase == "forward")
     by_operator: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for operator in run.operators:
         if operator.work is not None:
@@ -149,7 +149,7 @@ def profile_module(
         flops=2 * run.macs,
         bias_adds=run.bias_adds,
         other_flops=run.other,
-        additions=run.macs - sums + run.bias_adds,
+        additions=run.macs - run.sums + run.bias_adds,
         bytes_moved=sum(operator.bytes_read + operator.bytes_written for operator in run.operators),
         static_bytes=run.static_bytes,
         peak_bytes=run.peak_bytes,
@@ -161,13 +161,6 @@ def profile_module(
 
 def _most_macs(item: tuple[str, list[int]]) -> tuple[int, int]:
     return -item[1][0], -item[1][1]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def _parameters(module: nn.Module, run: Trace) -> Parameters:
@@ -202,13 +195,15 @@ def _idle(run: Trace) -> int:
     A grouped product of ``rows`` rows with weights ``[experts, k, n]`` uses ``k * n`` weights for each row; routing sends
     each token to ``rows / tokens`` of the experts.
     """
-    tokens = next((_size(operator.outputs[0][:-1]) for operator in run.operators if operator.name == "embedding"), 0)
+    tokens = next(
+        (math.prod(operator.outputs[0][:-1]) for operator in run.operators if operator.name == "embedding"), 0
+    )
     idle = 0
     for operator in run.operators:
         if operator.name not in ("_grouped_mm", "_scaled_grouped_mm") or operator.phase != "forward" or not tokens:
             continue
         rows, (experts, *weight) = operator.inputs[0][0], operator.inputs[1]
-        idle += (experts - min(rows // tokens, experts)) * _size(tuple(weight))
+        idle += (experts - min(rows // tokens, experts)) * math.prod(weight)
     return idle
 
 
@@ -218,11 +213,9 @@ def _parts(module: nn.Module, run: Trace) -> Iterator[Part]:
         if operator.phase != "forward":
             continue
         names = operator.path.split(".") if operator.path else []
-        row = (
-            *(operator.work or (0, 0, 0)),
-            operator.bytes_read + operator.bytes_written,
-            int(bool(operator.bytes_written)),
-        )
+        computed = operator.work or Work()
+        moved = operator.bytes_read + operator.bytes_written
+        row = (computed.macs, computed.bias_adds, computed.other, moved, int(moved > 0))
         for depth in range(len(names) + 1):
             total = work[".".join(names[:depth])]
             for place, value in enumerate(row):

@@ -7,6 +7,7 @@ is seen.
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections import Counter
@@ -78,6 +79,11 @@ class Trace:
         return sum(operator.work.bias_adds for operator in self.operators if operator.work)
 
     @property
+    def sums(self) -> int:
+        """Sums that the products are added to."""
+        return sum(operator.work.sums for operator in self.operators if operator.work)
+
+    @property
     def other(self) -> int:
         """Operations that are no MAC."""
         return sum(operator.work.other for operator in self.operators if operator.work)
@@ -97,28 +103,18 @@ def fake_module(build: Callable[[], nn.Module]) -> tuple[nn.Module, FakeTensorMo
             return build(), mode
     except NarrowcastError:
         raise
-    except (
-        Exception
-    ):  # constructors fail in many ways on tensors without numbers; a real one tells whether it is theirs
+    except Exception:
+        # Constructors fail in many ways on tensors without numbers; a real one tells whether the fault is theirs.
         return _converted(build(), mode), mode
 
 
 def _converted(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    made: dict[int, Any] = {}  # tied weights stay tied
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
-            shape = mode.from_tensor(tensor.detach())
-            parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if parameter else shape
-        return made[id(tensor)]
-
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):  # pyright: ignore[reportPrivateUsage]
-            for name, tensor in list(table.items()):
-                if tensor is not None:
-                    table[name] = fake(tensor)  # type: ignore[assignment]
-    return module
+    """Return a copy of a module with shapes in place of its tensors; the module itself keeps its numbers."""
+    shapes: dict[int, Any] = {}  # what deepcopy takes in place of a copy: tied weights stay tied
+    for tensor in (*module.parameters(), *module.buffers()):
+        shape = mode.from_tensor(tensor.detach())
+        shapes[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+    return copy.deepcopy(module, shapes)
 
 
 def trace(
@@ -133,7 +129,7 @@ def trace(
     """Return what one run of ``module`` does.
 
     Args:
-        module: A module; its parameters may be real or fake.
+        module: A module; its parameters may be real (they are not touched) or fake.
         args: Example inputs, real or fake; only their shapes and dtypes matter.
         kwargs: Likewise, by name.
         mode: The mode that fake parameters live in; a new one unless given.
@@ -189,7 +185,7 @@ def _plain_kernels() -> Generator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # setting the flags speaks of TF32, which is not the matter here
+            warnings.filterwarnings("ignore", message="TF32")  # which setting the flags speaks of
             with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
                 yield
     finally:

@@ -251,3 +251,31 @@ def test_the_work_of_parts_adds_up() -> None:
     assert parts[""].macs == found.macs == parts["0"].macs + parts["1"].macs
     assert parts["1"].macs == parts["1.0"].macs == 3 * 32
     assert parts["1.1"].other_flops == 12
+
+
+def test_a_real_module_keeps_its_numbers() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    found = profile_module(module, (torch.ones(2, 4),))
+    assert found.macs == 2 * 16
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert torch.isfinite(module(torch.ones(2, 4))).all()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_additions_are_the_macs_less_the_first_of_each_sum(train: bool) -> None:
+    rows, inputs, outputs = 5, 8, 3
+    found = count(lambda: nn.Sequential(nn.Linear(inputs, outputs)), torch.empty(rows, inputs), train=train)
+    forward = rows * outputs * (inputs - 1) + rows * outputs  # and the bias
+    weights = outputs * inputs * (rows - 1) if train else 0
+    assert found.additions == forward + weights
+
+
+def test_additions_of_attention_count_scores_and_results() -> None:
+    class Fused(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(q, k, v)
+
+    tokens, width = 10, 16
+    found = count(Fused, *[torch.empty(1, 1, tokens, width) for _ in range(3)])
+    assert found.additions == tokens * tokens * (width - 1) + tokens * width * (tokens - 1)
