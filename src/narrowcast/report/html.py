@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from narrowcast.artifacts.manifest import Evidence
@@ -17,6 +14,7 @@ from narrowcast.recipes.recipe import Step
 from narrowcast.report import text
 from narrowcast.report.bars import blame_bars, profile_bars, segments
 from narrowcast.report.candidates import candidate_rows
+from narrowcast.report.page import template
 from narrowcast.report.summary import key_numbers, limit_rows, measure_label, summary_rows, verdict_badge
 
 __all__ = ["render_html"]
@@ -64,19 +62,9 @@ def render_html(evidence: Evidence) -> str:
     Args:
         evidence: Everything that the page shows.
     """
-    return _template().render(_context(evidence))
-
-
-@cache
-def _template() -> Template:
-    loader = FileSystemLoader(Path(__file__).parent)
-    engine = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    filters: dict[str, Any] = engine.filters
-    for function in (text.label, text.quantity, text.number, text.integer, text.share, text.format_name):
-        filters[function.__name__] = function
-    return engine.get_template("template.html.j2")
+    return template(
+        "template.html.j2", text.label, text.quantity, text.number, text.integer, text.share, text.format_name
+    ).render(_context(evidence))
 
 
 def _context(evidence: Evidence) -> dict[str, Any]:

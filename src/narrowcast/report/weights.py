@@ -6,16 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from narrowcast._version import __version__
 from narrowcast.measure.comparison import Comparison, FormatTotals, InFormat, LeftOut, TensorErrors
 from narrowcast.report import text
+from narrowcast.report.page import template
 from narrowcast.report.weight_plots import colour_of, histogram, scatter, spark
 
 __all__ = ["render_weights"]
@@ -97,19 +95,7 @@ def render_weights(found: Comparison) -> str:
     Args:
         found: Everything that the page shows.
     """
-    return _template().render(_context(found))
-
-
-@cache
-def _template() -> Template:
-    loader = FileSystemLoader(Path(__file__).parent)
-    engine = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    filters: dict[str, Any] = engine.filters
-    for function in (text.label, text.tail, text.integer, breakable):
-        filters[function.__name__] = function
-    return engine.get_template("weights.html.j2")
+    return template("weights.html.j2", text.label, text.tail, text.integer, breakable).render(_context(found))
 
 
 def breakable(name: str) -> Markup:
