@@ -121,11 +121,8 @@ def _encode_by_arithmetic(x: np.ndarray, format: Format, rules: Rules, out: np.n
     if format == _BF16:
         engine().to_bf16(x, out)
         if rules.overflow is Overflow.IEEE:
-            return
-    native = format == _BF16 or (
-        format.name in ELEMENTS and format == ELEMENTS[format.name] and encode_natively(x, format, out)
-    )
-    if not native:
+            return  # as it has been written
+    elif not encode_natively(x, format, out):
         engine().round_to_nearest(x, format, out)
     if engine().reaches(out, format.magnitude_mask, format.max_code):
         special = (out & format.magnitude_mask) >= format.max_code  # overflow, perhaps; infinity; NaN

@@ -12,8 +12,11 @@ from narrowcast.formats.table import ELEMENTS
 
 __all__ = ["decode_natively", "encode_natively", "torch_codes"]
 
-_TORCH = {"fp16": "float16", "e4m3fn": "float8_e4m3fn", "e5m2": "float8_e5m2"}
-_DECODES = ("fp16",)  # a look-up is quicker for eight bits
+_TORCH = {
+    ELEMENTS[name]: dtype
+    for name, dtype in {"bf16": "bfloat16", "fp16": "float16", "e4m3fn": "float8_e4m3fn", "e5m2": "float8_e5m2"}.items()
+}
+_FP16 = ELEMENTS["fp16"]
 
 
 def encode_natively(x: np.ndarray, format: Format, out: np.ndarray) -> bool:
@@ -25,9 +28,9 @@ def encode_natively(x: np.ndarray, format: Format, out: np.ndarray) -> bool:
         Whether anything was written.
     """
     torch = torch_loaded()
-    if torch is None or format.name not in _TORCH or not x.flags.writeable:  # torch warns of arrays that are not
+    if torch is None or format not in _TORCH or not x.flags.writeable:  # torch warns of arrays that are not
         return False
-    codes = torch.from_numpy(out).view(getattr(torch, _TORCH[format.name]))
+    codes = torch.from_numpy(out).view(getattr(torch, _TORCH[format]))
     codes.copy_(torch.from_numpy(x))
     return True
 
@@ -35,9 +38,10 @@ def encode_natively(x: np.ndarray, format: Format, out: np.ndarray) -> bool:
 def decode_natively(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
     """Write the float32 values of codes, if torch is there and is quicker than a look-up; return whether."""
     torch = torch_loaded()
-    if torch is None or format.name not in _DECODES or out.dtype != np.float32 or not codes.flags.writeable:
+    # A look-up is quicker for eight bits, and a shift for BF16.
+    if torch is None or format != _FP16 or out.dtype != np.float32 or not codes.flags.writeable:
         return False
-    torch.from_numpy(out).copy_(torch.from_numpy(codes).view(getattr(torch, _TORCH[format.name])))
+    torch.from_numpy(out).copy_(torch.from_numpy(codes).view(torch.float16))
     return True
 
 
@@ -47,9 +51,6 @@ def torch_codes(x: Any, format: ElementFormat) -> Any:
     This is what ``convention="torch"`` asks for, to the codes of NaN.
     """
     torch = torch_loaded()
-    if torch is None or not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+    if torch is None or format not in _TORCH or not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
         return None
-    name = ("bfloat16" if format.name == "bf16" else _TORCH.get(format.name)) if format.name in ELEMENTS else None
-    if name is None or format != ELEMENTS[format.name]:
-        return None
-    return x.detach().to(getattr(torch, name)).view(getattr(torch, code_dtype(format.bits)))
+    return x.detach().to(getattr(torch, _TORCH[format])).view(getattr(torch, code_dtype(format.bits)))

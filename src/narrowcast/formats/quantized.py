@@ -9,7 +9,7 @@ import numpy as np
 
 from narrowcast.errors import FormatError
 from narrowcast.formats import device, fast, ranges
-from narrowcast.formats.arrays import on_device, opened
+from narrowcast.formats.arrays import code_dtype, on_device, opened
 from narrowcast.formats.blocks import BlockFormat
 from narrowcast.formats.engine import engine
 from narrowcast.formats.granularity import Granularity, PerBlock, Rows
@@ -168,7 +168,7 @@ def _quantized(
 ) -> QuantizedTensor:
     scales = np.zeros(layout.count, np.float32)
     zero_points = np.zeros(layout.count, np.int32) if ranges.has_zero_points(scheme) else None
-    codes = np.empty(rows.shape, np.uint8 if scheme.element.bits <= 8 else np.uint16)
+    codes = np.empty(rows.shape, code_dtype(scheme.element.bits))
     at_once = not scheme.double_quant
     for part in _row_pieces(rows.shape):
         chosen = ranges.choose(rows[part], scheme, None if weights is None else weights[part], tensor_scale)
@@ -247,7 +247,7 @@ def _stored_scales(scales: np.ndarray, scheme: Scheme, layout: Rows, back: Any) 
         return nested, offset
     if scheme.scale.bits == 32:
         return back(layout.scales_together(scales)), 0.0
-    codes = np.empty(scales.shape, np.uint8 if scheme.scale.bits <= 8 else np.uint16)
+    codes = np.empty(scales.shape, code_dtype(scheme.scale.bits))
     fast.encode_part(scales, scheme.scale, Rules(overflow=Overflow.SATURATE), codes, 0, 0)
     return back(layout.scales_together(codes)), 0.0
 

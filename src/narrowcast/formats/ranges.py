@@ -8,12 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from narrowcast.formats import fast
+from narrowcast.formats.arrays import code_dtype
 from narrowcast.formats.codebooks import codebook_edges, few
 from narrowcast.formats.engine import engine
 from narrowcast.formats.kinds import Codebook, Format, Integer
 from narrowcast.formats.rules import NanInput, Overflow, Rounding, Rules
 from narrowcast.formats.scales import absmax, rounded_scales, safe
 from narrowcast.formats.scheme import Scheme
+from narrowcast.formats.table import ELEMENTS
 from narrowcast.formats.tables import by_table, encoding_table
 
 __all__ = ["Chosen", "choose", "element_codes", "element_values", "has_zero_points"]
@@ -75,9 +77,9 @@ def _bounds(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
             low = -high
         return np.minimum(low, zero), np.maximum(high, zero)
     if scheme.symmetric:
-        high = (
-            absmax(rows) if rows.shape[1] <= 1024 else np.maximum(rows.max(axis=1), -rows.min(axis=1)) + zero
-        )  # no -0
+        # Long rows are not copied for their magnitudes; adding zero makes a negative one positive.
+        short = rows.shape[1] <= 1024
+        high = absmax(rows) if short else np.maximum(rows.max(axis=1), -rows.min(axis=1)) + zero
         return -high, high
     return np.minimum(rows.min(axis=1), zero), np.maximum(rows.max(axis=1), zero)
 
@@ -101,7 +103,7 @@ def _covering(low: np.ndarray, high: np.ndarray, scheme: Scheme, tensor_scale: f
 def _candidates(
     low: np.ndarray, high: np.ndarray, first: Chosen, scheme: Scheme, tensor_scale: float
 ) -> Iterator[Chosen]:
-    if scheme.scale.name == "e8m0":
+    if scheme.scale == ELEMENTS["e8m0"]:
         for exponent in _EXPONENTS:
             moved = np.clip(first.scales.astype(np.float64) * 2.0**exponent, 2.0**-127, 2.0**127)
             yield Chosen(moved.astype(np.float32), None)
@@ -156,18 +158,16 @@ def element_codes(
         start: Position of the first number, for stochastic rounding.
         seed: Of stochastic rounding.
     """
-    codes = np.empty(part.shape, np.uint8 if scheme.element.bits <= 8 else np.uint16)
+    codes = np.empty(part.shape, code_dtype(scheme.element.bits))
     divisors = safe(scales)
-    if part.dtype == np.float32 and _fused(part, divisors, zero_points, scheme, codes):
-        pass
-    elif zero_points is None:
-        rules = Rules(Rounding.parse(scheme.rounding), Overflow.CLAMP, NanInput.ZERO)
+    rules = Rules(Rounding.parse(scheme.rounding), Overflow.CLAMP, NanInput.ZERO)
+    if not _fused(part, divisors, zero_points, scheme, rules, codes):
         scaled = part / divisors.astype(part.dtype)[:, None]
-        fast.encode_part(scaled.reshape(-1), scheme.element, rules, codes.reshape(-1), start, seed)
-    else:
-        scaled = part / divisors.astype(part.dtype)[:, None]
-        steps = np.clip(np.rint(scaled) + zero_points[:, None], scheme.element.min, scheme.element.max)
-        codes[...] = steps.astype(np.int32) & ((1 << scheme.element.bits) - 1)
+        if zero_points is None:
+            fast.encode_part(scaled.reshape(-1), scheme.element, rules, codes.reshape(-1), start, seed)
+        else:
+            steps = np.clip(np.rint(scaled) + zero_points[:, None], scheme.element.min, scheme.element.max)
+            codes[...] = steps.astype(np.int32) & ((1 << scheme.element.bits) - 1)
     broken = np.isnan(scales)
     if broken.any():
         codes[broken] = 0
@@ -175,11 +175,17 @@ def element_codes(
 
 
 def _fused(
-    part: np.ndarray, divisors: np.ndarray, zero_points: np.ndarray | None, scheme: Scheme, codes: np.ndarray
+    part: np.ndarray,
+    divisors: np.ndarray,
+    zero_points: np.ndarray | None,
+    scheme: Scheme,
+    rules: Rules,
+    codes: np.ndarray,
 ) -> bool:
     """Write the codes with one loop that divides and rounds, if there is one for the scheme; return whether."""
+    if part.dtype != np.float32:
+        return False
     element = scheme.element
-    rules = Rules(Rounding.parse(scheme.rounding), Overflow.CLAMP, NanInput.ZERO)
     nearest = rules.rounding is Rounding.NEAREST_EVEN
     if isinstance(element, Codebook):
         if nearest and few(element):

@@ -44,7 +44,7 @@ def block_scale(values: Sequence[float], scheme: Scheme, tensor_scale: float = 1
     if not all(map(math.isfinite, values)):
         return math.nan
     largest = max((abs(Fraction(value)) for value in values), default=Fraction(0))
-    if scheme.scale.name == "e8m0":
+    if scheme.scale == ELEMENTS["e8m0"]:
         return 2.0 ** shared_exponent(largest, scheme) if largest else 2.0**-127
     wanted = _float32(largest / Fraction(_float32(_largest_element(scheme) * Fraction(tensor_scale))))
     if scheme.scale.bits == 32:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from narrowcast.formats import fast, portable
+from narrowcast.formats.arrays import code_dtype
 from narrowcast.formats.engine import engine
 from narrowcast.formats.kinds import Codebook, Format, Integer
 from narrowcast.formats.rules import Overflow, Rules
 from narrowcast.formats.scheme import Scheme
+from narrowcast.formats.table import ELEMENTS
 
 __all__ = ["absmax", "element_max", "power_of_two", "rounded_scales", "safe"]
 
@@ -42,7 +44,7 @@ def rounded_scales(largest: np.ndarray, scheme: Scheme, tensor_scale: float) -> 
 
     A row of zeros gets the smallest scale that its format has (0 in FP32). NaN or infinity in a row gives a NaN scale.
     """
-    if scheme.scale.name == "e8m0":
+    if scheme.scale == ELEMENTS["e8m0"]:
         return power_of_two(largest, scheme)
     with np.errstate(invalid="ignore"):
         wanted = largest / (element_max(scheme) * tensor_scale)
@@ -56,7 +58,7 @@ def rounded_scales(largest: np.ndarray, scheme: Scheme, tensor_scale: float) -> 
 
 
 def _stored(values: np.ndarray, format: Format) -> np.ndarray:
-    codes = np.empty(values.shape, np.uint8 if format.bits <= 8 else np.uint16)
+    codes = np.empty(values.shape, code_dtype(format.bits))
     fast.encode_part(np.ascontiguousarray(values), format, _SATURATING, codes, 0, 0)
     return fast.decode(codes, format, "float32")
 

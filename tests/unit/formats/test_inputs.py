@@ -13,6 +13,7 @@ from format_engines import ENGINES, cast, decode, encode, running_on
 from format_oracles import ML_DTYPES, TORCH, UNSIGNED
 from format_values import FLOATS, SMALL, all_codes, same_bits
 
+import narrowcast.formats as nf
 from narrowcast.errors import FormatError
 from narrowcast.formats import codec, reference
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer
@@ -381,3 +382,21 @@ def test_importing_the_formats_imports_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_format_of_one_s_own_may_bear_a_known_name() -> None:
+    own = nf.Format(4, 3, 7, name="fp16")
+    known = nf.Format(4, 3, 7, name="e4m3")
+    codes = np.arange(256, dtype=np.uint8)
+    values = nf.decode(codes, own, dtype="float32")
+    assert np.array_equal(values, nf.decode(codes, known, dtype="float32"), equal_nan=True)
+    numbers = np.linspace(-300, 300, 1001, dtype=np.float32)
+    assert (nf.encode(numbers, own) == nf.encode(numbers, known)).all()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("e5m2", "float8_e5m2")])
+def test_torch_s_convention_gives_a_tensor_torch_s_own_codes(name: str, dtype: str) -> None:
+    x = torch.tensor([0.1, -3.0, 1e9, float("inf"), float("nan"), -float("nan"), 1e-9] * 9)
+    wanted = x.to(getattr(torch, dtype))
+    found = nf.encode(x, name, convention="torch")
+    assert torch.equal(found, wanted.view(found.dtype))
