@@ -182,7 +182,15 @@ grid_sampler_2d channel_shuffle native_channel_shuffle detach_ alias _reshape_co
 
 # Views that their schema does not call so.
 VIEWS = frozenset(
-    ["_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "lift_fresh", "_reshape_alias"]
+    [
+        "_unsafe_view",
+        "unsafe_split",
+        "unsafe_split_with_sizes",
+        "unsafe_chunk",
+        "lift_fresh",
+        "_reshape_alias",
+        "as_strided_",
+    ]
 )
 
 _RULES = _BY_HAND | dict.fromkeys(_ELEMENTWISE, _each(1)) | dict.fromkeys(_REDUCTIONS, _each_input(1))

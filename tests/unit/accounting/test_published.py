@@ -14,7 +14,16 @@ from narrowcast.accounting.profile import profile_module
 from narrowcast.accounting.trace import fake_module
 
 NAMES = list_models(module=torchvision.models)
-QUICK = ["resnet18", "vgg11", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x1_0", "regnet_y_400mf", "vit_b_16"]
+QUICK = [
+    "resnet18",
+    "vgg11",
+    "mobilenet_v3_small",
+    "squeezenet1_1",
+    "shufflenet_v2_x1_0",
+    "regnet_y_400mf",
+    "vit_b_16",
+    "convnext_tiny",
+]
 
 
 def _check(name: str) -> None:
