@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["VIEWS", "Work", "work_of"]
+__all__ = ["MOVES", "REDUCTIONS", "VIEWS", "Work", "work_of"]
 
 COMPLEX = 4  # real multiplications in one complex one
 
@@ -158,7 +158,7 @@ hypot special_erfcx i0 sinc tril triu complex polar
 """.split()  # noqa: SIM905
 
 # One operation for each element that is read.
-_REDUCTIONS = """
+REDUCTIONS = """
 sum mean max min amax amin prod var var_mean std norm linalg_vector_norm cumsum cumprod argmax argmin logsumexp any
 all max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
 adaptive_max_pool2d count_nonzero median topk sort nll_loss_forward nll_loss2d_forward mse_loss binary_cross_entropy
@@ -167,7 +167,8 @@ nll_loss_backward mse_loss_backward histc bincount aminmax cummax cummin logcums
 """.split()  # noqa: SIM905
 
 # Operators that move numbers and compute nothing.
-_MOVES = """
+MOVES = frozenset(
+    """
 copy_ _to_copy clone contiguous cat stack index index_put index_put_ _unsafe_index gather scatter scatter_ scatter_add
 scatter_add_ index_select index_add index_add_ index_copy index_fill masked_select masked_scatter embedding
 embedding_dense_backward constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d roll flip repeat
@@ -179,6 +180,7 @@ triu_indices select_backward slice_backward select_scatter slice_scatter diagona
 _assert_async _assert_scalar sym_size sym_numel sym_stride is_same_size equal resize_ set_ record_stream one_hot
 grid_sampler_2d channel_shuffle native_channel_shuffle detach_ alias _reshape_copy squeeze_copy view_copy
 """.split()  # noqa: SIM905
+)
 
 # Views that their schema does not call so.
 VIEWS = frozenset(
@@ -193,8 +195,7 @@ VIEWS = frozenset(
     ]
 )
 
-_RULES = _BY_HAND | dict.fromkeys(_ELEMENTWISE, _each(1)) | dict.fromkeys(_REDUCTIONS, _each_input(1))
-_FREE = frozenset(_MOVES)
+_RULES = _BY_HAND | dict.fromkeys(_ELEMENTWISE, _each(1)) | dict.fromkeys(REDUCTIONS, _each_input(1))
 
 
 def work_of(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work | None:
@@ -209,7 +210,7 @@ def work_of(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) ->
     Returns:
         Its work; None if there is no rule for it.
     """
-    if name in _FREE:
+    if name in MOVES:
         return Work()
     rule = _RULES.get(name) or (_RULES.get(name[:-1]) if name.endswith("_") else None)
     if rule is None:

@@ -7,13 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from narrowcast.accounting.counting import Work
 from narrowcast.accounting.sources import Source
-from narrowcast.accounting.trace import Trace, fake_module, trace
+from narrowcast.accounting.trace import Operator, Trace, fake_module, trace
 
 __all__ = ["Parameters", "Part", "Profile", "profile", "profile_module"]
 
@@ -90,6 +90,7 @@ class Profile(_Frozen):
         parts: Every module, parents before children.
         by_operator: MACs and calls by operator.
         uncounted: Operators without a rule, and how often they ran.
+        operators: Every operator, in the order of the run; no part of the JSON.
     """
 
     model: str
@@ -107,6 +108,7 @@ class Profile(_Frozen):
     parts: list[Part]
     by_operator: dict[str, tuple[int, int]]
     uncounted: dict[str, int]
+    operators: tuple[Operator, ...] = Field(default=(), exclude=True, repr=False)
 
 
 def profile(source: Source, *, train: bool = False) -> Profile:
@@ -156,6 +158,7 @@ def profile_module(
         parts=list(_parts(module, run)),
         by_operator={key: (value[0], value[1]) for key, value in sorted(by_operator.items(), key=_most_macs)},
         uncounted=dict(run.uncounted),
+        operators=tuple(run.operators),
     )
 
 

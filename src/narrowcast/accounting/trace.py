@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from narrowcast.accounting.counting import VIEWS, Work, work_of
+from narrowcast.accounting.kinds import Kind, attributes_of, kind_of
 from narrowcast.errors import ModelError, NarrowcastError
 
 __all__ = ["Operator", "Trace", "fake_module", "trace"]
@@ -41,8 +42,11 @@ class Operator:
         inputs: Shapes of the tensors that it read.
         outputs: Shapes of the tensors that it made.
         dtype: Of its first output.
+        kind: What sort of work it does.
+        attributes: What its shapes do not say, see :func:`narrowcast.accounting.kinds.attributes_of`.
         work: What it computed; None if there is no rule for it.
         bytes_read: Bytes of the tensors that it read, each storage once; 0 for a view.
+        weight_bytes: Of the bytes read, those of parameters and buffers.
         bytes_written: Bytes of the tensors that it made; 0 for a view.
         live_bytes: Bytes of all tensors that were alive right after it, parameters included.
     """
@@ -53,8 +57,11 @@ class Operator:
     inputs: tuple[tuple[int, ...], ...]
     outputs: tuple[tuple[int, ...], ...]
     dtype: str
+    kind: Kind
+    attributes: Mapping[str, Any]
     work: Work | None
     bytes_read: int
+    weight_bytes: int
     bytes_written: int
     live_bytes: int
 
@@ -204,6 +211,7 @@ class _Recorder(TorchDispatchMode):
         self._live: dict[int, int] = {}
         self._total = 0
         self.watch([*module.parameters(), *module.buffers()])
+        self._static = frozenset(self._live)
         self.trace.static_bytes = self._total
 
     def where(self) -> str:
@@ -260,6 +268,8 @@ class _Recorder(TorchDispatchMode):
         moved = not (func.is_view or name in VIEWS)
         self.watch(made)
         work = work_of(name, args, kwargs, out) if moved else Work()
+        attributes = attributes_of(name, args)
+        sources = _distinct(read) if moved else []
         if work is None:
             self.trace.uncounted[name] += 1
         self.trace.operators.append(
@@ -270,8 +280,11 @@ class _Recorder(TorchDispatchMode):
                 inputs=tuple(tuple(leaf.shape) for leaf in read),
                 outputs=tuple(tuple(leaf.shape) for leaf in made),
                 dtype=str(made[0].dtype).removeprefix("torch."),
+                kind=kind_of(name, attributes, view=not moved),
+                attributes=attributes,
                 work=work,
-                bytes_read=sum(_bytes(leaf) for leaf in _distinct(read)) if moved else 0,
+                bytes_read=sum(_bytes(leaf) for leaf in sources),
+                weight_bytes=sum(_bytes(leaf) for leaf in sources if _storage_of(leaf) in self._static),
                 bytes_written=sum(_bytes(leaf) for leaf in made) if moved else 0,
                 live_bytes=self._total,
             )

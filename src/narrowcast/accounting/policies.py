@@ -1,0 +1,73 @@
+"""Precision policies: which number format each thing that a model keeps is in, by name.
+
+>>> policy("bf16-mixed").master, policy("bf16-mixed").compute
+(None, 'bf16')
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import NamedTuple
+
+from narrowcast.errors import FormatError
+
+__all__ = ["POLICIES", "Policy", "policy"]
+
+
+class Policy(NamedTuple):
+    """Formats, by the names of :mod:`narrowcast.formats`.
+
+    Args:
+        name: What commands take.
+        weights: What the weights of products and convolutions are stored in.
+        rest: What all other parameters and buffers are stored in (norms, embeddings, biases).
+        compute: What products multiply.
+        activations: What activations are stored in.
+        gradients: What gradients of weights are stored in; None where nobody trains so.
+        master: What the optimizer's own copy of the weights is in; None if there is none.
+        autocast: Whether products run under autocast: weights are cast for each use, and the copy lives for the run.
+    """
+
+    name: str
+    weights: str
+    rest: str
+    compute: str
+    activations: str
+    gradients: str | None = None
+    master: str | None = None
+    autocast: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether training in it is meant."""
+        return self.gradients is not None
+
+
+#: Weight-only formats (int8, int4, nf4) multiply in BF16, as the runtimes do that serve them.
+POLICIES: dict[str, Policy] = {
+    entry.name: entry
+    for entry in (
+        Policy("fp32", "fp32", "fp32", "fp32", "fp32", "fp32"),
+        Policy("fp16", "fp16", "fp16", "fp16", "fp16", "fp16"),
+        Policy("bf16", "bf16", "bf16", "bf16", "bf16", "bf16"),
+        Policy("fp16-mixed", "fp32", "fp32", "fp16", "fp16", "fp32", autocast=True),
+        Policy("bf16-mixed", "fp32", "fp32", "bf16", "bf16", "fp32", autocast=True),
+        Policy("fp8-mixed", "fp32", "fp32", "e4m3fn", "bf16", "fp32", autocast=True),
+        Policy("int8", "int8", "bf16", "bf16", "bf16"),
+        Policy("int4", "int4", "bf16", "bf16", "bf16"),
+        Policy("nf4", "nf4", "bf16", "bf16", "bf16"),
+    )
+}
+
+
+def policy(name: str) -> Policy:
+    """Return a policy by its name.
+
+    Raises:
+        FormatError: There is none of that name.
+    """
+    key = name.strip().casefold().replace("_", "-")
+    if key in POLICIES:
+        return POLICIES[key]
+    near = difflib.get_close_matches(key, POLICIES, n=3)
+    raise FormatError(f"precision {name!r} is unknown", allowed=", ".join(near or POLICIES))
