@@ -34,6 +34,8 @@ class Operator:
         weight_bytes: Of the bytes read, those of parameters and buffers.
         bytes_written: Bytes of the tensors that it made; 0 for a view.
         live_bytes: Bytes of all tensors that were alive right after it, parameters included.
+        producers: For each input, the place in the run of the operator that last wrote it, views aside; -1 for
+            parameters and inputs of the model. Empty where the walker does not follow it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Operator:
     weight_bytes: int
     bytes_written: int
     live_bytes: int
+    producers: tuple[int, ...] = ()
 
 
 @dataclass

@@ -143,6 +143,7 @@ class _Recorder(TorchDispatchMode):
         self._names = {id(part): name for name, part in reversed(list(module.named_modules(remove_duplicate=False)))}
         self._stack: list[str] = []
         self._live: dict[int, int] = {}
+        self._writers: dict[int, int] = {}  # the operator that last wrote a storage, by its place
         self._total = 0
         self.watch([*module.parameters(), *module.buffers()])
         self._static = frozenset(self._live)
@@ -188,6 +189,7 @@ class _Recorder(TorchDispatchMode):
 
     def _died(self, key: int) -> None:
         self._total -= self._live.pop(key, 0)
+        self._writers.pop(key, None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -221,8 +223,11 @@ class _Recorder(TorchDispatchMode):
                 weight_bytes=sum(_bytes(leaf) for leaf in sources if _storage_of(leaf) in self._static),
                 bytes_written=sum(_bytes(leaf) for leaf in made) if moved else 0,
                 live_bytes=self._total,
+                producers=tuple(self._writers.get(_storage_of(leaf), -1) for leaf in read),
             )
         )
+        if moved:
+            self._writers |= dict.fromkeys(map(_storage_of, made), len(self.trace.operators) - 1)
         return out
 
 
