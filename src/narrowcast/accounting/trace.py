@@ -7,7 +7,6 @@ is seen.
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -20,42 +19,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from narrowcast.accounting.building import fake_copy, fake_module
 from narrowcast.accounting.counting import VIEWS, Work, work_of
 from narrowcast.accounting.kinds import attributes_of, kind_of
 from narrowcast.accounting.operators import Operator, Trace
-from narrowcast.errors import ModelError, NarrowcastError
+from narrowcast.errors import ModelError
 
 __all__ = ["Operator", "Trace", "fake_module", "trace"]
 
 _BACKWARD = "(backward)"
-
-
-def fake_module(build: Callable[[], nn.Module]) -> tuple[nn.Module, FakeTensorMode]:
-    """Return a module whose parameters have shapes and no memory, and the mode that they live in.
-
-    A constructor that looks at numbers (``.item()``) cannot be built so; it is built for real and converted.
-
-    Args:
-        build: Makes the module; called once or twice.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with mode:
-            return build(), mode
-    except NarrowcastError:
-        raise
-    except Exception:
-        # Constructors fail in many ways on tensors without numbers; a real one tells whether the fault is theirs.
-        return _converted(build(), mode), mode
-
-
-def _converted(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Return a copy of a module with shapes in place of its tensors; the module itself keeps its numbers."""
-    shapes: dict[int, Any] = {}  # what deepcopy takes in place of a copy: tied weights stay tied
-    for tensor in (*module.parameters(), *module.buffers()):
-        shape = mode.from_tensor(tensor.detach())
-        shapes[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
-    return copy.deepcopy(module, shapes)
 
 
 def trace(
@@ -81,7 +53,7 @@ def trace(
         ModelError: The inputs do not fit (the layer is named), or the run depends on numbers.
     """
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-    module = module if _is_fake(module) else _converted(module, mode)
+    module = module if _is_fake(module) else fake_copy(module, mode)
     module.train(train)
     recorder = _Recorder(module)
     fake = lambda value: tree_map_only(torch.Tensor, mode.from_tensor, value)  # noqa: E731

@@ -1,0 +1,95 @@
+"""Building a module whose tensors have shapes and no memory.
+
+Constructors look at small numbers (``torch.linspace(0, rate, depth).tolist()`` for the rates of stochastic depth), which
+tensors without numbers refuse. So what a constructor computes from known, small tensors keeps its numbers, and all else,
+weights first, is a shape.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from narrowcast.errors import NarrowcastError
+
+__all__ = ["fake_copy", "fake_module"]
+
+_SMALL = 4096  # elements
+_KNOWN = frozenset(
+    f"aten::{name}" for name in ("linspace", "logspace", "arange", "scalar_tensor", "zeros", "ones", "full")
+)
+
+
+def fake_module(build: Callable[[], nn.Module]) -> tuple[nn.Module, FakeTensorMode]:
+    """Return a module whose parameters have shapes and no memory, and the mode that they live in.
+
+    A constructor that looks at numbers of its own weights cannot be built so; it is built for real and converted.
+
+    Args:
+        build: Makes the module; called once or twice.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with _SmallNumbers(mode):
+            built = build()
+    except NarrowcastError:
+        raise
+    except Exception:
+        # Constructors fail in many ways on tensors without numbers; a real one tells whether the fault is theirs.
+        built = build()
+    return fake_copy(built, mode), mode
+
+
+def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Return a copy of a module with shapes in place of its tensors; the module itself keeps its numbers."""
+    shapes: dict[int, Any] = {}  # what deepcopy takes in place of a copy: tied weights stay tied
+    for tensor in (*module.parameters(), *module.buffers()):
+        if isinstance(tensor, FakeTensor):
+            shapes[id(tensor)] = tensor
+            continue
+        shape = mode.from_tensor(tensor.detach())
+        shapes[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+    return copy.deepcopy(module, shapes)
+
+
+class _SmallNumbers(TorchDispatchMode):
+    """Computes what follows from small, known tensors, and gives shapes for everything else."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self._fake = fake
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, torch.Tensor)]
+        if tensors and all(map(_is_known, tensors)):
+            return func(*args, **kwargs)
+        if any(map(_is_known, _written(func, args, kwargs))):  # its numbers would be wrong from here on
+            raise DataDependentOutputException(func)
+        with self._fake:
+            shape = func(*args, **kwargs)
+        if not tensors and func._schema.name in _KNOWN and shape.numel() <= _SMALL:
+            return func(*args, **kwargs)
+        return shape
+
+
+def _is_known(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and tensor.numel() <= _SMALL
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that an operator writes into."""
+    if not func._schema.is_mutable:
+        return []
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    written = [argument.name for argument in func._schema.arguments if argument.is_write]
+    return [leaf for leaf in tree_leaves([named.get(name) for name in written]) if isinstance(leaf, torch.Tensor)]
