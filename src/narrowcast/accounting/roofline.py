@@ -1,0 +1,255 @@
+"""The roofline: how long a run takes on a device, operator by operator, and what each one waits for.
+
+Each operator takes its work at the share of the peak that its class reaches, or its bytes at the share of the bandwidth,
+whichever is longer, and a fixed cost on top. Where the host only queues kernels (PyTorch on GPUs), an operator whose kernel
+has to wait for the host is overhead-bound.
+
+>>> from narrowcast.accounting.devices import device
+>>> from narrowcast.accounting.policies import policy
+>>> estimate([], device("h100"), policy("bf16")).seconds
+0.0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from narrowcast.accounting.devices import Device
+from narrowcast.accounting.efficiencies import RuntimeModel, class_of, runtime_model, shape_of
+from narrowcast.accounting.fusion import fused
+from narrowcast.accounting.kinds import Kind
+from narrowcast.accounting.operators import Operator
+from narrowcast.accounting.policies import POLICIES, Policy
+from narrowcast.errors import DeviceError
+from narrowcast.formats.table import get
+
+__all__ = ["Bound", "Estimate", "OperatorTime", "estimate"]
+
+Bound = Literal["compute", "memory", "overhead", "none"]
+BOUNDS: tuple[Bound, ...] = ("compute", "memory", "overhead", "none")
+
+#: Operators that read as many numbers of their first input as they write, however large it is.
+_LOOK_UPS = ("embedding", "index", "gather", "slice", "Gather", "Slice")
+_FLOATING = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
+
+
+class OperatorTime(NamedTuple):
+    """What one operator takes.
+
+    Args:
+        operator: Its place among the operators.
+        seconds: Its share of the whole run; 0 if it is a view or runs inside another one's kernel.
+        bound: What takes most of it; ``none`` if it takes nothing.
+        compute: Seconds that its arithmetic takes.
+        memory: Seconds that its bytes take.
+        overhead: Seconds that it costs however small it is, waiting for the host included.
+    """
+
+    operator: int
+    seconds: float
+    bound: Bound
+    compute: float
+    memory: float
+    overhead: float
+
+
+class Estimate(BaseModel):
+    """How long one run takes on a device.
+
+    Args:
+        device: Its name.
+        precision: The policy's name.
+        runtime: Whose kernels.
+        seconds: The estimate.
+        low: The band's lower end, seconds; never below ``floor``.
+        high: The band's upper end, seconds.
+        floor: Seconds below which no runtime gets: all products at the peak, or all weights once at the full bandwidth.
+        throughput: Samples per second.
+        shares: Of the time, by what it is spent waiting for.
+        operators: One for each operator given; no part of the JSON.
+        source: Where the efficiencies come from.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    device: str
+    precision: str
+    runtime: str
+    seconds: float
+    low: float
+    high: float
+    floor: float
+    throughput: float
+    shares: dict[Bound, float]
+    operators: tuple[OperatorTime, ...] = Field(default=(), exclude=True, repr=False)
+    source: str = ""
+
+
+class _Machine(NamedTuple):
+    """What the times follow from."""
+
+    peak: float  # FLOP/s
+    bandwidth: float  # B/s
+    cache: int  # bytes
+    model: RuntimeModel
+
+
+class _Kernel(NamedTuple):
+    operator: int
+    compute: float
+    memory: float
+
+
+def estimate(
+    operators: Sequence[Operator],
+    device: Device,
+    policy: Policy,
+    *,
+    runtime: str | None = None,
+    samples: int = 1,
+) -> Estimate:
+    """Return how long a run takes.
+
+    Args:
+        operators: The run, counted in FP32 or in whatever dtype; bytes of floating tensors are scaled to the policy's.
+        device: Where it runs.
+        policy: Formats of weights, activations and products.
+        runtime: ``onnxruntime`` or ``torch``; by the device's kind unless given.
+        samples: Samples in the run's batch, for the throughput.
+
+    Raises:
+        DeviceError: The device does not multiply in the policy's format, or its peak or bandwidth is not known.
+        RuntimeMissingError: Nothing is known of that runtime on such devices.
+    """
+    machine = _machine(device, policy, runtime)
+    absorbed = fused(operators, machine.model.runtime)
+    weight_bytes = sum(operator.weight_bytes * _scale(operator, policy)[0] for operator in operators)
+    kernels = [_kernel(place, operators, absorbed, machine, policy, weight_bytes) for place in range(len(operators))]
+    times = tuple(
+        _queued(kernels, operators, absorbed, machine)
+        if machine.model.asynchronous
+        else _serial(kernels, operators, absorbed, machine)
+    )
+    macs = sum(operator.work.macs for operator in operators if operator.work)
+    floor = max(2 * macs / machine.peak, max(weight_bytes - machine.cache, 0.0) / machine.bandwidth)
+    seconds = max(math.fsum(time.seconds for time in times), floor)
+    by_bound: dict[Bound, float] = {
+        bound: math.fsum(time.seconds for time in times if time.bound == bound) for bound in BOUNDS
+    }
+    return Estimate(
+        device=device.name,
+        precision=policy.name,
+        runtime=machine.model.runtime,
+        seconds=seconds,
+        low=max(seconds * machine.model.low, floor),
+        high=seconds * machine.model.high,
+        floor=floor,
+        throughput=samples / seconds if seconds else 0.0,
+        shares={bound: value / seconds if seconds else 0.0 for bound, value in by_bound.items()},
+        operators=times,
+        source=machine.model.source,
+    )
+
+
+def _machine(device: Device, policy: Policy, runtime: str | None) -> _Machine:
+    usable = ", ".join(name for name, other in POLICIES.items() if device.peak(other.compute)) or "none"
+    if not device.supports(policy.compute):
+        raise DeviceError(
+            f"{device.title} does not multiply in {policy.compute}, which {policy.name} asks for", allowed=usable
+        )
+    peak = device.peak(policy.compute)
+    if peak is None:
+        raise DeviceError(
+            f"nobody states how fast {device.title} multiplies in {policy.compute}",
+            allowed=usable,
+            next_step="describe it in the catalogue of your own, or measure it there: narrowcast devices --measure",
+        )
+    if device.memory.bandwidth is None:
+        raise DeviceError(
+            f"nobody states the memory bandwidth of {device.title}",
+            next_step="describe it in the catalogue of your own, or measure it there: narrowcast devices --measure",
+        )
+    model = runtime_model(device.kind, runtime)
+    return _Machine(peak.tflops * 1e12, device.memory.bandwidth * 1e9, 0, model)
+
+
+def _scale(operator: Operator, policy: Policy) -> tuple[float, float]:
+    """Return the policy's bytes over the counted ones, for weights and for activations."""
+    bits = _FLOATING.get(operator.dtype)
+    if bits is None:
+        return 1.0, 1.0
+    heavy = operator.kind in (Kind.CONVOLUTION, Kind.DEPTHWISE, Kind.PRODUCT, Kind.RECURRENT)
+    weights = _bits(policy.weights if heavy else policy.rest)
+    return weights / bits, _bits(policy.activations) / bits
+
+
+def _bits(format: str) -> float:
+    return get(format).bits  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _kernel(
+    place: int,
+    operators: Sequence[Operator],
+    absorbed: Mapping[int, int],
+    machine: _Machine,
+    policy: Policy,
+    weight_bytes: float,
+) -> _Kernel:
+    operator = operators[place]
+    if operator.kind is Kind.VIEW or place in absorbed:
+        return _Kernel(place, 0.0, 0.0)
+    rates = machine.model.rates(class_of(operator))
+    shape = shape_of(operator)
+    macs = operator.work.macs if operator.work else 0
+    compute = 2 * macs / machine.peak * rates.slowdown(shape) if shape else 0.0
+    scale_weights, scale = _scale(operator, policy)
+    weights = operator.weight_bytes * scale_weights
+    read = (operator.bytes_read - operator.weight_bytes) * scale
+    written = operator.bytes_written * scale
+    if operator.name.startswith(_LOOK_UPS):
+        weights, read = min(weights, written), min(read, written)
+    moved = read + written
+    cached = moved <= machine.cache
+    seconds = moved / (rates.cached if cached else rates.bandwidth)
+    seconds += weights / (rates.cached if weight_bytes <= machine.cache else rates.weights)
+    return _Kernel(place, compute, seconds / machine.bandwidth)
+
+
+def _serial(
+    kernels: Sequence[_Kernel], operators: Sequence[Operator], absorbed: Mapping[int, int], machine: _Machine
+) -> Iterator[OperatorTime]:
+    """Yield the times where one operator ends before the next begins."""
+    for kernel in kernels:
+        view = operators[kernel.operator].kind is Kind.VIEW
+        cost = machine.model.view_us if view else machine.model.operator_us
+        overhead = 0.0 if kernel.operator in absorbed else cost * 1e-6
+        yield _time(kernel, max(kernel.compute, kernel.memory) + overhead, overhead)
+
+
+def _queued(
+    kernels: Sequence[_Kernel], operators: Sequence[Operator], absorbed: Mapping[int, int], machine: _Machine
+) -> Iterator[OperatorTime]:
+    """Yield the times where the host queues kernels and the device runs them one after another."""
+    host = done = 0.0
+    model = machine.model
+    for kernel in kernels:
+        view = operators[kernel.operator].kind is Kind.VIEW
+        host += (model.view_us if view else model.operator_us) * 1e-6
+        if view:
+            yield _time(kernel, 0.0, 0.0)
+            continue
+        waited = max(host - done, 0.0)
+        overhead = waited + model.kernel_us * 1e-6
+        seconds = overhead + max(kernel.compute, kernel.memory)
+        done += seconds
+        yield _time(kernel, seconds, overhead)
+
+
+def _time(kernel: _Kernel, seconds: float, overhead: float) -> OperatorTime:
+    parts: dict[Bound, float] = {"compute": kernel.compute, "memory": kernel.memory, "overhead": overhead}
+    bound: Bound = max(parts, key=lambda name: parts[name]) if seconds else "none"
+    return OperatorTime(kernel.operator, seconds, bound, kernel.compute, kernel.memory, overhead)
