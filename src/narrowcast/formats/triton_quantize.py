@@ -9,6 +9,7 @@ first kernel finds the largest magnitudes. Divisions are rounded as IEEE 754 say
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from narrowcast.formats.kinds import Codebook
 from narrowcast.formats.scales import element_max
 from narrowcast.formats.scheme import Scheme
 from narrowcast.formats.triton_codec import magnitude_code, on, readable, word_of
-from narrowcast.formats.triton_specs import LONGEST_BLOCK, Elements, Scales, fits, scale_kind
+from narrowcast.formats.triton_specs import LONGEST_BLOCK, Elements, Scales, edge_words, fits, scale_kind
 
 __all__ = ["quantize", "takes"]
 
@@ -52,8 +53,11 @@ def quantize(x: torch.Tensor, scheme: Scheme, layout: Rows) -> tuple[torch.Tenso
     broken = torch.full((1,), _NOWHERE, dtype=torch.int64, device=x.device) if fp32 else scales
     largest = torch.zeros(1, dtype=torch.int32, device=x.device) if scheme.tensor_scale else scales
     fused = not triton.knobs.runtime.interpret  # interpreted, a fused multiply-add rounds twice
+    elements = Elements.of(scheme.element, fused=fused)
+    guessed = elements is not None and elements.guess is not None
+    edges = _edges(scheme.element, str(x.device)) if guessed else scales
     known: dict[str, Any] = {
-        "elements": Elements.of(scheme.element, fused=fused),
+        "elements": elements,
         "scales": Scales.of(scheme, fused=fused),
         "num_warps": _WARPS,
     }
@@ -68,6 +72,7 @@ def quantize(x: torch.Tensor, scheme: Scheme, layout: Rows) -> tuple[torch.Tenso
                 scales,
                 broken,
                 largest,
+                edges,
                 count,
                 block=length,
                 rows=rows,
@@ -84,6 +89,11 @@ def quantize(x: torch.Tensor, scheme: Scheme, layout: Rows) -> tuple[torch.Tenso
     tensor_scale = _tensor_scale(int(largest.item()), scheme) if scheme.tensor_scale else 1.0
     first = int(broken.item()) if fp32 else _NOWHERE
     return codes if bits in (4, 8) else _pack(codes, bits), scales, tensor_scale, -1 if first == _NOWHERE else first
+
+
+@lru_cache(maxsize=64)
+def _edges(element: Codebook, device: str) -> torch.Tensor:
+    return torch.from_numpy(edge_words(element)).to(device)
 
 
 def _find_largest(x: torch.Tensor, out: torch.Tensor, count: int, length: int, *, finite: bool) -> None:
@@ -173,13 +183,9 @@ def _scaled(word, factor, scales: tl.constexpr):
     if scales.kind == "e8m0":
         quotient = number * factor
     elif scales.fused:
-        # Markstein's theorem: two corrections of the product with a rounded reciprocal are the rounded quotient. Near one
-        # no correction underflows, unless the quotient is too small for any code but zero's.
-        exponent = factor.to(tl.int32, bitcast=True) & 0x7F800000
-        power = tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)
-        divisor = factor * -power
+        # Markstein's theorem: two corrections of the product with a rounded reciprocal are the rounded quotient.
+        number, divisor = _normalised(word, -factor)
         reciprocal = tl.div_rn(-1.0, divisor)
-        number = number * power
         quotient = number * reciprocal
         quotient = tl.fma(tl.fma(quotient, divisor, number), reciprocal, quotient)
         quotient = tl.fma(tl.fma(quotient, divisor, number), reciprocal, quotient)
@@ -211,23 +217,69 @@ def _codebook_codes(x, elements: tl.constexpr):
     """Return how many of 15 edges lie below each number."""
     e: tl.constexpr = elements.edges
     upper = x > e[7]
-    if elements.counted:
-        # Half of the edges are ruled out; of the others, each one below adds 1, cut off from a far larger product. Such
-        # sums run on the multipliers, which have nothing else to do, at twice the rate of comparisons and choices.
-        count = tl.where(upper, 8388616.0, 8388608.0)  # 2**23: the count is in the low bits
-        for index in tl.static_range(7):
-            least = tl.where(upper, e[index + 8] * -1.2676506002282294e30, e[index] * -1.2676506002282294e30)  # 2**100
-            count += tl.inline_asm_elementwise(
-                "fma.rn.sat.f32 $0, $1, 0f71800000, $2;", "=f,f,f", [x, least], dtype=tl.float32, is_pure=True, pack=1
-            )
-        code = count.to(tl.int32, bitcast=True) - 0x4B000000
+    four = x > tl.where(upper, e[11], e[3])
+    two = x > tl.where(upper, tl.where(four, e[13], e[9]), tl.where(four, e[5], e[1]))
+    high = tl.where(four, tl.where(two, e[14], e[12]), tl.where(two, e[10], e[8]))
+    low = tl.where(four, tl.where(two, e[6], e[4]), tl.where(two, e[2], e[0]))
+    one = x > tl.where(upper, high, low)
+    return tl.where(upper, 8, 0) + tl.where(four, 4, 0) + tl.where(two, 2, 0) + tl.where(one, 1, 0)
+
+
+@triton.jit
+def _normalised(word, factor):
+    """Return numbers, given as bits, and their rows' factors, times a power of two that brings the factors near one.
+
+    There no product with a factor underflows, unless a number is too small for any code but zero's.
+    """
+    exponent = factor.to(tl.int32, bitcast=True) & 0x7F800000
+    power = tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)
+    return word.to(tl.float32, bitcast=True) * power, factor * power
+
+
+@triton.jit
+def _guessed_codes(word, factor, edges_ptr, elements: tl.constexpr):
+    """Return how many edges lie below each number over its row's factor.
+
+    That the quotient, rounded, lies above an edge is the same as that the number lies above the factor times the middle
+    after the edge: it never lies on it, since that product has more digits than float32. The product is rounded down, so
+    the comparison with a number of float32 is exact.
+    """
+    guess: tl.constexpr = elements.guess
+    number, divisor = _normalised(word, factor)
+    shifted = tl.fma(number, tl.div_rn(1.0, divisor), guess.shift)
+    code = tl.fma(shifted, tl.fma(tl.abs(shifted), guess.bend, guess.slope), 8388608.0 + guess.start)  # 2**23
+    edge = tl.load(edges_ptr + (code.to(tl.int32, bitcast=True) & 15))
+    above = tl.inline_asm_elementwise(
+        """
+        {
+            .reg .f32 middle;
+            mul.rn.f32 middle, $2, $4;
+            fma.rm.f32 middle, $2, $3, middle;
+            neg.f32 middle, middle;
+            fma.rn.sat.f32 $0, $1, 0f71800000, middle;
+        }
+        """,
+        "=f,f,f,f,f",
+        [
+            number,
+            tl.broadcast_to(divisor, number.shape),
+            edge.to(tl.int32).to(tl.float32, bitcast=True),
+            (edge >> 32).to(tl.int32).to(tl.float32, bitcast=True),
+        ],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+    return (code + above).to(tl.int32, bitcast=True) - 0x4B000000
+
+
+@triton.jit
+def _block_codes(word, factor, edges_ptr, elements: tl.constexpr, scales: tl.constexpr):
+    """Return the codes, in int32, of numbers given as bits."""
+    if elements.guess is None:
+        code = _element_codes(word, _scaled(word, factor, scales), elements)
     else:
-        four = x > tl.where(upper, e[11], e[3])
-        two = x > tl.where(upper, tl.where(four, e[13], e[9]), tl.where(four, e[5], e[1]))
-        high = tl.where(four, tl.where(two, e[14], e[12]), tl.where(two, e[10], e[8]))
-        low = tl.where(four, tl.where(two, e[6], e[4]), tl.where(two, e[2], e[0]))
-        one = x > tl.where(upper, high, low)
-        code = tl.where(upper, 8, 0) + tl.where(four, 4, 0) + tl.where(two, 2, 0) + tl.where(one, 1, 0)
+        code = _guessed_codes(word, factor, edges_ptr, elements)
     return code
 
 
@@ -263,6 +315,7 @@ def _quantize_blocks(
     scales_ptr,
     broken_ptr,
     largest_ptr,
+    edges_ptr,
     count,
     block: tl.constexpr,
     rows: tl.constexpr,
@@ -295,11 +348,11 @@ def _quantize_blocks(
         tl.atomic_min(broken_ptr + row * 0, first + row, mask=broken & inside, sem="relaxed")
     factor = factor[:, None, None]
     width: tl.constexpr = elements.width
-    a = _words_of_codes(_element_codes(a, _scaled(a, factor, scales), elements), width)
-    b = _words_of_codes(_element_codes(b, _scaled(b, factor, scales), elements), width)
+    a = _words_of_codes(_block_codes(a, factor, edges_ptr, elements, scales), width)
+    b = _words_of_codes(_block_codes(b, factor, edges_ptr, elements, scales), width)
     if vector == 4:
-        c = _words_of_codes(_element_codes(c, _scaled(c, factor, scales), elements), width)
-        d = _words_of_codes(_element_codes(d, _scaled(d, factor, scales), elements), width)
+        c = _words_of_codes(_block_codes(c, factor, edges_ptr, elements, scales), width)
+        d = _words_of_codes(_block_codes(d, factor, edges_ptr, elements, scales), width)
         if width == 4:
             words = tl.join(a | (b << 16), c | (d << 16))
         else:

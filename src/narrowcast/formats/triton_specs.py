@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,9 +21,11 @@ from narrowcast.formats.table import ELEMENTS
 __all__ = [
     "LONGEST_BLOCK",
     "Elements",
+    "Guess",
     "Scales",
     "Steps",
     "Values",
+    "edge_words",
     "fits",
     "has_steps",
     "has_values",
@@ -152,6 +155,70 @@ class Values:
 
 
 @dataclass(frozen=True)
+class Guess:
+    """A curve that gives a number's code in a codebook, or the code before it: ``start + 1/2 + u (slope + bend |u|)``.
+
+    One look at the edge above that code decides. So fifteen edges cost a parabola, a look and a comparison.
+
+    Args:
+        shift: ``u`` is the number plus this.
+        slope: In codes per unit.
+        bend: In codes per square unit.
+        start: A whole number of codes.
+    """
+
+    shift: float
+    slope: float
+    bend: float
+    start: int
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(element: Codebook) -> Guess | None:
+        """Return a curve for a codebook of up to 16 values; None where no parabola comes near enough."""
+        edges = fast.codebook_edges(element, "float64")
+        limit = max(abs(element.min), abs(element.max))
+        x = np.concatenate([np.linspace(-limit, limit, 2001), edges, np.nextafter(edges, np.inf)])
+        codes = np.searchsorted(edges, x)
+        best, margin = None, 0.02  # in codes: far more than float32 rounds
+        for shift, start in itertools.product(np.linspace(-0.25, 0.25, 51) * limit, range(len(edges) + 1)):
+            curve = _through_middles(edges, float(shift), start)
+            away = curve(x) - codes
+            room = min(float((1 - np.abs(away)).min()), float(curve(x).min()), float(len(edges) + 1 - curve(x).max()))
+            if room > margin:
+                best, margin = curve, room
+        return best if len(edges) <= 15 else None
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Return the curve at some numbers: its whole part is the code, or the one before."""
+        u = x + self.shift
+        return self.start + 0.5 + u * (self.slope + self.bend * np.abs(u))
+
+
+def _through_middles(edges: np.ndarray, shift: float, start: int) -> Guess:
+    """Return the curve that comes nearest to half-way between two codes at the edge between them."""
+    u = edges + shift
+    slope, bend = np.linalg.lstsq(np.stack([u, u * np.abs(u)], axis=1), np.arange(len(edges)) - start, rcond=None)[0]
+    return Guess(shift, float(slope), float(bend), start)
+
+
+@lru_cache(maxsize=64)
+def edge_words(element: Codebook) -> np.ndarray:
+    """Return, for each of 16 codes, the edge to the next: shape [16], int64, two float32 numbers in each.
+
+    A number over its scale, rounded, lies above an edge if it lies, not rounded, above the middle between the edge and
+    the float32 number after it. Low half: the edge; high half: from there to that middle; both times 2**100, so that
+    what a number exceeds it by is at least 1. After the last code infinity and nothing.
+    """
+    edges = fast.codebook_edges(element, "float32").astype(np.float32)
+    halves = (np.nextafter(edges, np.float32(np.inf)).astype(np.float64) - edges) / 2
+    words = np.zeros((16, 2), np.float32)
+    words[:, 0] = np.inf
+    words[: len(edges)] = np.stack([edges * 2.0**100, halves * 2.0**100], axis=1)
+    return words.view(np.int64)[:, 0]
+
+
+@dataclass(frozen=True)
 class Elements:
     """How scaled numbers become codes.
 
@@ -164,7 +231,8 @@ class Elements:
         high: An integer's highest step.
         mask: Of an integer's code.
         edges: Fifteen numbers above which a codebook's code is the next one; infinity after the last.
-        counted: Whether what numbers exceed the edges by can be multiplied by 2**100: to at least 1, without overflow.
+        guess: A codebook's curve, where what numbers exceed its edges by can be multiplied by 2**100: to at least 1,
+            without overflow.
     """
 
     kind: str
@@ -175,7 +243,7 @@ class Elements:
     high: float = 0.0
     mask: int = 0
     edges: tuple[float, ...] = ()
-    counted: bool = False
+    guess: Guess | None = None
 
     @staticmethod
     @lru_cache(maxsize=64)
@@ -196,9 +264,9 @@ class Elements:
                 if len(element.values) > 16:
                     return None
                 edges = [float(edge) for edge in fast.codebook_edges(element, "float32")]
-                counted = fused and all(2.0**-60 < abs(edge) < 2.0**20 for edge in edges)
+                within = fused and all(2.0**-60 < abs(edge) < 2.0**20 for edge in edges)
                 edges += [math.inf] * (15 - len(edges))
-                return Elements("codebook", width, edges=tuple(edges), counted=counted)
+                return Elements("codebook", width, edges=tuple(edges), guess=Guess.of(element) if within else None)
 
 
 @dataclass(frozen=True)
