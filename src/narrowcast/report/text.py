@@ -19,9 +19,12 @@ __all__ = [
     "accuracy",
     "apart",
     "ascii_of",
+    "byte_rate",
+    "count",
     "decibels",
     "drop",
     "finite",
+    "flop_rate",
     "format_name",
     "integer",
     "interval",
@@ -132,6 +135,31 @@ def _scaled(value: float, scales: tuple[tuple[float, str], ...], extra: int) -> 
         if abs(value) >= factor * 0.9995 or (factor, unit) == scales[-1]:
             return f"{number(value / factor, 3 + extra)}{_SPACE}{unit}"
     raise AssertionError("the last scale takes all values")
+
+
+def count(value: float | None, unit: str = "") -> str:
+    """Return a count or a rate with a decimal prefix.
+
+    >>> [count(value).replace(chr(160), " ") for value in (25_557_032, 4_000_000_000, 999, 0.25)]
+    ['25.6 M', '4.00 G', '999', '0.250']
+    """
+    if not finite(value):
+        return MISSING
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor * 0.9995:
+            return f"{number(value / factor)}{_SPACE}{prefix}{unit}"
+    shown = integer(value) if float(value).is_integer() else number(value)
+    return f"{shown}{_SPACE if unit else ''}{unit}"
+
+
+def flop_rate(value: float | None) -> str:
+    """Return floating-point operations per second."""
+    return count(value, "FLOP/s")
+
+
+def byte_rate(value: float | None) -> str:
+    """Return a bandwidth."""
+    return count(value, "B/s")
 
 
 def ratio(value: float | None, extra: int = 0) -> str:

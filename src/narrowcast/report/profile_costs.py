@@ -1,0 +1,245 @@
+"""Everything that was found out about what a model costs, and the rows of numbers that terminal, page and JSON share."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from narrowcast.accounting.devices import Device
+from narrowcast.accounting.kinds import Kind
+from narrowcast.accounting.operators import Operator
+from narrowcast.accounting.policies import Policy
+from narrowcast.accounting.profile import Profile
+from narrowcast.accounting.roofline import Estimate
+from narrowcast.formats.blocks import BlockFormat
+from narrowcast.formats.table import get
+from narrowcast.report import text
+from narrowcast.report.profile_tree import Node, fold
+
+__all__ = ["Costs", "Difference", "Group", "Row", "compared", "groups", "moved_bytes", "rows", "title"]
+
+_FLOATING = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
+_HEAVY = frozenset({Kind.CONVOLUTION, Kind.DEPTHWISE, Kind.PRODUCT, Kind.RECURRENT})
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one model costs, as far as it was asked for.
+
+    Args:
+        profile: What was counted.
+        policy: The number formats.
+        device: Where it is meant to run.
+        estimate: How long it takes there; None without a device.
+    """
+
+    profile: Profile
+    policy: Policy
+    device: Device | None = None
+    estimate: Estimate | None = None
+    tree: Node = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Fold the modules once: terminal and page show the same tree."""
+        times = None if self.estimate is None else [time.seconds for time in self.estimate.operators]
+        moved = [moved_bytes(operator, self.policy) for operator in self.profile.operators]
+        object.__setattr__(self, "tree", fold(self.profile, moved=moved, seconds=times))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as values that JSON has; what was not asked for is null."""
+        return self.profile.model_dump(mode="json") | {
+            "precision": self.policy.name,
+            "device": None if self.device is None else self.device.name,
+            "estimate": None if self.estimate is None else self.estimate.model_dump(mode="json"),
+        }
+
+
+class Row(NamedTuple):
+    """One number with its name: what it is called, its value, its unit (empty, ``bytes``, ``s``), and what it means."""
+
+    label: str
+    value: float
+    unit: str = ""
+    hint: str = ""
+
+    @property
+    def short(self) -> str:
+        """The value as people read it."""
+        return (
+            text.quantity(self.value, self.unit) if self.unit in ("bytes", "s") else text.count(self.value, self.unit)
+        )
+
+    @property
+    def exact(self) -> str:
+        """Every digit of a count; empty for what is no count."""
+        return f"{self.value:,}" if isinstance(self.value, int) else ""
+
+
+def rows(costs: Costs) -> list[Row]:
+    """Return the numbers of the whole model, each of which means one thing."""
+    found, parameters = costs.profile, costs.profile.parameters
+    made = [Row("parameters", parameters.total, hint="tied tensors once")]
+    if parameters.trainable != parameters.total:
+        made.append(Row("of them trainable", parameters.trainable))
+    if parameters.active != parameters.total:
+        made.append(Row("met by one token", parameters.active, hint="in a mixture of experts"))
+    made += [
+        Row("MACs", found.macs, hint="multiplications that are each added to a sum"),
+        Row("FLOPs", found.flops, hint="2 × MACs, and nothing else"),
+        Row("multiplications", found.macs, hint="in products, convolutions and attention"),
+        Row("additions, biases apart", found.additions - found.bias_adds, hint="one less than the terms of each sum"),
+        Row("bias additions", found.bias_adds),
+        Row("additions, biases included", found.additions),
+        Row("other operations", found.other_flops, hint="elementwise, normalisation, softmax, pooling"),
+        Row("weights and buffers", found.static_bytes, "bytes", "as the model is built"),
+        Row(
+            "bytes moved",
+            round(costs.tree.bytes_moved),
+            "bytes",
+            f"in {costs.policy.name}, if each operator runs alone",
+        ),
+        Row("arithmetic intensity", costs.tree.intensity, "FLOP/B", "all operations for each byte moved"),
+    ]
+    if costs.estimate is not None:
+        made.append(Row("time", costs.estimate.seconds, "s", f"on {costs.estimate.device}, estimated"))
+    return made
+
+
+def title(costs: Costs) -> str:
+    """Return what was counted: the model, its inputs, whether it is trained, in which formats, on which device."""
+    found = costs.profile
+    shapes = ", ".join("×".join(map(str, shape)) or "1" for shape in found.inputs)
+    mode = "training step" if found.mode == "train" else "inference"
+    parts = [found.model, shapes, mode, costs.policy.name, costs.device.title if costs.device else ""]
+    return " · ".join(part for part in parts if part)
+
+
+class Difference(NamedTuple):
+    """One number of two models: its name, both values as text, the second less the first, and over the first."""
+
+    label: str
+    first: str
+    second: str
+    difference: str
+    ratio: str
+
+
+def compared(first: Costs, second: Costs) -> list[Difference]:
+    """Return the numbers of two models side by side; what only one of them has stands alone."""
+    left, right = ({row.label: row for row in rows(costs)} for costs in (first, second))
+    return [_difference(label, left.get(label), right.get(label)) for label in {**left, **right}]
+
+
+def _difference(label: str, first: Row | None, second: Row | None) -> Difference:
+    shown = [text.MISSING if row is None else row.short for row in (first, second)]
+    if first is None or second is None:
+        return Difference(label, *shown, text.MISSING, text.MISSING)
+    change = Row(label, second.value - first.value, second.unit)
+    sign = "+" if change.value > 0 else ""
+    ratio = text.ratio(second.value / first.value) if first.value else text.MISSING
+    return Difference(label, *shown, f"{sign}{change.short}".replace("-", "−"), ratio)
+
+
+# Operators ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Operators that are alike in sort, name, shapes and phase; sums over all of them.
+
+    Args:
+        kind: Their sort.
+        name: Their ATen or ONNX name.
+        where: The module of the first.
+        shapes: Of its inputs and of its first output.
+        phase: ``forward`` or ``backward``.
+        count: How many.
+        macs: Multiply-accumulates.
+        flops: All floating-point operations.
+        bytes: Read and written, in the formats of the policy.
+        seconds: Estimated; None without a device.
+        bound: What most of their time goes to.
+    """
+
+    kind: Kind
+    name: str
+    where: str
+    shapes: str
+    phase: str
+    count: int
+    macs: int
+    flops: int
+    bytes: float
+    seconds: float | None
+    bound: str
+
+    @property
+    def intensity(self) -> float:
+        """Floating-point operations for each byte that is moved."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+def groups(costs: Costs) -> list[Group]:
+    """Return the operators that are no views, the most expensive first: by time where there is one, else by MACs."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for place, operator in enumerate(costs.profile.operators):
+        if operator.kind is not Kind.VIEW and operator.bytes_read + operator.bytes_written:
+            key = (operator.kind, operator.name, operator.inputs, operator.outputs, operator.phase)
+            alike[key].append(place)
+    found = [_group(costs, places) for places in alike.values()]
+    return sorted(found, key=lambda group: (-(group.seconds or 0.0), -group.macs, -group.bytes))
+
+
+def _group(costs: Costs, places: Sequence[int]) -> Group:
+    operators = [costs.profile.operators[place] for place in places]
+    first = operators[0]
+    seconds, bound = None, ""
+    if costs.estimate is not None:
+        times = [costs.estimate.operators[place] for place in places]
+        seconds = math.fsum(time.seconds for time in times)
+        by_bound: dict[str, float] = defaultdict(float)
+        for time in times:
+            by_bound[time.bound] += time.seconds
+        bound = max(by_bound, key=lambda name: by_bound[name])
+    return Group(
+        kind=first.kind,
+        name=first.name,
+        where=first.path,
+        shapes=_shapes(first),
+        phase=first.phase,
+        count=len(places),
+        macs=sum(operator.work.macs for operator in operators if operator.work),
+        flops=sum(2 * work.macs + work.bias_adds + work.other for work in _works(operators)),
+        bytes=math.fsum(moved_bytes(operator, costs.policy) for operator in operators),
+        seconds=seconds,
+        bound=bound,
+    )
+
+
+def _works(operators: Sequence[Operator]) -> Iterator[Any]:
+    return (operator.work for operator in operators if operator.work)
+
+
+def _shapes(operator: Operator) -> str:
+    """Return the shapes of the two inputs that matter most, and of the output: ``1x64x56x56, 64x64x3x3 → 1x64x56x56``."""
+    inputs = ", ".join("×".join(map(str, shape)) or "1" for shape in operator.inputs[:2])
+    output = "×".join(map(str, operator.outputs[0])) or "1" if operator.outputs else ""
+    return f"{inputs} → {output}" if inputs else output
+
+
+def moved_bytes(operator: Operator, policy: Policy) -> float:
+    """Return the bytes that an operator moves if floating tensors are in the policy's formats."""
+    bits = _FLOATING.get(operator.dtype)
+    activations = operator.bytes_read - operator.weight_bytes + operator.bytes_written
+    if bits is None:
+        return operator.weight_bytes + activations
+    weights = policy.weights if operator.kind in _HEAVY else policy.rest
+    return (operator.weight_bytes * _bits(weights) + activations * _bits(policy.activations)) / bits
+
+
+def _bits(name: str) -> float:
+    found = get(name)
+    return found.bits_per_element if isinstance(found, BlockFormat) else found.bits

@@ -1,0 +1,201 @@
+"""What a model costs, on a terminal: the numbers, the modules as a tree that folds, and the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from narrowcast.report import text
+from narrowcast.report.profile_costs import Costs, Group, compared, groups, rows, title
+from narrowcast.report.profile_tree import Node
+
+__all__ = ["notes", "render_comparison_terminal", "render_profile_terminal"]
+
+_BAR = 12  # characters of a full bar
+_NARROW = 90  # columns of a terminal below which bars and what words mean are left out
+_QUIET, _HEAD = "bright_black", "bold"
+
+Say = Callable[..., Text]
+
+
+class _Line(NamedTuple):
+    """A node as a line of the tree: the guides before its name, and itself."""
+
+    guides: str
+    node: Node
+
+
+def render_profile_terminal(costs: Costs, console: Console, *, depth: int = 3, operators: int = 0) -> None:
+    """Print what a model costs; columns go where the terminal is narrow, symbols where it has no Unicode.
+
+    Args:
+        costs: Everything that is shown.
+        console: Where to print.
+        depth: Levels of modules to show.
+        operators: Groups of operators to show.
+    """
+    say = _sayer(console)
+    wide = console.width >= _NARROW
+    console.print(say(title(costs), _HEAD))
+    console.print(_numbers(costs, say, wide))
+    console.print(_tree(costs, depth, say, console.width))
+    if operators:
+        console.print(_operators(groups(costs)[:operators], costs, say, console.width))
+    for note in notes(costs):
+        console.print(say(note, _QUIET))
+    if costs.profile.uncounted:
+        missed = ", ".join(f"{name} ({count})" for name, count in costs.profile.uncounted.items())
+        console.print(say(f"Not counted, for want of a rule: {missed}", "yellow"))
+
+
+def render_comparison_terminal(first: Costs, second: Costs, console: Console) -> None:
+    """Print what two models cost side by side, with differences and ratios.
+
+    Args:
+        first: What the second is compared with.
+        second: The other.
+        console: Where to print.
+    """
+    say = _sayer(console)
+    table = _table()
+    table.add_column("measure", no_wrap=True)
+    for heading in (first.profile.model, second.profile.model):
+        table.add_column(say(text.tail(heading, 28)), justify="right", no_wrap=True)
+    table.add_column("difference", justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
+    for row in compared(first, second):
+        table.add_row(*(say(cell) for cell in (row.label, row.first, row.second, row.difference, row.ratio)))
+    console.print(say(f"{title(first)}\n{title(second)}", _HEAD))
+    console.print(table)
+
+
+def notes(costs: Costs) -> Iterator[str]:
+    """Yield what a reader of the numbers should know."""
+    tied = costs.profile.parameters.tied
+    if tied:
+        names = ", ".join(f"{name} is {first}" for name, first in list(tied.items())[:3])
+        more = f" and {len(tied) - 3} more" if len(tied) > 3 else ""
+        yield f"Tied, counted once in the total: {names}{more}"
+    if costs.estimate is not None and costs.estimate.source:
+        yield f"Times: {costs.estimate.source}"
+
+
+def _sayer(console: Console) -> Say:
+    plain = console.options.ascii_only
+
+    def say(words: str, style: str = "") -> Text:
+        clean = "".join(
+            mark if mark.isprintable() or mark in "\n\xa0" else "\N{REPLACEMENT CHARACTER}" for mark in words
+        )
+        return Text(text.ascii_of(clean) if plain else clean, style=style)
+
+    return say
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style=_QUIET)
+
+
+def _numbers(costs: Costs, say: Say, wide: bool) -> Table:
+    table = _table()
+    table.add_column("measure", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("exactly", justify="right", no_wrap=True, style=_QUIET)
+    if wide:
+        table.add_column("", style=_QUIET)
+    for row in rows(costs):
+        cells = [say(row.label), say(row.short, _HEAD), say(row.exact)]
+        table.add_row(*cells, *([say(row.hint)] if wide else []))
+    return table
+
+
+# The tree -------------------------------------------------------------------------------------------------------------
+
+
+def _tree(costs: Costs, depth: int, say: Say, width: int) -> Table:
+    root = costs.tree
+    measure, whole = (_seconds, root.seconds or 0.0) if costs.estimate is not None else (_macs, float(root.macs))
+    lines = list(_lines(root, "", "", depth))
+    table = _table()
+    table.add_column("module", no_wrap=True, overflow="ellipsis", min_width=16)
+    headings = ["parameters", "MACs", "moved", "FLOP/B"]
+    if costs.estimate is not None:
+        headings.append("time")
+    if width < _NARROW:
+        headings.remove("FLOP/B")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    share = "of time" if costs.estimate is not None else "of MACs"
+    table.add_column(share, justify="right", no_wrap=True, min_width=len(share))
+    if width >= _NARROW:
+        table.add_column("", no_wrap=True, min_width=_BAR)
+    for line in lines:
+        node = line.node
+        part = measure(node) / whole if whole else 0.0
+        name = say(line.guides, _QUIET) + say(node.label, _HEAD)
+        name += say(f"  {node.count} × " if node.count > 1 else "  ", "") + say(node.kind, "cyan")
+        numbers = {
+            "parameters": text.count(node.parameters) if node.parameters else "",
+            "MACs": text.count(node.macs) if node.macs else "",
+            "moved": text.quantity(node.bytes_moved, "bytes") if node.bytes_moved else "",
+            "FLOP/B": text.number(node.intensity, 2) if node.bytes_moved else "",
+            "time": text.quantity(node.seconds, "s") if node.seconds else "",
+        }
+        cells = [name, *(say(numbers[heading]) for heading in headings), say(text.part(part) if part else "")]
+        if width >= _NARROW:
+            cells.append(say("█" * max(round(_BAR * part), int(part > 0.01)), "blue"))
+        table.add_row(*cells)
+    return table
+
+
+def _seconds(node: Node) -> float:
+    return node.seconds or 0.0
+
+
+def _macs(node: Node) -> float:
+    return float(node.macs)
+
+
+def _lines(node: Node, before: str, inner: str, depth: int) -> Iterator[_Line]:
+    """Yield a node and, down to a depth, what is in it."""
+    yield _Line(before, node)
+    if depth == 0:
+        return
+    for place, child in enumerate(node.children, start=1):
+        last = place == len(node.children)
+        yield from _lines(child, f"{inner}{'└ ' if last else '├ '}", f"{inner}{'  ' if last else '│ '}", depth - 1)
+
+
+# Operators ------------------------------------------------------------------------------------------------------------
+
+
+def _operators(shown: Sequence[Group], costs: Costs, say: Say, width: int) -> Table:
+    timed = costs.estimate is not None
+    headings = ["operator", "calls", "MACs", "moved", "FLOP/B", *(["time", "bound by"] if timed else [])]
+    made = [_cells(group, timed) for group in shown]
+    table = _table()
+    for place, heading in enumerate(headings):
+        least = max(len(cells[place]) for cells in [headings, *made])
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True, min_width=least)
+    shapes = width >= _NARROW + 30
+    for heading in ("first in", *(["shapes of the first"] if shapes else [])):
+        table.add_column(heading, no_wrap=True, overflow="ellipsis")
+    for group, (name, *numbers) in zip(shown, made, strict=True):
+        where = say(text.tail(group.where or "the model", 28), "cyan")
+        rest = [where, say(group.shapes, _QUIET)] if shapes else [where]
+        table.add_row(say(name, _HEAD), *map(say, numbers), *rest)
+    return table
+
+
+def _cells(group: Group, timed: bool) -> list[str]:
+    macs = text.count(group.macs) if group.macs else ""
+    moved, intensity = text.quantity(group.bytes, "bytes"), text.number(group.intensity, 2)
+    cells = [text.label(group.name, 24), str(group.count), macs, moved, intensity]
+    if not timed:
+        return cells
+    return [*cells, text.quantity(group.seconds, "s") if group.seconds else "fused", group.bound]
