@@ -6,81 +6,21 @@ They are shares of the peaks in the catalogue, so that numbers fitted on one dev
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Mapping
-from enum import StrEnum
 from functools import cache
 from importlib import resources
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from narrowcast.accounting.kinds import Kind
-from narrowcast.accounting.operators import Operator
+from narrowcast.accounting.classes import OperatorClass, Shape
 from narrowcast.errors import RuntimeMissingError, choices
 
-__all__ = ["OperatorClass", "Rates", "RuntimeModel", "Shape", "class_of", "runtime_model", "shape_of"]
+__all__ = ["Rates", "RuntimeModel", "runtime_model"]
 
 _Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class OperatorClass(StrEnum):
-    """Sorts of operators whose kernels reach different shares of the peaks; finer than :class:`Kind` where it matters."""
-
-    CONVOLUTION = "convolution"
-    POINTWISE = "pointwise convolution"
-    GROUPED = "grouped convolution"
-    DEPTHWISE = "depthwise convolution"
-    PRODUCT = "matrix product"
-    BATCHED = "batched matrix product"
-    ATTENTION = "attention"
-    RECURRENT = "recurrent layer"
-    NORMALISATION = "normalisation"
-    SOFTMAX = "softmax"
-    ELEMENTWISE = "elementwise"
-    TRANSCENDENTAL = "transcendental"
-    REDUCTION = "reduction"
-    POOLING = "pooling"
-    MOVE = "data movement"
-
-
-#: Elementwise operators that take a series or a table for each element.
-_TRANSCENDENTAL = frozenset(
-    """
-    gelu erf tanh sigmoid silu mish softplus exp exp2 expm1 log log2 log1p log10 sin cos tan pow logit elu selu
-    swish fastgelu hardtanh_
-    """.split()  # noqa: SIM905
-)
-_SAME = {
-    Kind.DEPTHWISE: OperatorClass.DEPTHWISE,
-    Kind.ATTENTION: OperatorClass.ATTENTION,
-    Kind.RECURRENT: OperatorClass.RECURRENT,
-    Kind.NORMALISATION: OperatorClass.NORMALISATION,
-    Kind.SOFTMAX: OperatorClass.SOFTMAX,
-    Kind.REDUCTION: OperatorClass.REDUCTION,
-    Kind.POOLING: OperatorClass.POOLING,
-    Kind.MOVE: OperatorClass.MOVE,
-}
-
-
-class Shape(BaseModel):
-    """A product's sizes, ``[batch, rows, depth] x [batch, depth, columns]``; a convolution's as the product that it is.
-
-    Args:
-        batch: Independent products; the groups of a convolution.
-        rows: Output positions, or rows of the left matrix.
-        columns: Output channels of a group, or columns of the right matrix.
-        depth: Terms of each sum.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    batch: float
-    rows: float
-    columns: float
-    depth: float
 
 
 class Rates(BaseModel):
@@ -173,45 +113,3 @@ def runtime_model(kind: str, runtime: str | None = None) -> RuntimeModel:
     if name not in known:
         raise RuntimeMissingError(f"no efficiencies of {name!r} on a {kind}", allowed=choices(name, known))
     return known[name]
-
-
-# Operators ------------------------------------------------------------------------------------------------------------
-
-
-def class_of(operator: Operator) -> OperatorClass:
-    """Return the class of an operator that is no view."""
-    if operator.kind in _SAME:
-        return _SAME[operator.kind]
-    if operator.kind is Kind.CONVOLUTION:
-        if operator.attributes.get("groups", 1) > 1:
-            return OperatorClass.GROUPED
-        kernel = operator.attributes.get("kernel", (3,))
-        return OperatorClass.POINTWISE if math.prod(kernel) == 1 else OperatorClass.CONVOLUTION
-    if operator.kind is Kind.PRODUCT:
-        return OperatorClass.PRODUCT if operator.weight_bytes else OperatorClass.BATCHED
-    return OperatorClass.TRANSCENDENTAL if _plain(operator.name) in _TRANSCENDENTAL else OperatorClass.ELEMENTWISE
-
-
-def _plain(name: str) -> str:
-    return name.casefold().removesuffix("_").removesuffix("_backward")
-
-
-def shape_of(operator: Operator) -> Shape | None:
-    """Return the sizes of an operator that multiplies matrices; None for others."""
-    macs = operator.work.macs if operator.work else 0
-    if not macs or not operator.outputs:
-        return None
-    outputs = float(max(math.prod(operator.outputs[0]), 1))
-    if operator.kind in (Kind.CONVOLUTION, Kind.DEPTHWISE):
-        groups = operator.attributes.get("groups", 1)
-        channels = operator.attributes.get("outputs") or operator.outputs[0][1]
-        return Shape(batch=groups, rows=outputs / channels, columns=channels / groups, depth=macs / outputs)
-    columns = float(operator.outputs[0][-1]) if operator.outputs[0] else 1.0
-    depth = macs / outputs
-    if operator.kind is Kind.ATTENTION:
-        query, key = operator.inputs[0], operator.inputs[1]
-        return Shape(batch=math.prod(query[:-2]), rows=query[-2], columns=key[-2], depth=query[-1])
-    if operator.kind is Kind.PRODUCT and len(operator.outputs[0]) > 2 and not operator.weight_bytes:
-        batch = math.prod(operator.outputs[0][:-2])
-        return Shape(batch=batch, rows=operator.outputs[0][-2], columns=columns, depth=depth)
-    return Shape(batch=1, rows=outputs / columns, columns=columns, depth=depth)

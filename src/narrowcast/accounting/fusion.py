@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from narrowcast.accounting.efficiencies import OperatorClass, class_of
+from narrowcast.accounting.classes import OperatorClass, class_of
 from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.operators import Operator
 

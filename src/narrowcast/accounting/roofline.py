@@ -18,8 +18,9 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from narrowcast.accounting.classes import class_of, shape_of
 from narrowcast.accounting.devices import Device
-from narrowcast.accounting.efficiencies import RuntimeModel, class_of, runtime_model, shape_of
+from narrowcast.accounting.efficiencies import RuntimeModel, runtime_model
 from narrowcast.accounting.fusion import fused
 from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.operators import Operator
