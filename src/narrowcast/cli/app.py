@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from narrowcast._version import __version__
+from narrowcast.cli.advise import advise
 from narrowcast.cli.bench import bench
 from narrowcast.cli.compare import compare
 from narrowcast.cli.console import print_error, print_json
@@ -42,6 +43,7 @@ app.command()(formats)
 app.command()(compare)
 app.command()(devices)
 app.command()(profile)
+app.command()(advise)
 # A value may be negative: what begins with a dash and is no option is a value.
 app.command("format", context_settings={"ignore_unknown_options": True})(format_)
 
