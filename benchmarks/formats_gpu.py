@@ -445,4 +445,5 @@ def version(name):
         return None
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -247,7 +247,7 @@ def _guessed_codes(word, factor, edges_ptr, elements: tl.constexpr):
     guess: tl.constexpr = elements.guess
     number, divisor = _normalised(word, factor)
     shifted = tl.fma(number, tl.div_rn(1.0, divisor), guess.shift)
-    code = tl.fma(shifted, tl.fma(tl.abs(shifted), guess.bend, guess.slope), 8388608.0 + guess.start)  # 2**23
+    code = tl.fma(shifted, tl.fma(tl.abs(shifted), guess.bend, guess.slope), 12582912.0 + guess.start)  # 1.5 * 2**23
     edge = tl.load(edges_ptr + (code.to(tl.int32, bitcast=True) & 15))
     above = tl.inline_asm_elementwise(
         """
@@ -270,7 +270,7 @@ def _guessed_codes(word, factor, edges_ptr, elements: tl.constexpr):
         is_pure=True,
         pack=1,
     )
-    return (code + above).to(tl.int32, bitcast=True) - 0x4B000000
+    return (code + above).to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @triton.jit
