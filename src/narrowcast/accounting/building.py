@@ -8,6 +8,7 @@ weights first, is a shape.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,9 +36,12 @@ def fake_module(build: Callable[[], nn.Module]) -> tuple[nn.Module, FakeTensorMo
     Args:
         build: Makes the module; called once or twice.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _OneMode(allow_non_fake_inputs=True)
     try:
-        with _SmallNumbers(mode):
+        with warnings.catch_warnings(), _SmallNumbers(mode):
+            warnings.filterwarnings(
+                "ignore", message="Accessing the data pointer of FakeTensor"
+            )  # copying a layer does
             built = build()
     except NarrowcastError:
         raise
@@ -57,6 +61,13 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
         shape = mode.from_tensor(tensor.detach())
         shapes[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
     return copy.deepcopy(module, shapes)
+
+
+class _OneMode(FakeTensorMode):
+    """A mode that stays one when tensors are copied, as constructors do that repeat a layer (``nn.TransformerEncoder``)."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OneMode:
+        return self
 
 
 class _SmallNumbers(TorchDispatchMode):

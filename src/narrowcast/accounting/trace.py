@@ -7,6 +7,7 @@ is seen.
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,7 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from narrowcast.accounting.building import fake_copy, fake_module
 from narrowcast.accounting.counting import VIEWS, Work, work_of
-from narrowcast.accounting.kinds import attributes_of, kind_of
+from narrowcast.accounting.kinds import Kind, attributes_of, kind_of
+from narrowcast.accounting.masks import Positions
 from narrowcast.accounting.operators import Operator, Trace
 from narrowcast.errors import ModelError
 
@@ -114,6 +116,7 @@ class _Recorder(TorchDispatchMode):
         self.phase = "forward"
         self._names = {id(part): name for name, part in reversed(list(module.named_modules(remove_duplicate=False)))}
         self._stack: list[str] = []
+        self._positions = Positions()
         self._live: dict[int, int] = {}
         self._writers: dict[int, int] = {}  # the operator that last wrote a storage, by its place
         self._total = 0
@@ -163,6 +166,19 @@ class _Recorder(TorchDispatchMode):
         self._total -= self._live.pop(key, 0)
         self._writers.pop(key, None)
 
+    def _bias(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:
+        """Return the work of adding a bias, where a product leaves its bias to an operator of its own; else None."""
+        if name not in ("add", "add_") or kwargs.get("alpha", 1) != 1:
+            return None
+        product, bias = args[:2]
+        if not isinstance(bias, torch.Tensor) or bias.dim() != 1 or _storage_of(bias) not in self._static:
+            return None
+        made_by = self._writers.get(_storage_of(product), -1) if isinstance(product, torch.Tensor) else -1
+        maker = self.trace.operators[made_by] if made_by >= 0 else None
+        if maker is None or maker.kind is not Kind.PRODUCT or not maker.weight_bytes:
+            return None
+        return Work(bias_adds=out.numel()) if math.prod(maker.outputs[0]) == out.numel() else None
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -175,8 +191,11 @@ class _Recorder(TorchDispatchMode):
         read = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, torch.Tensor)]
         moved = not (func.is_view or name in VIEWS)
         self.watch(made)
-        work = work_of(name, args, kwargs, out) if moved else Work()
+        work = (self._bias(name, args, kwargs, out) or work_of(name, args, kwargs, out)) if moved else Work()
         attributes = attributes_of(name, args)
+        if self.phase == "forward":
+            attributes |= self._positions.mask(func, args, kwargs)
+            self._positions.follow(func, args, kwargs, out)
         sources = _distinct(read) if moved else []
         if work is None:
             self.trace.uncounted[name] += 1
