@@ -26,6 +26,7 @@ class Policy(NamedTuple):
         gradients: What gradients of weights are stored in; None where nobody trains so.
         master: What the optimizer's own copy of the weights is in; None if there is none.
         autocast: Whether products run under autocast: weights are cast for each use, and the copy lives for the run.
+        double_quantised: Whether the scales of the weights are quantised themselves.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Policy(NamedTuple):
     gradients: str | None = None
     master: str | None = None
     autocast: bool = False
+    double_quantised: bool = False
 
     @property
     def trains(self) -> bool:
@@ -43,19 +45,23 @@ class Policy(NamedTuple):
         return self.gradients is not None
 
 
-#: Weight-only formats (int8, int4, nf4) multiply in BF16, as the runtimes do that serve them.
+#: Mixed policies keep FP32 weights and cast them (autocast); the master policies keep half-precision weights and the optimizer
+#: updates FP32 copies. Weight-only formats (int8, int4, nf4) multiply in BF16, as the runtimes do that serve them.
 POLICIES: dict[str, Policy] = {
     entry.name: entry
     for entry in (
         Policy("fp32", "fp32", "fp32", "fp32", "fp32", "fp32"),
         Policy("fp16", "fp16", "fp16", "fp16", "fp16", "fp16"),
         Policy("bf16", "bf16", "bf16", "bf16", "bf16", "bf16"),
+        Policy("fp16-master", "fp16", "fp16", "fp16", "fp16", "fp16", master="fp32"),
+        Policy("bf16-master", "bf16", "bf16", "bf16", "bf16", "bf16", master="fp32"),
         Policy("fp16-mixed", "fp32", "fp32", "fp16", "fp16", "fp32", autocast=True),
         Policy("bf16-mixed", "fp32", "fp32", "bf16", "bf16", "fp32", autocast=True),
         Policy("fp8-mixed", "fp32", "fp32", "e4m3fn", "bf16", "fp32", autocast=True),
         Policy("int8", "int8", "bf16", "bf16", "bf16"),
         Policy("int4", "int4", "bf16", "bf16", "bf16"),
         Policy("nf4", "nf4", "bf16", "bf16", "bf16"),
+        Policy("nf4-double", "nf4", "bf16", "bf16", "bf16", double_quantised=True),
     )
 }
 

@@ -1,0 +1,164 @@
+"""Backward through an autograd graph, one node after another, as PyTorch's own engine goes but on any machine.
+
+PyTorch's engine hands the nodes of a CUDA graph to a thread of the card, which is missing where memory is planned for a
+card that is not there; and it copies gradients of tensors without numbers that it would take over from real ones. This one
+keeps the engine's order (the latest node first, gradients of parameters before all), frees what a node has saved once the
+node has run, adds gradients in place where the engine does, and says which node is running.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["Backward"]
+
+_ACCUMULATE = "AccumulateGrad"
+_FIRST = 1 << 64  # gradients of parameters are put away before anything else runs
+_GRAPH_TASK = 0  # what saved tensors are told of the run that asks for them
+
+
+class Backward:
+    """One backward pass from a loss; the caller drops the loss before it runs, so that nodes can be freed.
+
+    Args:
+        loss: A tensor of one element.
+        enter: Called with the sequence number of every node before it runs; None for the gradient of a parameter.
+    """
+
+    def __init__(self, loss: torch.Tensor, enter: Callable[[int | None], None] = lambda number: None) -> None:
+        if loss.grad_fn is None:
+            raise ValueError("no output depends on a parameter that is trained")
+        self._enter = enter
+        self._waiting = _dependencies(loss.grad_fn)
+        self._gradients: dict[Any, list[torch.Tensor | None]] = {loss.grad_fn: [torch.ones_like(loss)]}
+        self._ready: list[tuple[int, int, Any]] = []
+        self._pushed = 0
+        self._push(loss.grad_fn)
+
+    def run(self) -> None:
+        """Run every node, and leave gradients in ``.grad`` of the parameters."""
+        with torch.no_grad(), _graph_task():
+            while self._ready:
+                node = heapq.heappop(self._ready)[-1]
+                del self._waiting[node]
+                self._run(node, self._gradients.pop(node))
+
+    def _push(self, node: Any) -> None:
+        self._pushed += 1
+        order = _FIRST if node.name().endswith(_ACCUMULATE) else node._sequence_nr()
+        heapq.heappush(self._ready, (-order, self._pushed, node))
+
+    def _run(self, node: Any, gradients: list[torch.Tensor | None]) -> None:
+        if node.name().endswith(_ACCUMULATE):
+            self._enter(None)
+            _accumulate(node.variable, gradients.pop())
+            return
+        self._enter(node._sequence_nr())
+        found = _call(node, gradients)
+        del gradients
+        shared = {number for number, count in Counter(map(id, found)).items() if count > 1}
+        for (after, place), gradient in zip(node.next_functions, found, strict=False):
+            if after is None:
+                continue
+            if gradient is not None:
+                gradient = _fitted(gradient, after._input_metadata[place])
+                if id(gradient) in shared and after.name().endswith(_ACCUMULATE):
+                    gradient = gradient.clone()
+                self._add(after, place, gradient)
+            self._waiting[after] -= 1
+            if not self._waiting[after]:
+                if after in self._gradients:
+                    self._push(after)
+                else:
+                    self._skip(after)
+
+    def _add(self, node: Any, place: int, gradient: torch.Tensor) -> None:
+        gradients = self._gradients.setdefault(node, [None] * len(node._input_metadata))
+        if gradients[place] is None:
+            gradients[place] = gradient
+        elif _is_last_reference(gradients, place):
+            gradients[place].add_(gradient)  # pyright: ignore[reportOptionalMemberAccess]
+        else:
+            gradients[place] = gradients[place] + gradient  # pyright: ignore[reportOptionalOperand]
+
+    def _skip(self, node: Any) -> None:
+        """Pass on that no gradient comes to a node: it runs with none, as the engine runs it."""
+        self._gradients[node] = [None] * len(node._input_metadata)
+        self._push(node)
+
+
+def _dependencies(start: Any) -> Counter[Any]:
+    """Return how many edges lead to each node."""
+    waiting: Counter[Any] = Counter({start: 0})
+    stack = [start]
+    while stack:
+        for after, _ in stack.pop().next_functions:
+            if after is None:
+                continue
+            if after not in waiting:
+                stack.append(after)
+            waiting[after] += 1
+    return waiting
+
+
+def _call(node: Any, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    if all(gradient is None for gradient in gradients):
+        return [None] * len(node.next_functions)
+    if isinstance(node, torch.autograd.function.BackwardCFunction):  # written in Python
+        if node.materialize_grads:
+            gradients = [
+                torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if gradient is None else gradient
+                for gradient, meta in zip(gradients, node._input_metadata, strict=True)
+            ]
+        found = node.apply(*gradients)
+    else:
+        found = node(*gradients)
+    return list(found) if isinstance(found, tuple | list) else [found]
+
+
+def _fitted(gradient: torch.Tensor, meta: Any) -> torch.Tensor:
+    """Return a gradient in the shape and dtype of what it is the gradient of."""
+    if gradient.shape != meta.shape:
+        gradient = gradient.sum_to_size(meta.shape)
+    return gradient if gradient.dtype == meta.dtype else gradient.to(meta.dtype)
+
+
+def _accumulate(parameter: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    if gradient is None:
+        return
+    if parameter.grad is not None:
+        parameter.grad += gradient
+    elif gradient.stride() == parameter.stride() or gradient.numel() <= 1:
+        parameter.grad = gradient
+    else:  # the gradient is laid out like its parameter
+        laid_out = torch.empty_like(parameter, dtype=gradient.dtype, memory_format=torch.preserve_format)
+        parameter.grad = laid_out.copy_(gradient)
+
+
+def _is_last_reference(gradients: list[torch.Tensor | None], place: int) -> bool:
+    """Tell whether nobody else holds a gradient or its storage, so that it may be added to in place."""
+    held = gradients[place]
+    assert held is not None
+    # The list and the name above hold the tensor, and getrefcount's own argument; the storage is held by the tensor
+    # and by the handle that is asked.
+    storage = held.untyped_storage()
+    alone = sys.getrefcount(held) <= 3 and torch._C._storage_Use_Count(storage._cdata) <= 2
+    return alone and held.is_contiguous()
+
+
+@contextmanager
+def _graph_task() -> Generator[None]:
+    """Let checkpointed blocks see one backward pass: each is computed again once, not for every tensor it saved."""
+    asked = torch._C._current_graph_task_id
+    torch._C._current_graph_task_id = lambda: _GRAPH_TASK
+    try:
+        yield
+    finally:
+        torch._C._current_graph_task_id = asked

@@ -1,0 +1,196 @@
+"""When each storage of a run is allocated and freed, and what it holds: what memory is counted from."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from narrowcast.accounting.counting import VIEWS
+
+__all__ = ["Life", "LifeRecorder", "Lives", "Moment"]
+
+_SCALAR = torch.ops.aten._local_scalar_dense.default
+
+
+@dataclass
+class Life:
+    """One storage.
+
+    Args:
+        bytes: As the device's allocator hands them out.
+        born: The operator that it is there from, by its place in the run.
+        died: The first operator before which it is gone; None if it outlives the run.
+        role: What it holds, if that is known; empty for results of operators.
+    """
+
+    bytes: int
+    born: int
+    died: int | None = None
+    role: str = ""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One operator of the run.
+
+    Args:
+        name: Its ATen name.
+        path: The module that it, or the operator whose gradient it computes, ran in.
+        phase: ``forward``, ``backward`` or ``optimizer``.
+        hidden: Bytes that its kernel allocates for itself and frees before it returns.
+    """
+
+    name: str
+    path: str
+    phase: str
+    hidden: int
+
+
+@dataclass
+class Lives:
+    """A run as storages that come and go.
+
+    Args:
+        storages: Every storage.
+        moments: Every operator that is no view, in order.
+        marks: Names of points in the run, and the operators before which they lie.
+    """
+
+    storages: list[Life] = field(default_factory=list[Life])
+    moments: list[Moment] = field(default_factory=list[Moment])
+    marks: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+
+    def mark(self, name: str) -> None:
+        """Give the present point in the run a name."""
+        self.marks.append((name, len(self.moments)))
+
+
+class LifeRecorder(TorchDispatchMode):
+    """Follows the storages of one device.
+
+    Args:
+        module: The module that runs.
+        device: The type of the device, ``cpu`` or ``cuda``.
+        granularity: Bytes that the allocator rounds up to.
+        hidden: What a kernel allocates for itself, from the operator's name, arguments and result.
+        sizes: Bytes of tensors that are stored in another form than the run sees them in, by the tensors' ids.
+        follow_casts: Whether a copy of a parameter in another dtype is a weight, and the parameter a master weight.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: str,
+        *,
+        granularity: int = 1,
+        hidden: Callable[[str, Sequence[Any], Any], int] = lambda name, args, out: 0,
+        sizes: Mapping[int, int] | None = None,
+        follow_casts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.lives = Lives()
+        self.phase = "forward"
+        self._device = device
+        self._granularity = granularity
+        self._hidden = hidden
+        self._follow_casts = follow_casts
+        self._names = {id(part): name for name, part in reversed(list(module.named_modules(remove_duplicate=False)))}
+        self._paths: list[str] = []
+        self._forward_path: dict[int, str] = {}  # by the autograd sequence number of the operator's node
+        self._open: dict[int, Life] = {}
+        for tensor in (*module.parameters(), *module.buffers()):
+            self.watch([tensor], "weights", size=(sizes or {}).get(id(tensor)))
+        self._parameters = frozenset(map(_storage_of, module.parameters()))
+
+    def where(self) -> str:
+        """Return the innermost module that was running, for an error."""
+        return f"layer {self._paths[-1]!r}" if self._paths and self._paths[-1] else "the model"
+
+    @contextmanager
+    def paths(self) -> Generator[None]:
+        """Follow which module is running."""
+
+        def enter(part: nn.Module, args: Any) -> None:
+            self._paths.append(self._names.get(id(part), ""))
+
+        def leave(part: nn.Module, args: Any, out: Any) -> None:
+            self._paths.pop()
+
+        handles = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def enter_node(self, number: int | None) -> None:
+        """Say that the node of autograd with this sequence number runs next."""
+        self._paths = [self._forward_path.get(number, "")] if number is not None else [""]
+
+    def watch(self, tensors: Iterable[Any], role: str = "", *, size: int | None = None) -> None:
+        """Follow storages of tensors, new ones from now on, and say what they hold.
+
+        Args:
+            tensors: Tensors; what is none is passed over.
+            role: What they hold; a role that was said before stays if this is empty.
+            size: Bytes that each takes; those of its storage unless given.
+        """
+        for tensor in tensors:
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type != self._device:
+                continue
+            key = _storage_of(tensor)
+            life = self._open.get(key)
+            if life is None:
+                storage = tensor.untyped_storage()
+                taken = storage.nbytes() if size is None else size
+                life = Life(-(-taken // self._granularity) * self._granularity, len(self.lives.moments))
+                self.lives.storages.append(life)
+                self._open[key] = life
+                weakref.finalize(storage, self._died, key)
+            life.role = role or life.role
+
+    def _died(self, key: int) -> None:
+        life = self._open.pop(key, None)
+        if life is not None:
+            life.died = len(self.lives.moments)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _SCALAR and self.phase == "optimizer":
+            return 1.0  # a learning rate or a norm: no size depends on it
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
+        if self.phase == "forward":
+            number = torch._C._autograd._get_sequence_nr() - 1
+            self._forward_path.setdefault(number, self._paths[-1] if self._paths else "")
+        if func.is_view or name in VIEWS:
+            return out
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.watch(made)
+        if self._follow_casts and name == "_to_copy" and self.phase == "forward":
+            self._cast(args[0], made[0])
+        self.lives.moments.append(
+            Moment(name, self._paths[-1] if self._paths else "", self.phase, self._hidden(name, args, out))
+        )
+        return out
+
+    def _cast(self, source: torch.Tensor, copy: torch.Tensor) -> None:
+        if _storage_of(source) in self._parameters and copy.dtype != source.dtype:
+            self.watch([source], "master")
+            self.watch([copy], "weights")
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]

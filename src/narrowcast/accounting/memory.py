@@ -1,0 +1,341 @@
+"""Memory: what a model needs for inference or a training step, by what the bytes hold.
+
+The run is traced with shapes in place of numbers, and every storage is followed from its allocation to its end. The most
+bytes alive at one moment are the peak, and its parts add up to it.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from narrowcast.accounting.building import fake_module
+from narrowcast.accounting.lives import Life, Lives
+from narrowcast.accounting.packing import packed_sizes
+from narrowcast.accounting.policies import POLICIES
+from narrowcast.accounting.policies import policy as named_policy
+from narrowcast.accounting.sharding import Sharding, communication, largest_unit
+from narrowcast.accounting.sharding import sharding as named_sharding
+from narrowcast.accounting.step import DTYPES, Setting, inference, placed, training
+from narrowcast.errors import ModelError
+
+__all__ = ["PARTS", "Buildable", "Memory", "memory", "memory_of_module"]
+
+#: What bytes hold, in the order of reports.
+PARTS = ("data", "weights", "master", "gradients", "optimizer", "activations", "temporary")
+
+
+class Memory(BaseModel):
+    """Bytes on one device. The parts from ``data`` to ``workspace`` are those alive at the peak, and add up to it.
+
+    Args:
+        model: As the user gave it.
+        mode: ``infer`` or ``train``.
+        policy: Number formats, by the policy's name.
+        device: ``cpu`` or ``cuda``.
+        optimizer: Its name; empty for inference.
+        devices: Devices that the work is spread over.
+        sharding: How.
+        data: Inputs.
+        weights: Parameters and buffers as products read them: under autocast the copies in half precision, and what was
+            not copied.
+        master: Parameters that are kept in full precision beside the weights.
+        gradients: Of parameters, as they are kept for the optimizer.
+        optimizer_state: States of the optimizer.
+        activations: Results of forward that backward needs.
+        temporary: All other results: gradients of activations, what one operator hands to the next.
+        kv_cache: Keys and values of past tokens, as given.
+        communication: Buckets of gradients, or gathered weights.
+        workspace: What libraries allocate for themselves.
+        peak: The sum; for training, that of a step that finds the optimizer's states already there.
+        first_peak: The peak of the very first step, which makes them; equals ``peak`` for inference.
+        when: The operator at the peak, with its phase and module.
+        most: The most bytes of each part at any moment, which need not be the peak.
+        moments: Bytes alive at named points of the run, ``workspace`` included.
+        timeline: Bytes alive after each operator of the step, and its phase.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    mode: Literal["infer", "train"]
+    policy: str
+    device: str
+    optimizer: str
+    devices: int
+    sharding: str
+    data: int
+    weights: int
+    master: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    temporary: int
+    kv_cache: int
+    communication: int
+    workspace: int
+    peak: int
+    first_peak: int
+    when: str
+    most: dict[str, int]
+    moments: dict[str, int]
+    timeline: tuple[tuple[int, str], ...] = Field(repr=False)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes of each part at the peak."""
+        names = (*PARTS, "kv_cache", "communication", "workspace")
+        fields = {"optimizer": "optimizer_state"}
+        return {name: getattr(self, fields.get(name, name)) for name in names}
+
+
+class Buildable(Protocol):
+    """A model that can be built, and example inputs, as :class:`narrowcast.accounting.sources.Source` is."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def build(self) -> Callable[[], nn.Module]: ...
+
+    @property
+    def examples(self) -> Callable[[], tuple[Any, ...]]: ...
+
+    @property
+    def named(self) -> Callable[[], dict[str, Any]]: ...
+
+
+def memory(
+    source: Buildable,
+    *,
+    policy: str = "fp32",
+    mode: Literal["infer", "train"] = "infer",
+    optimizer: str = "adamw",
+    accumulate: int = 1,
+    checkpoint: bool | str = False,
+    devices: int = 1,
+    sharding: str = "replicated",
+    device: Literal["cpu", "cuda"] = "cpu",
+    capability: tuple[int, int] = (8, 0),
+    kv_cache: int = 0,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+) -> Memory:
+    """Return the memory that a model needs on each device.
+
+    Args:
+        source: The model and its inputs.
+        policy: Number formats, see :mod:`narrowcast.accounting.policies`.
+        mode: ``infer`` for one run without gradients, ``train`` for a training step.
+        optimizer: One of :data:`narrowcast.accounting.optimizers.OPTIMIZERS`.
+        accumulate: Backward passes for each step of the optimizer, of the source's batch each.
+        checkpoint: Whether repeated blocks are computed again in backward; or a pattern of module names.
+        devices: Devices that the work is spread over; the source's batch is that of one.
+        sharding: One of :data:`narrowcast.accounting.sharding.SHARDINGS`.
+        device: Whose kernels and allocator are followed.
+        capability: CUDA's compute capability.
+        kv_cache: Bytes of keys and values of past tokens that are held beside.
+        loss: What backward starts from; the model's own loss or the sum of its outputs unless given.
+
+    Raises:
+        ModelError: The inputs do not fit, the run depends on numbers, or a name or number cannot be used.
+        FormatError: There is no such policy.
+    """
+    setting = _setting(policy, mode, device, capability, optimizer, accumulate, checkpoint)
+    spread = _spread(devices, sharding)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(setting.dtype)
+    try:
+        module, fake = fake_module(source.build)
+    finally:
+        torch.set_default_dtype(before)
+    run = _run(module, fake, source.examples(), source.named(), setting, mode, loss)
+    return _counted(run, source.name, setting, mode, spread, kv_cache)
+
+
+def memory_of_module(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    name: str = "",
+    mode: Literal["infer", "train"] = "infer",
+    policy: str = "fp32",
+    optimizer: str = "adamw",
+    accumulate: int = 1,
+    checkpoint: bool | str = False,
+    devices: int = 1,
+    sharding: str = "replicated",
+    device: Literal["cpu", "cuda"] = "cpu",
+    capability: tuple[int, int] = (8, 0),
+    kv_cache: int = 0,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+) -> Memory:
+    """Return the memory of a module that is there already, which is left as it is; see :func:`memory`.
+
+    Its tensors keep the dtypes that they have, so that it must have been built in the policy's.
+
+    Args:
+        module: Real or with shapes in place of numbers.
+        args: Example inputs; only shapes and dtypes matter.
+        kwargs: Likewise, by name.
+        name: What the result calls it.
+        mode: As for :func:`memory`, like everything below.
+        policy: Number formats.
+        optimizer: The optimizer.
+        accumulate: Backward passes for each step.
+        checkpoint: What is computed again in backward.
+        devices: Devices.
+        sharding: How the work is spread over them.
+        device: Whose kernels and allocator are followed.
+        capability: CUDA's compute capability.
+        kv_cache: Bytes held beside.
+        loss: What backward starts from.
+
+    Raises:
+        ModelError: As for :func:`memory`.
+        FormatError: There is no such policy.
+    """
+    setting = _setting(policy, mode, device, capability, optimizer, accumulate, checkpoint)
+    spread = _spread(devices, sharding)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    run = _run(module, fake, args, kwargs or {}, setting, mode, loss)
+    return _counted(run, name or type(module).__name__, setting, mode, spread, kv_cache)
+
+
+def _setting(
+    name: str,
+    mode: str,
+    device: str,
+    capability: tuple[int, int],
+    optimizer: str,
+    accumulate: int,
+    checkpoint: bool | str,
+) -> Setting:
+    chosen = named_policy(name)
+    if mode not in ("infer", "train"):
+        raise ModelError(f"mode {mode!r}", allowed="infer, train")
+    if device not in ("cpu", "cuda"):
+        raise ModelError(f"memory on {device!r} cannot be followed", allowed="cpu, cuda")
+    if accumulate < 1:
+        raise ModelError(f"accumulate = {accumulate}", allowed="1 or more backward passes for each step")
+    if mode == "train" and not chosen.trains:
+        allowed = ", ".join(entry.name for entry in POLICIES.values() if entry.trains)
+        raise ModelError(f"nobody trains in {chosen.name}, a format for weights alone", allowed=allowed)
+    return Setting(chosen, device, capability, optimizer, accumulate, checkpoint)
+
+
+class _Spread(NamedTuple):
+    """How work is spread over devices."""
+
+    devices: int
+    how: Sharding
+
+
+def _spread(devices: int, name: str) -> _Spread:
+    how = named_sharding(name)
+    if devices < 1:
+        raise ModelError(f"devices = {devices}", allowed="1 or more")
+    return _Spread(devices, how)
+
+
+class _Followed(NamedTuple):
+    """A run, and what closed forms need of its module."""
+
+    lives: Lives
+    gradients: int
+    unit: int
+
+
+def _run(
+    module: nn.Module,
+    fake: FakeTensorMode,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    setting: Setting,
+    mode: str,
+    loss: Callable[[Any], torch.Tensor] | None,
+) -> _Followed:
+    module = placed(module, fake, setting)
+    if mode == "train":
+        lives = training(module, fake, args, kwargs, setting, loss)
+    else:
+        lives = inference(module, fake, args, kwargs, setting, packed_sizes(module, setting.policy))
+    trained = [tensor for tensor in module.parameters() if tensor.requires_grad]
+    gradients = sum(tensor.numel() * tensor.element_size() for tensor in trained) if mode == "train" else 0
+    return _Followed(
+        lives, gradients, largest_unit(module, DTYPES.get(setting.policy.compute, torch.bfloat16).itemsize)
+    )
+
+
+def _counted(
+    run: _Followed, name: str, setting: Setting, mode: Literal["infer", "train"], spread: _Spread, kv_cache: int
+) -> Memory:
+    lives = run.lives
+    table = _table(lives)
+    divided = spread.how.divided | (
+        {"master"} if setting.policy.master and "optimizer" in spread.how.divided else set()
+    )
+    for row, part in enumerate(PARTS):
+        if part in divided:
+            table[row] = -(-table[row] // spread.devices)
+    hidden = np.array([moment.hidden for moment in lives.moments] or [0], dtype=np.int64)
+    kept = setting.backend.kept * (2 if mode == "train" else 1)  # backward runs in a thread of its own
+    beside = communication(spread.how, spread.devices, run.gradients, run.unit)
+    live = table.sum(axis=0) + kept + beside + kv_cache
+    total = live + hidden
+    marks = dict(lives.marks)
+    start = marks.get("first step", 0)  # the second step is what all later ones are
+    peak = start + int(total[start:].argmax())
+    moment = lives.moments[peak]
+    at_peak = dict(zip(PARTS, map(int, table[:, peak]), strict=True))
+    return Memory(
+        model=name,
+        mode=mode,
+        policy=setting.policy.name,
+        device=setting.device,
+        optimizer=setting.optimizer if mode == "train" else "",
+        devices=spread.devices,
+        sharding=spread.how.name,
+        optimizer_state=at_peak.pop("optimizer"),
+        **at_peak,
+        kv_cache=kv_cache,
+        communication=beside,
+        workspace=kept + int(hidden[peak]),
+        peak=int(total[peak]),
+        first_peak=int(total[: start or None].max()),
+        when=f"{moment.name} ({moment.phase}{', ' + moment.path if moment.path else ''})",
+        most=dict(zip(PARTS, map(int, table[:, start:].max(axis=1)), strict=True)),
+        moments={key: int(live[max(place - 1, 0)]) for key, place in lives.marks},
+        timeline=tuple(
+            (int(size), moment.phase) for size, moment in zip(live[start:], lives.moments[start:], strict=True)
+        ),
+    )
+
+
+def _table(lives: Lives) -> np.ndarray:
+    """Return the bytes alive by part and operator, int64 ``[parts, operators]``."""
+    count = max(len(lives.moments), 1)
+    table = np.zeros((len(PARTS), count + 1), dtype=np.int64)
+    backward = [place for place, moment in enumerate(lives.moments) if moment.phase == "backward"]
+    for life in lives.storages:
+        row = PARTS.index(life.role or _part(life, lives, backward))
+        table[row, min(life.born, count)] += life.bytes
+        if life.died is not None:
+            table[row, min(life.died, count)] -= life.bytes
+    return table.cumsum(axis=1)[:, :count]
+
+
+def _part(life: Life, lives: Lives, backward: list[int]) -> str:
+    """Return what a result is: kept for backward if forward made it and the first operator of backward finds it."""
+    if life.born >= len(lives.moments) or lives.moments[life.born].phase != "forward":
+        return "temporary"
+    after = bisect.bisect(backward, life.born)
+    kept = after < len(backward) and (life.died is None or life.died > backward[after])
+    return "activations" if kept else "temporary"
