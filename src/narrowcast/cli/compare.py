@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from narrowcast.cli.console import Debug, Json, console, print_json, progress
+from narrowcast.cli.files import check_file, write_file
 from narrowcast.cli.numbers import json_number, plain
 from narrowcast.cli.options import Seed
-from narrowcast.errors import OutputError
 
 if TYPE_CHECKING:
     from narrowcast.measure.comparison import Comparison, FormatTotals, InFormat, TensorErrors
@@ -76,7 +74,7 @@ def compare(
     if sort is not None:
         sort = treatments([sort], range)[0].name
     if out is not None:
-        _check_file(out, force)
+        check_file(out, force)
     with progress(quiet=json) as shown:
         shown.stage("opening")
         weights = open_weights(source, seed=seed)
@@ -85,48 +83,13 @@ def compare(
             from narrowcast.report.weights import render_weights
 
             shown.stage("writing the report", 1.0)
-            _write(out, render_weights(found))
+            write_file(out, render_weights(found))
     if json:
         print_json(_record(found) | {"report": None if out is None else str(out)})
         return
     _print(found, top)
     if out is not None:
         console().print(f"report: {out}", markup=False, soft_wrap=True)
-
-
-# The report's file ----------------------------------------------------------------------------------------------------
-
-
-def _check_file(file: Path, force: bool) -> None:
-    if file.is_dir():
-        raise OutputError(f"output {file} is a folder", allowed="a file", next_step="name a file in it")
-    if file.exists() and not force:
-        raise OutputError(
-            f"output {file} already exists", allowed="a new file", next_step="name another, or replace it with --force"
-        )
-    if not os.access(file.absolute().parent, os.W_OK):
-        raise OutputError(
-            f"output {file} cannot be written: no such folder, or no permission", next_step="name another"
-        )
-
-
-def _write(file: Path, page: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial: Path | None = None
-    try:
-        with NamedTemporaryFile(
-            "w", encoding="utf-8", dir=file.absolute().parent, prefix=f".{file.name}.", delete=False
-        ) as opened:
-            partial = Path(opened.name)
-            opened.write(page)
-        partial.chmod(0o644)
-        partial.replace(file)
-        partial = None
-    except OSError as error:
-        raise OutputError(f"output {file} cannot be written: {error.strerror}", next_step="name another") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
 
 
 # The terminal ---------------------------------------------------------------------------------------------------------

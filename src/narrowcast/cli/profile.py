@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
-from rich.tree import Tree
 
-from narrowcast.accounting.profile import Part, Profile
 from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
+from narrowcast.cli.files import check_file, write_file
+from narrowcast.errors import UserError
+
+if TYPE_CHECKING:
+    from narrowcast.accounting.devices import Device
+    from narrowcast.accounting.policies import Policy
+    from narrowcast.accounting.sources import Source
+    from narrowcast.report.profile_costs import Costs
 
 __all__ = ["profile"]
+
+_MODELS = "timm:NAME, torchvision:NAME, py:MODULE:FUNCTION, bundled:NAME, hf:DIR or a path to an .onnx file."
+_COUNTED = "What is counted"
+_FORMATS = "Formats and device"
+_TRAINING = "Training"
+_SHOWN = "What is shown"
+
+#: What cuBLAS's workspace depends on: the compute capability of an architecture's largest GPUs.
+_CAPABILITIES = {
+    "Kepler": (3, 5),
+    "Maxwell": (5, 2),
+    "Pascal": (6, 0),
+    "Volta": (7, 0),
+    "Turing": (7, 5),
+    "Ampere": (8, 0),
+    "Ada Lovelace": (8, 9),
+    "Hopper": (9, 0),
+    "Blackwell": (10, 0),
+    "Blackwell (RTX)": (12, 0),
+}
 
 
 class Mode(StrEnum):
@@ -23,101 +49,197 @@ class Mode(StrEnum):
     TRAIN = "train"
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of each model."""
+
+    inputs: list[str]
+    tokens: int | None
+    batch: int
+    train: bool
+    policy: Policy
+    device: Device | None
+    training: dict[str, Any]
+
+
 def profile(
-    model: Annotated[
-        str, typer.Argument(help="timm:NAME, torchvision:NAME, py:MODULE:FUNCTION, bundled:NAME or hf:DIR.")
-    ],
+    model: Annotated[str, typer.Argument(help=_MODELS, metavar="MODEL", show_default=False)],
     inputs: Annotated[
         list[str] | None,
-        typer.Option("--input", help="Shape of an input: [NAME=]1x3x224x224[:DTYPE]. May be given several times."),
+        typer.Option(
+            "--input",
+            help="Shape of an input: [NAME=]1x3x224x224[:DTYPE]. May be given several times.",
+            metavar="SHAPE",
+            rich_help_panel=_COUNTED,
+        ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a language model (128 unless given).")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples, where no shape is given.")] = 1,
-    mode: Annotated[Mode, typer.Option(help="One inference, or forward and backward.")] = Mode.INFER,
-    depth: Annotated[int, typer.Option(min=0, help="Levels of modules to show.")] = 2,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a language model (128 unless given).", rich_help_panel=_COUNTED)
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples, where no shape is given.", rich_help_panel=_COUNTED)] = 1,
+    mode: Annotated[
+        Mode, typer.Option(help="One inference, or a training step.", rich_help_panel=_COUNTED)
+    ] = Mode.INFER,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Another model, shown side by side.", metavar="MODEL", rich_help_panel=_COUNTED),
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32, fp16, bf16, fp16-mixed, bf16-mixed, fp8-mixed, int8, int4 or nf4.",
+            metavar="NAME",
+            rich_help_panel=_FORMATS,
+        ),
+    ] = "fp32",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Estimate the time on a device of the catalogue (`narrowcast devices`).",
+            metavar="NAME",
+            rich_help_panel=_FORMATS,
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="sgd, momentum, adam, adamw (unless given), adam8bit or adafactor.",
+            metavar="NAME",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(min=1, help="Backward passes for each step of the optimizer.", rich_help_panel=_TRAINING),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Modules that are computed again in backward: `blocks` (all that repeat), or a pattern of names.",
+            metavar="PATTERN",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Devices that training is spread over.", rich_help_panel=_TRAINING)
+    ] = None,
+    sharding: Annotated[
+        str | None,
+        typer.Option(
+            help="What is divided among them: nothing (replicated), or by zero1, zero2 or zero3.",
+            metavar="NAME",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    depth: Annotated[int, typer.Option(min=0, help="Levels of modules to show.", rich_help_panel=_SHOWN)] = 3,
+    operators: Annotated[
+        bool, typer.Option("--operators", help="Show the most expensive operators.", rich_help_panel=_SHOWN)
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="Operators to show.", rich_help_panel=_SHOWN)] = 20,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write the report with all plots to this file.", metavar="FILE", rich_help_panel=_SHOWN),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a report that is there.", rich_help_panel=_SHOWN)
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Count parameters, MACs, bytes and peak memory of a model, without weights and without running it."""
-    from narrowcast.accounting.profile import profile as count
-    from narrowcast.accounting.sources import source
+    """Count what a model costs without weights and without running it: parameters, MACs, bytes, memory, and time.
 
-    asked = source(model, inputs=inputs or [], tokens=tokens, batch=batch)
-    with errors_console().status("tracing", spinner="dots"):
-        found = count(asked, train=mode is Mode.TRAIN)
-    if json:
-        print_json(found.model_dump_json(indent=1))
-        return
-    console().print(_summary(found))
-    console().print(_tree(found, depth))
-    if found.uncounted:
-        missed = ", ".join(f"{name} ({count})" for name, count in found.uncounted.items())
-        console().print(Text(f"Not counted, for want of a rule: {missed}", style="yellow"))
+    For example: narrowcast profile timm:resnet50 --device h100-sxm --precision bf16 --html resnet50.html
+    """
+    from narrowcast.accounting.devices import device as find_device
+    from narrowcast.accounting.policies import policy
 
-
-def _summary(found: Profile) -> Table:
-    table = Table(
-        title=f"{found.model} · {' '.join('x'.join(map(str, shape)) for shape in found.inputs)} · {found.mode}"
+    if html is not None:
+        check_file(html, force)
+    training: dict[str, Any] = {
+        "optimizer": optimizer,
+        "accumulate": accumulate,
+        "checkpoint": True if checkpoint == "blocks" else checkpoint,
+        "devices": devices,
+        "sharding": sharding,
+    }
+    if mode is Mode.INFER:
+        _check_no_training(training)
+    asked = _Asked(
+        inputs=inputs or [],
+        tokens=tokens,
+        batch=batch,
+        train=mode is Mode.TRAIN,
+        policy=policy(precision),
+        device=None if device is None else find_device(device),
+        training={name: value for name, value in training.items() if value is not None},
     )
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    table.add_column("exactly", justify="right", style="dim")
-    parameters = found.parameters
-    rows = [
-        ("parameters", parameters.total),
-        ("  of them trainable", parameters.trainable),
-        *([("  met by one token", parameters.active)] if parameters.active != parameters.total else []),
-        ("MACs", found.macs),
-        ("FLOPs (2 x MACs)", found.flops),
-        ("bias additions", found.bias_adds),
-        ("other operations", found.other_flops),
-    ]
-    for name, value in rows:
-        table.add_row(name, _short(value), f"{value:,}")
-    for name, value in (
-        ("weights and buffers", found.static_bytes),
-        ("bytes that operators move", found.bytes_moved),
-        ("peak memory, without workspaces", found.peak_bytes),
-    ):
-        table.add_row(name, _bytes(value), f"{value:,} B")
-    if parameters.tied:
-        table.add_row("tied tensors, counted once", str(len(parameters.tied)), "")
-    return table
+    with errors_console().status("tracing", spinner="dots"):
+        found = [_costs(name, asked) for name in (model, *([compare] if compare else []))]
+        if html is not None:
+            from narrowcast.report.profile import render_profile
+
+            write_file(html, render_profile(found))
+    if json:
+        print_json(_record(found) | {"report": None if html is None else str(html)})
+        return
+    _print(found, depth, top if operators else 0)
+    if html is not None:
+        console().print(f"report: {html}", markup=False, soft_wrap=True)
 
 
-def _tree(found: Profile, depth: int) -> Tree:
-    whole = found.parts[0]
-    root = Tree(_line(whole, found))
-    branches = {"": root}
-    for part in found.parts[1:]:
-        level = part.path.count(".") + 1
-        if level > depth or not (part.macs or part.parameters):
-            continue
-        parent = branches.get(part.path.rpartition(".")[0])
-        if parent is not None:
-            branches[part.path] = parent.add(_line(part, found))
-    return root
+def _check_no_training(given: dict[str, Any]) -> None:
+    """Make sure that nobody asks for what inference does not have.
+
+    Raises:
+        UserError: Somebody does.
+    """
+    meant = [f"--{name}" for name, value in given.items() if value is not None]
+    if meant:
+        raise UserError(f"{', '.join(meant)}: an inference has none of it", next_step="count training: --mode train")
 
 
-def _line(part: Part, found: Profile) -> Text:
-    name = part.path.rpartition(".")[2] or found.model
-    share = part.macs / found.macs if found.macs else 0.0
-    text = Text(name, style="bold")
-    text.append(f" {part.kind}", style="cyan")
-    text.append(f"  {_short(part.macs)} MACs ({share:.0%})", style="")
-    text.append(f"  {_short(part.parameters)} parameters  {part.intensity:.3g} FLOP/B", style="dim")
-    return text
+def _costs(model: str, asked: _Asked) -> Costs:
+    from narrowcast.accounting.profile import profile as count
+    from narrowcast.accounting.roofline import estimate
+    from narrowcast.accounting.sources import Source, source
+    from narrowcast.report.profile_costs import Costs
+
+    origin = source(model, inputs=asked.inputs, tokens=asked.tokens, batch=asked.batch)
+    found = count(origin, train=asked.train)
+    times = None if asked.device is None else estimate(found.operators, asked.device, asked.policy)
+    held = _memory(origin, asked) if isinstance(origin, Source) else None
+    return Costs(found, asked.policy, asked.device, times, held)
 
 
-def _short(value: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.4g} {unit}"
-    return f"{value:g}"
+def _memory(origin: Source, asked: _Asked) -> Any:
+    from narrowcast.accounting.memory import memory
+
+    device = asked.device
+    return memory(
+        origin,
+        policy=asked.policy.name,
+        mode="train" if asked.train else "infer",
+        device="cuda" if device is not None and device.kind == "gpu" else "cpu",
+        capability=_CAPABILITIES.get(device.architecture, (8, 0)) if device is not None else (8, 0),
+        **asked.training,
+    )
 
 
-def _bytes(value: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
-            return f"{value / size:.4g} {unit}"
-    return f"{value:g} B"
+def _record(found: list[Costs]) -> dict[str, Any]:
+    """Return one model's costs, or two models' with their differences."""
+    from narrowcast.report.profile_costs import differences
+
+    if len(found) == 1:
+        return found[0].as_json()
+    first, second = found
+    return {"models": [first.as_json(), second.as_json()], "differences": differences(first, second)}
+
+
+def _print(found: list[Costs], depth: int, operators: int) -> None:
+    from narrowcast.report.profile_terminal import render_comparison_terminal, render_profile_terminal
+
+    screen = console()
+    if len(found) == 2:
+        render_comparison_terminal(found[0], found[1], screen)
+        return
+    render_profile_terminal(found[0], screen, depth=depth, operators=operators)

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from narrowcast.accounting.devices import Device
 from narrowcast.accounting.kinds import Kind
@@ -19,8 +19,32 @@ from narrowcast.formats.table import get
 from narrowcast.report import text
 from narrowcast.report.profile_tree import Node, fold
 
-__all__ = ["Costs", "Difference", "Group", "Row", "compared", "groups", "moved_bytes", "rows", "title"]
+if TYPE_CHECKING:
+    from narrowcast.accounting.memory import Memory  # needs torch, which graphs are counted without
 
+__all__ = [
+    "Costs",
+    "Difference",
+    "Group",
+    "Row",
+    "compared",
+    "differences",
+    "groups",
+    "moved_bytes",
+    "part_name",
+    "rows",
+    "title",
+]
+
+_PART_NAMES = {
+    "data": "inputs",
+    "weights": "weights and buffers",
+    "master": "master weights",
+    "optimizer": "optimizer state",
+    "activations": "activations for backward",
+    "temporary": "temporary results",
+    "kv_cache": "keys and values of past tokens",
+}
 _FLOATING = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
 _HEAVY = frozenset({Kind.CONVOLUTION, Kind.DEPTHWISE, Kind.PRODUCT, Kind.RECURRENT})
 
@@ -34,12 +58,14 @@ class Costs:
         policy: The number formats.
         device: Where it is meant to run.
         estimate: How long it takes there; None without a device.
+        memory: The memory that it needs; None where it cannot be followed.
     """
 
     profile: Profile
     policy: Policy
     device: Device | None = None
     estimate: Estimate | None = None
+    memory: Memory | None = None
     tree: Node = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -54,6 +80,7 @@ class Costs:
             "precision": self.policy.name,
             "device": None if self.device is None else self.device.name,
             "estimate": None if self.estimate is None else self.estimate.model_dump(mode="json"),
+            "memory": None if self.memory is None else self.memory.model_dump(mode="json", exclude={"timeline"}),
         }
 
 
@@ -89,6 +116,7 @@ def rows(costs: Costs) -> list[Row]:
     made += [
         Row("MACs", found.macs, hint="multiplications that are each added to a sum"),
         Row("FLOPs", found.flops, hint="2 × MACs, and nothing else"),
+        *_attention(found),
         Row("multiplications", found.macs, hint="in products, convolutions and attention"),
         Row("additions, biases apart", found.additions - found.bias_adds, hint="one less than the terms of each sum"),
         Row("bias additions", found.bias_adds),
@@ -103,9 +131,31 @@ def rows(costs: Costs) -> list[Row]:
         ),
         Row("arithmetic intensity", costs.tree.intensity, "FLOP/B", "all operations for each byte moved"),
     ]
+    if costs.memory is None:
+        made.append(Row("peak memory", found.peak_bytes, "bytes", "without what kernels allocate for themselves"))
+    else:
+        made.append(Row("peak memory", costs.memory.peak, "bytes", f"in {costs.policy.name}, at {costs.memory.when}"))
     if costs.estimate is not None:
         made.append(Row("time", costs.estimate.seconds, "s", f"on {costs.estimate.device}, estimated"))
     return made
+
+
+def _attention(found: Profile) -> list[Row]:
+    """Return the share of attention under both conventions; of a training step, that of its forward pass."""
+    cost = found.attention
+    if not cost.calls:
+        return []
+    made = [Row("attention", cost.macs, "", "MACs of one forward pass, all pairs of tokens")]
+    if cost.masked:
+        made.append(Row("attention, causal", cost.causal_macs, "", "without the pairs that masks hide"))
+        if found.mode == "infer":
+            made.append(Row("MACs, causal", found.macs - cost.hidden_macs, "", "without the pairs that masks hide"))
+    return made
+
+
+def part_name(name: str) -> str:
+    """Return what memory holds, as people say it."""
+    return _PART_NAMES.get(name, name)
 
 
 def title(costs: Costs) -> str:
@@ -133,14 +183,29 @@ def compared(first: Costs, second: Costs) -> list[Difference]:
     return [_difference(label, left.get(label), right.get(label)) for label in {**left, **right}]
 
 
+def differences(first: Costs, second: Costs) -> dict[str, dict[str, float | None]]:
+    """Return the numbers that both models have, by name: both values, the second less the first, and over the first."""
+    left, right = ({row.label: row.value for row in rows(costs)} for costs in (first, second))
+    return {
+        label: {
+            "first": value,
+            "second": right[label],
+            "difference": right[label] - value,
+            "ratio": right[label] / value if value else None,
+        }
+        for label, value in left.items()
+        if label in right
+    }
+
+
 def _difference(label: str, first: Row | None, second: Row | None) -> Difference:
-    shown = [text.MISSING if row is None else row.short for row in (first, second)]
     if first is None or second is None:
-        return Difference(label, *shown, text.MISSING, text.MISSING)
+        left, right = (text.MISSING if row is None else row.short for row in (first, second))
+        return Difference(label, left, right, text.MISSING, text.MISSING)
     change = Row(label, second.value - first.value, second.unit)
     sign = "+" if change.value > 0 else ""
     ratio = text.ratio(second.value / first.value) if first.value else text.MISSING
-    return Difference(label, *shown, f"{sign}{change.short}".replace("-", "−"), ratio)
+    return Difference(label, first.short, second.short, f"{sign}{change.short}".replace("-", "−"), ratio)
 
 
 # Operators ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from narrowcast.accounting.kinds import Kind
 from narrowcast.report import text
 from narrowcast.report.picture import Axis, svg
 
-__all__ = ["COLOURS", "PHASES", "Dot", "Roof", "Roofs", "roofline", "timeline"]
+__all__ = ["COLOURS", "PHASES", "Dot", "Roof", "Roofs", "phase_colours", "roofline", "timeline"]
 
 #: The style sheet's colour for each sort of operator; sorts that seldom meet share one.
 COLOURS: Mapping[Kind, str] = {
@@ -33,8 +33,9 @@ COLOURS: Mapping[Kind, str] = {
 PHASES: Mapping[str, str] = {"forward": "blue", "backward": "orange", "optimizer": "purple"}
 _OTHER_PHASES = ("green", "vermillion", "yellow")
 
-_LARGEST = 20.0  # pixels: the radius of a dot that takes all the time
+_LARGEST = 17.0  # pixels: the radius of the dot that takes the most time
 _SMALLEST = 2.6
+_MATTERS = 1e-3  # share of the time from which on an operator moves the axes
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,22 @@ def roofline(dots: Sequence[Dot], roofs: Roofs, *, name: str, width: int = 860, 
     shown = [dot for dot in dots if dot.intensity > 0 and dot.rate > 0]
     top = max(roof.rate for roof in roofs.compute)
     ridges = [roof.rate / roofs.bandwidth for roof in roofs.compute]
-    low = min([*(dot.intensity for dot in shown), *ridges]) / 2.5
-    high = max([*(dot.intensity for dot in shown), *ridges]) * 4
-    slowest = min([*(dot.rate for dot in shown), low * roofs.bandwidth, *(roof.rate / 30 for roof in roofs.compute)])
+    heavy = [dot for dot in shown if dot.share >= _MATTERS]  # what takes no time may lie on the edge
+    low = min([*(dot.intensity for dot in heavy), *ridges]) / 2.5
+    high = max([*(dot.intensity for dot in heavy), *ridges]) * 4
+    slowest = min([*(dot.rate for dot in heavy), low * roofs.bandwidth, *(roof.rate / 30 for roof in roofs.compute)])
     across = Axis(low, high, 78.0, width - 18.0, log=True)
     up = Axis(slowest / 2, top * 2.2, height - 54.0, 34.0, log=True)
     parts = [f'<text x="8" y="18">{escape("FLOP per second (log scale)")}</text>']
     parts += _grid(across, up, wide=width > 600)
-    parts += _roofs(roofs, across, up)
+    lines, labels = _roofs(roofs, across, up)
+    parts += lines
+    longest = max((dot.share for dot in shown), default=1.0)
     for dot in sorted(shown, key=lambda dot: -dot.share):
-        radius = max(_SMALLEST, _LARGEST * math.sqrt(min(dot.share, 1.0)))
+        radius = max(_SMALLEST, _LARGEST * math.sqrt(dot.share / longest))
         place = f'cx="{across.place(dot.intensity):.1f}" cy="{up.place(dot.rate):.1f}" r="{radius:.1f}"'
         parts.append(f'<circle {place} class="f-{COLOURS[dot.kind]} dot"><title>{escape(dot.words)}</title></circle>')
+    parts += labels
     axis = "Arithmetic intensity: FLOP for each byte moved (log scale)"
     parts.append(f'<text x="{(across.start + across.stop) / 2:.0f}" y="{height - 8}" class="m">{axis}</text>')
     return svg(width, height, parts, _describe(shown, roofs), name)
@@ -140,25 +145,34 @@ def _tick(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _roofs(roofs: Roofs, across: Axis, up: Axis) -> Iterator[str]:
+def _roofs(roofs: Roofs, across: Axis, up: Axis) -> tuple[list[str], list[str]]:
+    """Return the roofs, and their labels, which stand above all dots."""
     bandwidth = roofs.bandwidth
+    lines: list[str] = []
+    labels: list[str] = []
     taken: list[float] = []
     for roof in sorted(roofs.compute, key=lambda roof: (not roof.main, -roof.rate)):
         y, ridge = up.place(roof.rate), across.place(roof.rate / bandwidth)
-        yield f'<path class="{"roof" if roof.main else "lower-roof"}" d="M{ridge:.1f} {y:.1f}H{across.stop:.1f}"/>'
+        lines.append(
+            f'<path class="{"roof" if roof.main else "lower-roof"}" d="M{ridge:.1f} {y:.1f}H{across.stop:.1f}"/>'
+        )
         if all(abs(y - other) > 15 for other in taken):  # a label on a label could not be read
             taken.append(y)
-            label = escape(f"{roof.name} {text.flop_rate(roof.rate)}")
-            yield f'<text x="{across.stop - 4:.1f}" y="{y - 6:.1f}" class="e{" b" if roof.main else ""}">{label}</text>'
+            words = escape(f"{roof.name} {text.flop_rate(roof.rate)}")
+            weight = " b" if roof.main else ""
+            labels.append(f'<text x="{across.stop - 4:.1f}" y="{y - 6:.1f}" class="e{weight}">{words}</text>')
     # The slope goes from the left or the lower edge up to the ridge of the highest roof.
     start = max(across.low, up.low / bandwidth)
     end = max(roof.rate for roof in roofs.compute) / bandwidth
     x1, y1, x2, y2 = across.place(start), up.place(start * bandwidth), across.place(end), up.place(end * bandwidth)
-    yield f'<path class="roof" d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}"/>'
-    x, y = x1 + 0.42 * (x2 - x1), y1 + 0.42 * (y2 - y1) - 8
+    lines.append(f'<path class="roof" d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}"/>')
+    x, y = x1 + 0.5 * (x2 - x1), y1 + 0.5 * (y2 - y1) - 10
     turn = math.degrees(math.atan2(y2 - y1, x2 - x1))
-    label = escape(f"memory {text.byte_rate(bandwidth)}")
-    yield f'<text x="{x:.1f}" y="{y:.1f}" class="m b" transform="rotate({turn:.1f} {x:.1f} {y:.1f})">{label}</text>'
+    words = escape(f"memory {text.byte_rate(bandwidth)}")
+    labels.append(
+        f'<text x="{x:.1f}" y="{y:.1f}" class="m b" transform="rotate({turn:.1f} {x:.1f} {y:.1f})">{words}</text>'
+    )
+    return lines, labels
 
 
 # Memory over time -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -11,8 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from narrowcast.report import text
-from narrowcast.report.profile_costs import Costs, Group, compared, groups, rows, title
+from narrowcast.report.profile_costs import Costs, Group, compared, groups, part_name, rows, title
 from narrowcast.report.profile_tree import Node
+
+if TYPE_CHECKING:
+    from narrowcast.accounting.memory import Memory
 
 __all__ = ["notes", "render_comparison_terminal", "render_profile_terminal"]
 
@@ -43,6 +46,8 @@ def render_profile_terminal(costs: Costs, console: Console, *, depth: int = 3, o
     wide = console.width >= _NARROW
     console.print(say(title(costs), _HEAD))
     console.print(_numbers(costs, say, wide))
+    if costs.memory is not None:
+        console.print(_memory(costs.memory, say, wide))
     console.print(_tree(costs, depth, say, console.width))
     if operators:
         console.print(_operators(groups(costs)[:operators], costs, say, console.width))
@@ -114,42 +119,51 @@ def _numbers(costs: Costs, say: Say, wide: bool) -> Table:
     return table
 
 
+def _memory(found: Memory, say: Say, wide: bool) -> Table:
+    """Return what the memory holds at its peak."""
+    table = _table()
+    spread = f", on each of {found.devices} devices ({found.sharding})" if found.devices > 1 else ""
+    table.add_column(say(f"memory at the peak{spread}"), no_wrap=True)
+    for heading in ("bytes", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("", no_wrap=True, min_width=_BAR)
+    for name, size in found.parts.items():
+        if size:
+            share = size / found.peak
+            bar = [say("█" * round(_BAR * share), "blue")] if wide else []
+            table.add_row(say(part_name(name)), say(text.quantity(size, "bytes")), say(text.portion(share)), *bar)
+    return table
+
+
 # The tree -------------------------------------------------------------------------------------------------------------
 
 
 def _tree(costs: Costs, depth: int, say: Say, width: int) -> Table:
-    root = costs.tree
-    measure, whole = (_seconds, root.seconds or 0.0) if costs.estimate is not None else (_macs, float(root.macs))
+    root, timed, wide = costs.tree, costs.estimate is not None, width >= _NARROW
+    measure, whole = (_seconds, _seconds(root)) if timed else (_macs, _macs(root))
+    columns: dict[str, Callable[[Node], str]] = {
+        "parameters": lambda node: text.count(node.parameters) if node.parameters else "",
+        "MACs": lambda node: text.count(node.macs) if node.macs else "",
+        "moved": lambda node: text.quantity(node.bytes_moved, "bytes") if node.bytes_moved else "",
+        **({"FLOP/B": lambda node: text.number(node.intensity, 2) if node.bytes_moved else ""} if wide else {}),
+        **({"time": lambda node: text.quantity(node.seconds, "s") if node.seconds else ""} if timed else {}),
+        ("of time" if timed else "of MACs"): lambda node: text.portion(measure(node) / whole) if measure(node) else "",
+    }
     lines = list(_lines(root, "", "", depth))
     table = _table()
-    table.add_column("module", no_wrap=True, overflow="ellipsis", min_width=16)
-    headings = ["parameters", "MACs", "moved", "FLOP/B"]
-    if costs.estimate is not None:
-        headings.append("time")
-    if width < _NARROW:
-        headings.remove("FLOP/B")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    share = "of time" if costs.estimate is not None else "of MACs"
-    table.add_column(share, justify="right", no_wrap=True, min_width=len(share))
-    if width >= _NARROW:
+    table.add_column("module", no_wrap=True, overflow="ellipsis")
+    for heading, show in columns.items():
+        least = max(len(words) for words in [heading, *(show(line.node) for line in lines)])
+        table.add_column(heading, justify="right", no_wrap=True, min_width=least)
+    if wide:
         table.add_column("", no_wrap=True, min_width=_BAR)
-    for line in lines:
-        node = line.node
+    for guides, node in lines:
+        name = say(guides, _QUIET) + say(node.label, _HEAD)
+        name += say(f"  {node.count} × " if node.count > 1 else "  ") + say(node.kind, "cyan")
         part = measure(node) / whole if whole else 0.0
-        name = say(line.guides, _QUIET) + say(node.label, _HEAD)
-        name += say(f"  {node.count} × " if node.count > 1 else "  ", "") + say(node.kind, "cyan")
-        numbers = {
-            "parameters": text.count(node.parameters) if node.parameters else "",
-            "MACs": text.count(node.macs) if node.macs else "",
-            "moved": text.quantity(node.bytes_moved, "bytes") if node.bytes_moved else "",
-            "FLOP/B": text.number(node.intensity, 2) if node.bytes_moved else "",
-            "time": text.quantity(node.seconds, "s") if node.seconds else "",
-        }
-        cells = [name, *(say(numbers[heading]) for heading in headings), say(text.part(part) if part else "")]
-        if width >= _NARROW:
-            cells.append(say("█" * max(round(_BAR * part), int(part > 0.01)), "blue"))
-        table.add_row(*cells)
+        bar = [say("█" * max(round(_BAR * part), int(part > 0.01)), "blue")] if wide else []
+        table.add_row(name, *(say(show(node)) for show in columns.values()), *bar)
     return table
 
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 
 from narrowcast.accounting.profile import Part, Profile
 
-__all__ = ["BACKWARD", "Node", "fold", "leaves", "ranges"]
+__all__ = ["BACKWARD", "ITSELF", "Node", "fold", "leaves", "ranges"]
 
 #: Where the operators of a backward pass are found, which belong to no module.
 BACKWARD = "(backward)"
+#: How what a module computes outside the modules in it is called.
+ITSELF = "itself"
 
 # Modules that do nothing but hold others.
 _CONTAINERS = frozenset({"ModuleList", "ModuleDict", "Sequential"})
@@ -68,7 +70,7 @@ class Node:
             return None
         return replace(
             self,
-            label="itself",
+            label=ITSELF,
             parameters=0,  # children may share theirs, so that what is left would be no count
             macs=self.macs - sum(child.macs for child in self.children),
             flops=self.flops - sum(child.flops for child in self.children),
@@ -95,15 +97,20 @@ def fold(found: Profile, *, moved: Sequence[float] | None = None, seconds: Seque
     return _Folder(found, moved, seconds).root()
 
 
-def leaves(node: Node) -> Iterator[Node]:
-    """Yield what does the work: modules without modules inside, and what the others compute themselves."""
+def leaves(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
+    """Yield what does the work, with where it is: modules without modules inside, and what others compute themselves.
+
+    Args:
+        node: Where to look.
+        path: What stands before the names; nothing for the whole model.
+    """
     if not node.children:
-        yield node
+        yield path or node.label, node
         return
     if node.own is not None:
-        yield node.own
+        yield path or node.label, node.own
     for child in node.children:
-        yield from leaves(child)
+        yield from leaves(child, f"{path}.{child.label}" if path else child.label)
 
 
 def ranges(names: Sequence[str]) -> str:

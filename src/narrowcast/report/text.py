@@ -33,6 +33,7 @@ __all__ = [
     "noise",
     "number",
     "part",
+    "portion",
     "quantity",
     "ratio",
     "share",
@@ -227,6 +228,15 @@ def part(value: float | None) -> str:
     if not value:
         return "0"
     return "<0.01%" if value < 1e-4 else f"{100 * value:.3g}%"
+
+
+def portion(value: float | None) -> str:
+    """Return a share to a tenth of a percent, for columns of shares.
+
+    >>> portion(0.1386), portion(0.0), portion(4.4e-7)
+    ('13.9%', '0', '<0.1%')
+    """
+    return "<0.1%" if finite(value) and 0 < value < 0.0005 else share(value) if value else "0"
 
 
 def apart(first: float, second: float, form: Format) -> tuple[str, str]:
