@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any
 
-import numba
 import numpy as np
 
 from narrowcast.formats.kinds import Format
-from narrowcast.formats.portable import Values
+from narrowcast.formats.portable import SpecialCodes, Values
+from narrowcast.formats.vectors import (
+    LANES,
+    decode_arithmetically,
+    decode_nibbles,
+    decode_pairs,
+    encode_nearest,
+    loop,
+    permutes,
+)
 
 __all__ = [
     "absmax",
@@ -18,34 +26,24 @@ __all__ = [
     "codes_by_half",
     "codes_of_scaled",
     "decoded",
+    "decoded_floats",
     "decoded_nibbles",
-    "from_bf16",
-    "reaches",
-    "round_to_nearest",
     "rounded_steps",
-    "to_bf16",
+    "rounded_to_nearest",
     "values_by_half",
 ]
 
 NAME = "numba"
+COMPILED = True
 CHUNK = 1 << 18
-_BLOCK = 512
-
-Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
-def _loop(function: Loop) -> Loop:
-    """Compile a loop at its first call; the machine code is kept for the next process."""
-    compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    return compiled
-
-
-@_loop
+@loop
 def _half(word: Any) -> Any:
     return (word >> np.uint32(16)) | np.uint32((word & np.uint32(0xFFFF)) != 0)
 
 
-@_loop
+@loop
 def _by_half(words: Any, table: Any, out: Any) -> None:
     for i in range(words.size):
         out[i] = table[_half(words[i])]
@@ -59,7 +57,7 @@ def codes_by_half(x: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
 values_by_half = codes_by_half
 
 
-@_loop
+@loop
 def codes_above(x: Any, edges: Any, out: Any) -> None:
     """See ``portable``."""
     for i in range(x.size):
@@ -69,7 +67,7 @@ def codes_above(x: Any, edges: Any, out: Any) -> None:
         out[i] = above
 
 
-@_loop
+@loop
 def _largest_bits(rows: Any, out: Any) -> None:
     for i in range(rows.shape[0]):
         largest = np.int32(0)
@@ -85,7 +83,7 @@ def absmax(rows: np.ndarray) -> np.ndarray:
     return out.view(np.float32)
 
 
-@_loop
+@loop
 def codes_of_scaled(rows: Any, scales: Any, table: Any, out: Any) -> None:
     """See ``portable``."""
     scaled = np.empty(rows.shape[1], np.float32)
@@ -98,7 +96,7 @@ def codes_of_scaled(rows: Any, scales: Any, table: Any, out: Any) -> None:
             out[i, j] = table[_half(words[j])]
 
 
-@_loop
+@loop
 def codes_above_scaled(rows: Any, scales: Any, edges: Any, out: Any) -> None:
     """See ``portable``."""
     scaled = np.empty(rows.shape[1], np.float32)
@@ -116,20 +114,7 @@ def codes_above_scaled(rows: Any, scales: Any, edges: Any, out: Any) -> None:
             out[i, j] = above[j]
 
 
-@_loop
-def _reaches(codes: Any, mask: Any, limit: Any) -> Any:
-    some = False
-    for i in range(codes.size):
-        some |= (codes[i] & mask) >= limit
-    return some
-
-
-def reaches(codes: np.ndarray, mask: int, limit: int) -> bool:
-    """See ``portable``."""
-    return bool(_reaches(codes, codes.dtype.type(mask), codes.dtype.type(limit)))
-
-
-@_loop
+@loop
 def _steps(rows: Any, scales: Any, zero_points: Any, lowest: Any, highest: Any, mask: Any, out: Any) -> None:
     for i in range(rows.shape[0]):
         scale, zero_point = scales[i], np.float32(zero_points[i])
@@ -145,7 +130,7 @@ def rounded_steps(
     _steps(rows, scales, zero_points, np.float32(lowest), np.float32(highest), np.int32(mask), out)
 
 
-@_loop
+@loop
 def _decoded(codes: Any, values: Any, out: Any) -> None:
     for i in range(codes.size):
         out[i] = values[codes[i]]
@@ -156,73 +141,52 @@ def decoded(codes: np.ndarray, values: Values, out: np.ndarray) -> None:
     _decoded(codes, values.single, out)
 
 
-@_loop
-def _nibbles(packed: Any, scales: Any, pairs: Any, out: Any) -> None:
-    half = out.shape[1] // 2
-    for i in range(out.shape[0]):
-        scale = scales[i]
-        for j in range(half):
-            both = packed[i * half + j]
-            out[i, 2 * j] = pairs[both, 0] * scale
-            out[i, 2 * j + 1] = pairs[both, 1] * scale
-
-
 def decoded_nibbles(packed: np.ndarray, scales: np.ndarray, values: Values, out: np.ndarray) -> None:
     """See ``portable``."""
-    _nibbles(packed, scales, values.nibbles.view(out.dtype).reshape(256, 2), out)
+    length, first = out.shape[1], 0
+    if out.dtype == np.float32 and permutes():
+        decode_nibbles(packed, scales, values.single, out)
+        first = length // LANES * LANES
+    if first < length:
+        decode_pairs(packed, scales, values.nibbles.view(out.dtype).reshape(256, 2), first, out)
 
 
-@_loop
-def _bf16(words: Any, out: Any) -> None:
-    for i in range(words.size):
-        word = words[i]
-        upper = word >> np.uint32(16)
-        rounded = (word + (np.uint32(0x7FFF) + (upper & np.uint32(1)))) >> np.uint32(16)
-        out[i] = upper | np.uint32(0x40) if (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded
-
-
-def to_bf16(x: np.ndarray, out: np.ndarray) -> None:
+def rounded_to_nearest(x: np.ndarray, format: Format, special: SpecialCodes, out: np.ndarray) -> None:
     """See ``portable``."""
-    _bf16(x.view(np.uint32), out)
+    encode_nearest(x.view(np.uint32), _encoding_constants(format, special), out)
 
 
-@_loop
-def _from_bf16(codes: Any, words: Any) -> None:
-    for i in range(codes.size):
-        word = np.uint32(codes[i]) << np.uint32(16)
-        quiet = np.uint32(0x400000) if (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else np.uint32(0)
-        words[i] = word | quiet
-
-
-def from_bf16(codes: np.ndarray, out: np.ndarray) -> None:
+def decoded_floats(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
     """See ``portable``."""
-    _from_bf16(codes, out.view(np.uint32))
+    decode_arithmetically(codes, _decoding_constants(format), out.view(np.uint32))
+    return True
 
 
-@_loop
-def _nearest(words: Any, dropped: Any, lowest: Any, cap: Any, mask: Any, sign: Any, shift: Any, out: Any) -> None:
-    # A number plus a power of two ``dropped`` binades above it is rounded by the addition itself, at the last digit
-    # that the format keeps. Blocks of numbers stay in the first-level cache between the three steps.
-    number, magic = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    number_bits, magic_bits = number.view(np.int32), magic.view(np.int32)
-    up = np.int32(dropped << 23)
-    for start in range(0, words.size, _BLOCK):
-        block = words[start : start + _BLOCK]
-        codes = out[start : start + _BLOCK]
-        for i in range(block.size):
-            word = min(block[i] & np.int32(0x7FFFFFFF), cap)
-            number_bits[i] = word
-            magic_bits[i] = max(word & np.int32(0x7F800000), lowest) + up
-        for i in range(block.size):
-            number[i] = number[i] + magic[i]
-        for i in range(block.size):
-            code = number_bits[i] - magic_bits[i] + ((magic_bits[i] - up - lowest) >> dropped)
-            codes[i] = min(code, mask) | ((block[i] >> shift) & sign)
+@lru_cache(maxsize=64)
+def _encoding_constants(format: Format, special: SpecialCodes) -> tuple[np.uint32, ...]:
+    """Return what ``vectors.encode_nearest`` asks for, in its order."""
+    dropped, lowest = 23 - format.mantissa_bits, _lowest(format)
+    half_a_step_less = (1 << (dropped - 1)) - 1 - ((127 - format.bias) << 23)  # and float32's bias made the format's
+    shift = lowest + (dropped << 23)
+    codes = (format.max_code, *special, format.sign_bit)
+    return _words(dropped, lowest, half_a_step_less, shift, *codes, 32 - format.bits)
 
 
-def round_to_nearest(x: np.ndarray, format: Format, out: np.ndarray) -> None:
-    """See ``portable``."""
-    lowest, cap = (format.minimum_exponent + 127) << 23, (format.maximum_exponent + 128) << 23
-    dropped = np.int32(23 - format.mantissa_bits)
-    mask, sign, shift = np.int32(format.magnitude_mask), np.int32(format.sign_bit), np.int32(32 - format.bits)
-    _nearest(x.view(np.int32), dropped, np.int32(lowest), np.int32(cap), mask, sign, shift, out)
+@lru_cache(maxsize=64)
+def _decoding_constants(format: Format) -> tuple[np.uint32, ...]:
+    """Return what ``vectors.decode_arithmetically`` asks for, in its order."""
+    dropped, first_normal = 23 - format.mantissa_bits, format.first_normal_code if _lowest(format) else 0
+    step = int(np.float32(format.smallest_subnormal).view(np.uint32)) if first_normal else 0
+    infinite = (format.infinity_code, 0x7F800000, 0x7FFFFF, 0x400000)  # the payload stays, but a NaN is quiet
+    special = infinite if format.has_inf else (format.magnitude_mask, 0x7FC00000, 0, 0)
+    sizes = (dropped, format.magnitude_mask, first_normal, (127 - format.bias) << 23, step, format.max_code)
+    return _words(*sizes, *special, 32 - format.bits)
+
+
+def _lowest(format: Format) -> int:
+    """Return the bits of the smallest normal number; 0 for subnormal numbers that are float32's, cut like any other."""
+    return 0 if format.bias == 127 else (format.minimum_exponent + 127) << 23
+
+
+def _words(*numbers: int) -> tuple[np.uint32, ...]:
+    return tuple(np.uint32(number % (1 << 32)) for number in numbers)

@@ -5,7 +5,6 @@ Arrays are cut so that what is worked on stays in the processor's cache.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,22 +15,22 @@ from narrowcast.formats.codebooks import codebook_codes, codebook_edges
 from narrowcast.formats.engine import engine
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer
 from narrowcast.formats.native import decode_natively, encode_natively
+from narrowcast.formats.portable import SpecialCodes
 from narrowcast.formats.rules import NanInput, Overflow, Rounding, Rules
 from narrowcast.formats.table import ELEMENTS
 from narrowcast.formats.tables import (
+    by_arithmetic,
     by_table,
     casting_table,
     decode_exactly,
     encode_exactly,
     encoding_table,
     exact_in_float32,
+    special_codes,
     values_of,
 )
 
 __all__ = ["by_rint", "cast", "codebook_edges", "decode", "encode", "encode_part", "exact_in_float32"]
-
-
-_BF16 = ELEMENTS["bf16"]
 
 
 def encode(source: Opened, format: ElementFormat, rules: Rules, seed: int) -> np.ndarray:
@@ -62,8 +61,8 @@ def encode_part(x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndar
         out[...] = codebook_codes(_without_nan(x, format, rules), format, rules, start, seed)
     elif isinstance(format, Integer) and by_rint(format, rules):
         _encode_by_rint(x, format, out)
-    elif x.dtype == np.float32 and isinstance(format, Format) and _by_arithmetic(format, rules):
-        _encode_by_arithmetic(x, format, rules, out, start)
+    elif x.dtype == np.float32 and by_arithmetic(format) and rules.rounding is Rounding.NEAREST_EVEN:
+        _encode_by_arithmetic(x, format, special_codes(format, rules), out)
     elif x.dtype == np.float32 and by_table(format, rules):
         engine().codes_by_half(x, encoding_table(format, rules), out)
     else:
@@ -104,56 +103,35 @@ def _encode_by_rint(x: np.ndarray, format: Integer, out: np.ndarray) -> None:
     out &= (1 << format.bits) - 1
 
 
-def _by_arithmetic(format: Format, rules: Rules) -> bool:
-    if rules.rounding is not Rounding.NEAREST_EVEN:
-        return False
-    return format == _BF16 or (format.bits <= 16 and format.exponent_bits <= 5 and _ordinary(format))
-
-
-def _ordinary(format: Format) -> bool:
-    """Return whether a format's sums in ``round_to_nearest`` stay within float32's exponents, and its zeros are two."""
-    dropped = 23 - format.mantissa_bits
-    in_reach = format.minimum_exponent >= -100 and format.maximum_exponent + dropped <= 120
-    return in_reach and format.has_negative_zero
-
-
-def _encode_by_arithmetic(x: np.ndarray, format: Format, rules: Rules, out: np.ndarray, start: int) -> None:
-    if format == _BF16:
-        engine().to_bf16(x, out)
-        if rules.overflow is Overflow.IEEE:
-            return  # as it has been written
-    elif not encode_natively(x, format, out):
-        engine().round_to_nearest(x, format, out)
-    if engine().reaches(out, format.magnitude_mask, format.max_code):
-        special = (out & format.magnitude_mask) >= format.max_code  # overflow, perhaps; infinity; NaN
-        out[special] = _encode_large(x[special], format, rules, start)
-
-
-def _encode_large(x: np.ndarray, format: Format, rules: Rules, start: int) -> np.ndarray:
-    """Return the codes of numbers that may be too large, without looking at each of those that surely are."""
-    beyond = math.ldexp(1.0, format.maximum_exponent + 1)  # all finite numbers from here on are alike
-    beyond = beyond if beyond < 2.0**128 else math.inf  # which float32 reaches with infinity alone
-    finite, infinite = encode_exactly(np.array([beyond, math.inf]), format, rules, start, 0)
-    magnitude = np.abs(x)
-    codes = np.where(magnitude == math.inf, infinite, finite) | np.where(np.signbit(x), format.sign_bit, 0)
-    near = ~(magnitude >= beyond)  # NaN too
-    codes[near] = encode_exactly(x[near], format, rules, start, 0)
-    return codes
+def _encode_by_arithmetic(x: np.ndarray, format: Format, special: SpecialCodes, out: np.ndarray) -> None:
+    if not engine().COMPILED and encode_natively(x, format, out):
+        large = (out & format.magnitude_mask) >= format.max_code  # overflow, perhaps; infinity; NaN
+        rest = x[large]
+        if rest.size:
+            codes = np.empty(rest.shape, out.dtype)
+            engine().rounded_to_nearest(rest, format, special, codes)
+            out[large] = codes
+    else:
+        engine().rounded_to_nearest(x, format, special, out)
 
 
 def decode(codes: np.ndarray, format: ElementFormat, dtype: str) -> np.ndarray:
     """Return the values of unsigned codes in ``dtype``, rounded to it where it does not hold them."""
     values = np.empty(codes.shape, dtype)
     for part, out, _ in _parts(codes, values):
-        if dtype == "float32" and format == _BF16:
-            engine().from_bf16(part, out)
-        elif isinstance(format, Format) and decode_natively(part, format, out):
+        if dtype == "float32" and by_arithmetic(format) and _decode_by_arithmetic(part, format, out):
             continue
-        elif format.bits <= 16:
+        if format.bits <= 16:
             engine().decoded(part, values_of(format, dtype), out)
         else:
             out[...] = decode_exactly(part, format)
     return values
+
+
+def _decode_by_arithmetic(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
+    if not engine().COMPILED and decode_natively(codes, format, out):
+        return True
+    return engine().decoded_floats(codes, format, out)
 
 
 def cast(source: Opened, format: ElementFormat, rules: Rules, seed: int) -> np.ndarray:

@@ -6,12 +6,14 @@ Arrays are contiguous; rows have shape [rows, length], scales [rows].
 from __future__ import annotations
 
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from narrowcast.formats.kinds import Format
 
 __all__ = [
+    "SpecialCodes",
     "Values",
     "absmax",
     "codes_above",
@@ -19,17 +21,26 @@ __all__ = [
     "codes_by_half",
     "codes_of_scaled",
     "decoded",
+    "decoded_floats",
     "decoded_nibbles",
-    "from_bf16",
-    "reaches",
-    "round_to_nearest",
     "rounded_steps",
-    "to_bf16",
+    "rounded_to_nearest",
     "values_by_half",
 ]
 
 NAME = "numpy"
+COMPILED = False
 CHUNK = 1 << 15  # elements worked on at a time: every step passes over them, so they stay in the cache
+
+
+class SpecialCodes(NamedTuple):
+    """Codes of what no rounding decides. Finite and infinite ones take the number's sign."""
+
+    beyond: int  # of a finite number that is too large
+    infinite: int
+    nan: int
+    payload: int  # mask of the code bits that a NaN fills from its own upper ones
+    nan_sign: int  # mask of the sign bit, if a NaN keeps it
 
 
 class Values:
@@ -94,11 +105,6 @@ def absmax(rows: np.ndarray) -> np.ndarray:
     return magnitude.reshape(rows.shape[0], length).max(axis=1)
 
 
-def reaches(codes: np.ndarray, mask: int, limit: int) -> bool:
-    """Return whether the magnitude of some code, its bits in ``mask``, is ``limit`` or more."""
-    return bool((codes & mask).max(initial=0) >= limit)
-
-
 def codes_of_scaled(rows: np.ndarray, scales: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
     """Write the codes of float32 rows divided by their scales, from the table of :func:`codes_by_half`."""
     codes_by_half((rows / scales[:, None]).reshape(-1), table, out.reshape(-1))
@@ -140,35 +146,54 @@ def decoded_nibbles(packed: np.ndarray, scales: np.ndarray, values: Values, out:
             rows *= scales[start : start + step, None]
 
 
-def to_bf16(x: np.ndarray, out: np.ndarray) -> None:
-    """Write the BF16 codes of float32 numbers, rounded to nearest even; overflow is infinity, a NaN keeps its payload."""
+def rounded_to_nearest(x: np.ndarray, format: Format, special: SpecialCodes, out: np.ndarray) -> None:
+    """Write the codes of float32 numbers, rounded to nearest even, for a format that ``tables.by_arithmetic`` allows."""
     word = x.view(np.uint32)
-    upper = word >> 16
-    out[...] = (word + (0x7FFF + (upper & 1))) >> 16
-    nan = np.isnan(x)
-    if nan.any():
-        out[nan] = upper[nan] | 0x40
+    magnitude = word & 0x7FFFFFFF
+    code = _rounded(magnitude, format)
+    sign = (word >> (32 - format.bits)) & format.sign_bit
+    large = code > format.max_code
+    if large.any():
+        code[large], sign[large] = _large(magnitude[large], sign[large], format, special)
+    out[...] = code | sign
 
 
-def from_bf16(codes: np.ndarray, out: np.ndarray) -> None:
-    """Write the float32 values of BF16 codes; a NaN is quiet."""
+def _rounded(magnitude: np.ndarray, format: Format) -> np.ndarray:
+    """Return the codes of magnitudes given as bits of float32; those of too large ones go on beyond the largest."""
+    dropped = 23 - format.mantissa_bits
+    offset = (127 - format.bias) << 23
+    normal = (magnitude - offset + ((1 << (dropped - 1)) - 1) + ((magnitude >> dropped) & 1)) >> dropped
+    if not offset:  # the format's subnormal numbers are float32's
+        return normal
+    lowest = (format.minimum_exponent + 127) << 23
+    # A number plus a power of two that far above it is rounded by the addition itself, at the format's last digit.
+    shift = np.array(lowest + (dropped << 23), np.uint32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        tiny = (magnitude.view(np.float32) + shift.view(np.float32)).view(np.uint32) - shift
+    return np.where(magnitude < lowest, tiny, normal)
+
+
+def _large(
+    magnitude: np.ndarray, sign: np.ndarray, format: Format, special: SpecialCodes
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the codes and the signs of magnitudes, as bits of float32, that are too large, infinite or NaN."""
+    nan = magnitude > 0x7F800000
+    payload = (magnitude >> (23 - format.mantissa_bits)) & special.payload
+    code = np.where(magnitude == 0x7F800000, special.infinite, special.beyond)
+    return np.where(nan, special.nan | payload, code), np.where(nan, sign & special.nan_sign, sign)
+
+
+def decoded_floats(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
+    """Write the float32 values of codes of a format that ``tables.by_arithmetic`` allows; a NaN is quiet.
+
+    Returns:
+        Whether anything was written: False where a look-up is quicker.
+    """
+    if format.mantissa_bits != 7 or format.bias != 127:
+        return False
     word = out.view(np.uint32)
     np.left_shift(codes, 16, out=word, dtype=np.uint32)
     nan = (word & 0x7FFFFFFF) > 0x7F800000
     if nan.any():
         word[nan] |= 0x400000
-
-
-def round_to_nearest(x: np.ndarray, format: Format, out: np.ndarray) -> None:
-    """Write the codes of float32 numbers, rounded to nearest even.
-
-    Overflow, infinity and NaN become any code from the largest number's on. The format is signed with two zeros, of up
-    to 16 bits and 5 exponent bits.
-    """
-    dropped, lowest = 23 - format.mantissa_bits, (format.minimum_exponent + 127) << 23
-    magnitude = np.minimum(x.view(np.int32) & 0x7FFFFFFF, (format.maximum_exponent + 128) << 23)
-    magic = np.maximum(magnitude & 0x7F800000, lowest) + (dropped << 23)
-    # A number plus a power of two that far above it is rounded by the addition itself, at the format's last digit.
-    rounded = (magnitude.view(np.float32) + magic.view(np.float32)).view(np.int32)
-    code = np.minimum(rounded - magic + ((magic - (dropped << 23) - lowest) >> dropped), format.magnitude_mask)
-    out[...] = code | ((x.view(np.int32) >> (32 - format.bits)) & format.sign_bit)
+    return True

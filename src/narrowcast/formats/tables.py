@@ -7,23 +7,27 @@ and NaN rule is one table of 65,536 codes.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from typing import TypeGuard
 
 import numpy as np
 
 from narrowcast.formats import bits
 from narrowcast.formats.arrays import code_dtype
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer
-from narrowcast.formats.portable import Values
+from narrowcast.formats.portable import SpecialCodes, Values
 from narrowcast.formats.rules import Overflow, Rounding, Rules
 
 __all__ = [
+    "by_arithmetic",
     "by_table",
     "casting_table",
     "decode_exactly",
     "encode_exactly",
     "encoding_table",
     "exact_in_float32",
+    "special_codes",
     "values_of",
 ]
 
@@ -74,6 +78,28 @@ def by_table(format: Format | Integer, rules: Rules) -> bool:
         and rules.rounding is not Rounding.STOCHASTIC
         and rules.overflow is not Overflow.WRAP  # which looks at the lowest digits
     )
+
+
+def by_arithmetic(format: ElementFormat) -> TypeGuard[Format]:
+    """Return whether a few operations on the bits of float32 lead to the format and back.
+
+    It is signed with two zeros, of up to 16 bits, and has significand bits. Its numbers are normal in float32, or they
+    have float32's own exponents.
+    """
+    if not isinstance(format, Format) or format.bits > 16 or not (format.mantissa_bits and format.has_negative_zero):
+        return False
+    lowest = format.minimum_exponent
+    normal = lowest - format.mantissa_bits >= -126 and lowest + 23 - format.mantissa_bits <= 127
+    return (normal or format.bias == 127) and format.maximum_exponent <= 127
+
+
+@lru_cache(maxsize=64)
+def special_codes(format: Format, rules: Rules) -> SpecialCodes:
+    """Return the codes of what is no number of a signed format, or too large for it, rounded to nearest even."""
+    numbers = np.array([math.ldexp(1.0, format.maximum_exponent + 1), math.inf, math.nan])
+    beyond, infinite, nan = (int(code) for code in encode_exactly(numbers, format, rules, 0, 0))
+    payload = (1 << format.mantissa_bits) - 1 if format.has_inf else 0
+    return SpecialCodes(beyond, infinite, nan, payload, format.sign_bit if format.has_nan else 0)
 
 
 @lru_cache(maxsize=64)
