@@ -4,11 +4,11 @@ python benchmarks/roofline.py gpu [--device cpu --tiny]     measure networks in 
 """
 
 import argparse
-import gc
+import importlib.metadata
 import json
+import math
 import os
 import platform
-import statistics
 import time
 import warnings
 from pathlib import Path
@@ -102,87 +102,123 @@ def operator_json(operator):
     }
 
 
-def measure_network(build, inputs, device, tiny):
-    """Return a network's times, the host's alone, and the kernels' by operator and shapes."""
-    dtype = torch.bfloat16
-    with torch.device(device):
-        module = build().eval()
-    module = module.to(dtype)
-    given = {
-        key: value.to(device) if value.dtype == torch.int64 else value.to(device, dtype)
-        for key, value in inputs().items()
-    }
-    events = {}
-    with torch.inference_mode():
-        for _ in range(1 if tiny else 4):
-            module(**given)
-        walls, hosts = [], []
-        begun = time.perf_counter()
-        while len(walls) < (2 if tiny else 15) or (len(walls) < 60 and time.perf_counter() - begun < 1.0):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            module(**given)
-            hosts.append(time.perf_counter() - begin)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            walls.append(time.perf_counter() - begin)
-        queued = []
-        if device == "cuda":  # back to back, as a server runs them
-            for _ in range(10):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                for _ in range(5):
-                    module(**given)
-                end.record()
-                end.synchronize()
-                queued.append(start.elapsed_time(end) / 5e3)
-        activities = [torch.profiler.ProfilerActivity.CPU]
+class Network:
+    """A network on the device: its runs, and the times found so far."""
+
+    def __init__(self, build, inputs, device, tiny):
+        dtype = torch.bfloat16
+        self.device, self.tiny = device, tiny
+        with torch.device(device):
+            module = build().eval()
+        self.module = module.to(dtype)
+        self.given = {
+            key: value.to(device) if value.dtype == torch.int64 else value.to(device, dtype)
+            for key, value in inputs().items()
+        }
+        self.graph, self.graph_error = None, "no CUDA"
+        self.walls, self.hosts, self.graphs, self.dispatch = [], [], [], []
+        with torch.inference_mode():
+            for _ in range(1 if tiny else 4):
+                self.module(**self.given)
         if device == "cuda":
+            self.capture()
+
+    def capture(self):
+        """Capture one run as a CUDA graph, if the network allows it: it is what is left without the host."""
+        try:
+            stream = torch.cuda.Stream()
+            with torch.inference_mode():
+                with torch.cuda.stream(stream):
+                    self.module(**self.given)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    self.module(**self.given)
+                graph.replay()
+            torch.cuda.synchronize()
+            self.graph, self.graph_error = graph, None
+        except Exception as error:  # networks that wait for the device cannot be captured
+            torch.cuda.synchronize()
+            self.graph_error = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+    def wait(self):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def round(self, runs):
+        """Time some runs, and beside them what one small operator costs the host at that moment."""
+        from narrowcast.measure.probes_torch import dispatch_seconds
+
+        self.dispatch.append(dispatch_seconds(self.device, rounds=5))
+        for _ in range(runs):
+            self.wait()
+            begin = time.perf_counter()
+            self.module(**self.given)
+            self.hosts.append(time.perf_counter() - begin)
+            self.wait()
+            self.walls.append(time.perf_counter() - begin)
+        for _ in range(runs if self.graph else 0):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            self.graph.replay()
+            end.record()
+            end.synchronize()
+            self.graphs.append(start.elapsed_time(end) / 1e3)
+
+    @torch.inference_mode()
+    def kernels(self):
+        """Return the kernels' times by operator and shapes: calls, device total and own, host (microseconds)."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-            module(**given)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            self.module(**self.given)
+            self.wait()
+        events = {}
         for event in profiler.events():
             if not event.name.startswith("aten::"):
                 continue
-            key = (event.name.removeprefix("aten::"), json.dumps(event.input_shapes))
-            row = events.setdefault(key, [0, 0.0, 0.0, 0.0])
+            row = events.setdefault((event.name.removeprefix("aten::"), json.dumps(event.input_shapes)), [0, 0, 0, 0])
             row[0] += 1
             row[1] += getattr(event, "device_time_total", 0.0)
             row[2] += getattr(event, "self_device_time_total", 0.0)
             row[3] += event.cpu_time_total
+        return [[name, shapes, *row] for (name, shapes), row in events.items()]
 
-    def spread(times):
+    def times(self):
         return {
-            "median": statistics.median(times),
-            "p10": float(np.percentile(times, 10)),
-            "p90": float(np.percentile(times, 90)),
-            "runs": len(times),
+            "wall": spread(self.walls),
+            "host": spread(self.hosts),
+            "graph": spread(self.graphs) if self.graphs else None,
+            "graph_error": self.graph_error,
+            "dispatch_us": [seconds * 1e6 for seconds in self.dispatch],
         }
 
-    return {
-        "wall": spread(walls),
-        "host": spread(hosts),
-        "queued": spread(queued) if queued else None,
-        "events": [[name, shapes, *row] for (name, shapes), row in events.items()],
-    }
+
+def spread(times):
+    low, middle, high = np.percentile(times, [10, 50, 90])
+    return {"median": float(middle), "p10": float(low), "p90": float(high), "runs": len(times)}
 
 
 def gpu(args):
     from roofline_gpu_models import zoo
 
-    out = Path(os.environ.get("OUT", "/tmp"))
-    target = out / "roofline-gpu-raw.json"
+    target = Path(os.environ.get("OUT", "/tmp")) / "roofline-gpu-raw.json"
     began = time.perf_counter()
     result = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": __import__("transformers").__version__,
+            "transformers": importlib.metadata.version("transformers"),
         },
+        "protocol": (
+            f"inference in BF16, random weights; {args.passes} passes over all networks, each 15 runs of eager PyTorch "
+            "(wall clock to the end on the device, and the host's part) and 15 of a CUDA graph of the same (events); "
+            "kernels by one profiled run; probes: 20 launches captured as a graph, 9 rounds"
+        ),
+        "load": os.getloadavg()[0],
         "networks": {},
         "failed": {},
     }
@@ -203,22 +239,30 @@ def gpu(args):
     save(f"machine {json.dumps(result['machine'])}")
     result["probes"] = measure_probes(args.device, torch.bfloat16, args.tiny)
     save(f"{len(result['probes'])} probes")
+    networks = {}
     for name, (build, inputs) in zoo(args.tiny).items():
-        if time.perf_counter() - began > args.limit:
-            result["failed"][name] = "no time left"
-            continue
         try:
-            found = measure_network(build, inputs, args.device, args.tiny)
-            found["operators"] = [operator_json(operator) for operator in trace_of(build, inputs)]
-            result["networks"][name] = found
-            times = [f"{key} {found[key]['median'] * 1e3:.3f} ms" for key in ("wall", "host")]
-            save(f"{name}: {', '.join(times)}, {len(found['operators'])} operators")
+            networks[name] = Network(build, inputs, args.device, args.tiny)
         except Exception as error:  # one network must not cost the others
             result["failed"][name] = f"{type(error).__name__}: {str(error)[:300]}"
-            save(f"{name} failed: {result['failed'][name]}")
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
+    save(f"{len(networks)} networks built, {len(result['failed'])} failed")
+    for number in range(args.passes):
+        for network in networks.values():
+            network.round(2 if args.tiny else 15)
+        save(f"pass {number + 1}")
+    for name, network in networks.items():
+        result["networks"][name] = network.times() | {"events": network.kernels()}
+    save("kernels")
+    for name, (build, inputs) in zoo(args.tiny).items():
+        if name in networks and time.perf_counter() - began < args.limit:
+            result["networks"][name]["operators"] = [operator_json(operator) for operator in trace_of(build, inputs)]
+    save("operators")
+    for name, found in result["networks"].items():
+        graph = found["graph"]["median"] * 1e3 if found["graph"] else math.nan
+        times = (
+            f"wall {found['wall']['median'] * 1e3:.3f} ms, host {found['host']['median'] * 1e3:.3f}, graph {graph:.3f}"
+        )
+        print(f"{name:26s} {times} {found['graph_error'] or ''}", flush=True)
 
 
 def main():
@@ -229,6 +273,7 @@ def main():
     on_gpu.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     on_gpu.add_argument("--tiny", action="store_true")
     on_gpu.add_argument("--limit", type=float, default=260.0)
+    on_gpu.add_argument("--passes", type=int, default=4)
     on_gpu.set_defaults(run=gpu)
     args = parser.parse_args()
     args.run(args)

@@ -10,33 +10,55 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from narrowcast.accounting.classes import OperatorClass, Shape
 from narrowcast.errors import RuntimeMissingError, choices
 
-__all__ = ["Rates", "RuntimeModel", "runtime_model"]
+__all__ = ["Load", "Rates", "RuntimeModel", "runtime_model"]
 
 _Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+class Load(NamedTuple):
+    """What one kernel has to do.
+
+    Args:
+        flops: Two for each multiply-accumulate.
+        shape: Of its product; None if it multiplies no matrices.
+        moved: Bytes that it reads and writes, weights aside.
+        weights: Bytes of its weights.
+        cached: Whether a cache holds what it moves.
+        weights_cached: Whether a cache holds its weights from one run to the next.
+    """
+
+    flops: float
+    shape: Shape | None
+    moved: float
+    weights: float = 0.0
+    cached: bool = False
+    weights_cached: bool = False
+
+
 class Rates(BaseModel):
     """What a class of operators reaches.
 
-    A product of ``rows x depth`` with ``depth x columns`` takes ``flops / (peak * compute) * (1 + rows_half / rows +
-    columns_half / columns + depth_half / depth)``: at ``rows_half`` rows half of the speed is left.
+    A product of ``[batch, rows, depth]`` with ``[batch, depth, columns]`` takes ``flops / (peak * compute)`` times ``1 +
+    rows_half / rows + columns_half / columns + depth_half / depth + outputs_half / (batch * rows * columns)``: with
+    ``rows_half`` rows, half of the speed is left. What all its tensors take to move comes beside that, not on top of it.
 
     Args:
         compute: Share of the peak that large products reach.
-        rows_half: See above.
-        columns_half: See above.
-        depth_half: See above.
+        rows_half: See above; what each weight costs.
+        columns_half: See above; what each input costs.
+        depth_half: See above; what each output costs.
+        outputs_half: See above; how many sums a device needs to be busy.
         bandwidth: Share of the memory's bandwidth, for tensors that no cache holds.
         cached: The same for tensors in a cache; may be more than 1.
-        weights: Share of the memory's bandwidth at which weights are read that no cache holds.
+        weights: The same for weights that no cache holds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,14 +67,25 @@ class Rates(BaseModel):
     rows_half: _NotNegative = 0.0
     columns_half: _NotNegative = 0.0
     depth_half: _NotNegative = 0.0
+    outputs_half: _NotNegative = 0.0
     bandwidth: _Share = 1.0
     cached: _Share = 1.0
     weights: _Share = 1.0
 
-    def slowdown(self, shape: Shape) -> float:
-        """Return how many times longer a product takes than at the full peak."""
-        small = self.rows_half / shape.rows + self.columns_half / shape.columns + self.depth_half / shape.depth
-        return (1.0 + small) / self.compute
+    def compute_seconds(self, load: Load, peak: float) -> float:
+        """Return what the arithmetic takes, at a peak in FLOP/s."""
+        if load.shape is None:
+            return 0.0
+        batch, rows, columns, depth = load.shape
+        small = self.rows_half / rows + self.columns_half / columns + self.depth_half / depth
+        small += self.outputs_half / (batch * rows * columns)
+        return load.flops * (1.0 + small) / (peak * self.compute)
+
+    def memory_seconds(self, load: Load, bandwidth: float) -> float:
+        """Return what the bytes take, at a bandwidth in bytes per second."""
+        seconds = load.moved / (self.cached if load.cached else self.bandwidth)
+        seconds += load.weights / (self.cached if load.weights_cached else self.weights)
+        return seconds / bandwidth
 
 
 class RuntimeModel(BaseModel):

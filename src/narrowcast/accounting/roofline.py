@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from narrowcast.accounting.classes import class_of, shape_of
 from narrowcast.accounting.devices import Device
-from narrowcast.accounting.efficiencies import RuntimeModel, runtime_model
+from narrowcast.accounting.efficiencies import Load, RuntimeModel, runtime_model
 from narrowcast.accounting.fusion import fused
 from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.operators import Operator
@@ -203,21 +203,22 @@ def _kernel(
     operator = operators[place]
     if operator.kind is Kind.VIEW or place in absorbed:
         return _Kernel(place, 0.0, 0.0)
-    rates = machine.model.rates(class_of(operator))
-    shape = shape_of(operator)
-    macs = operator.work.macs if operator.work else 0
-    compute = 2 * macs / machine.peak * rates.slowdown(shape) if shape else 0.0
     scale_weights, scale = _scale(operator, policy)
     weights = operator.weight_bytes * scale_weights
     read = (operator.bytes_read - operator.weight_bytes) * scale
     written = operator.bytes_written * scale
     if operator.name.startswith(_LOOK_UPS):
         weights, read = min(weights, written), min(read, written)
-    moved = read + written
-    cached = moved <= machine.cache
-    seconds = moved / (rates.cached if cached else rates.bandwidth)
-    seconds += weights / (rates.cached if weight_bytes <= machine.cache else rates.weights)
-    return _Kernel(place, compute, seconds / machine.bandwidth)
+    load = Load(
+        flops=2.0 * operator.work.macs if operator.work else 0.0,
+        shape=shape_of(operator),
+        moved=read + written,
+        weights=weights,
+        cached=read + written <= machine.cache,
+        weights_cached=weight_bytes <= machine.cache,
+    )
+    rates = machine.model.rates(class_of(operator))
+    return _Kernel(place, rates.compute_seconds(load, machine.peak), rates.memory_seconds(load, machine.bandwidth))
 
 
 def _serial(

@@ -37,7 +37,7 @@ def gpu_cases() -> Iterator[Case]:
         for inputs, outputs in ((768, 768), (768, 3072), (3072, 768), (2048, 8192), (8192, 2048), (4096, 4096)):
             yield product_case(rows, inputs, outputs)
     for batch in (12, 96, 384):
-        for tokens in (64, 197, 512):
+        for tokens in (64, 197, 256, 512):
             yield batched_case(batch, tokens, 64, tokens)
             yield batched_case(batch, tokens, tokens, 64)
     for batch, heads in ((1, 12), (8, 12), (32, 12), (1, 32)):
@@ -51,6 +51,8 @@ def gpu_cases() -> Iterator[Case]:
             yield convolution_case(batch, 4 * channels, channels, pixels, 1)
             yield convolution_case(batch, 2 * channels, 2 * channels, pixels, 3, groups=32)
         yield convolution_case(batch, 3, 64, 224, 7, stride=2)
+        yield convolution_case(batch, 3, 32, 224, 3, stride=2)
+        yield convolution_case(batch, 3, 96, 224, 4, stride=4)
         yield convolution_case(batch, 3, 768, 224, 16, stride=16)
         for channels, pixels in ((96, 112), (144, 56), (192, 28), (576, 14), (960, 7)):
             yield convolution_case(batch, channels, channels, pixels, 3, groups=channels)
@@ -96,12 +98,13 @@ def _call(case: Case, dtype: torch.dtype, device: str) -> Callable[[], Any]:
     if case.name == "sdpa":
         q, k, v = (new(*sizes) for _ in range(3))
         return lambda: F.scaled_dot_product_attention(q, k, v)
-    x = new(*sizes)
+    x, other = new(*sizes), new(*sizes)
     if case.name == "batch_norm":
         mean, variance = (torch.ones(sizes[1], device=device, dtype=dtype) for _ in range(2))
         return lambda: F.batch_norm(x, mean, variance, mean, variance)
+    halves = x[: sizes[0] // 2], other[sizes[0] // 2 :]
     calls: dict[str, Callable[[], Any]] = {
-        "add": lambda: x + x2,
+        "add": lambda: x + other,
         "relu": lambda: F.relu(x),
         "gelu": lambda: F.gelu(x),
         "silu": lambda: F.silu(x),
@@ -110,11 +113,8 @@ def _call(case: Case, dtype: torch.dtype, device: str) -> Callable[[], Any]:
         "mean": lambda: x.mean(-1),
         "max_pool": lambda: F.max_pool2d(x, 3, 1, 1),
         "transpose": lambda: x.transpose(1, 2).contiguous(),
-        "cat": lambda: torch.cat([x1, x2]),
+        "cat": lambda: torch.cat(halves),
     }
-    x2 = new(*sizes) if case.name == "add" else None
-    if case.name == "cat":
-        x1, x2 = x[: len(x) // 2], x[len(x) // 2 :].clone()
     return calls[case.name]
 
 
