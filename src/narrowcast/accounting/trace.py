@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -68,7 +68,7 @@ def trace(
                 if train:
                     recorder.phase = "backward"
                     (loss or _sum)(out).backward()
-        except DataDependentOutputException as error:
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ModelError(
                 f"the run depends on numbers at {recorder.where()}: {error.func}",
                 next_step="count a run that takes fixed branches, or export the model to ONNX and count that",
@@ -171,13 +171,20 @@ class _Recorder(TorchDispatchMode):
         if name not in ("add", "add_") or kwargs.get("alpha", 1) != 1:
             return None
         product, bias = args[:2]
-        if not isinstance(bias, torch.Tensor) or bias.dim() != 1 or _storage_of(bias) not in self._static:
-            return None
-        made_by = self._writers.get(_storage_of(product), -1) if isinstance(product, torch.Tensor) else -1
-        maker = self.trace.operators[made_by] if made_by >= 0 else None
+        maker = self._maker(product)
         if maker is None or maker.kind is not Kind.PRODUCT or not maker.weight_bytes:
             return None
-        return Work(bias_adds=out.numel()) if math.prod(maker.outputs[0]) == out.numel() else None
+        if math.prod(maker.outputs[0]) != out.numel() or not isinstance(bias, torch.Tensor):
+            return None
+        gathered = self._maker(bias)  # each row has its expert's bias
+        of_experts = gathered is not None and gathered.name == "index" and gathered.weight_bytes > 0
+        is_bias = of_experts if gathered else bias.dim() == 1 and _storage_of(bias) in self._static
+        return Work(bias_adds=out.numel()) if is_bias else None
+
+    def _maker(self, tensor: Any) -> Operator | None:
+        """Return the operator that last wrote a tensor, views aside; None for parameters and inputs."""
+        place = self._writers.get(_storage_of(tensor), -1) if isinstance(tensor, torch.Tensor) else -1
+        return self.trace.operators[place] if place >= 0 else None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
