@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from narrowcast.accounting.attention import attentions
 from narrowcast.accounting.counting import Work
-from narrowcast.accounting.sources import Source
-from narrowcast.accounting.trace import Operator, Trace, fake_module, trace
+from narrowcast.accounting.operators import Operator, Trace
 
-__all__ = ["Parameters", "Part", "Profile", "profile", "profile_module"]
+if TYPE_CHECKING:
+    from torch import nn
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from narrowcast.accounting.sources import GraphSource, Source
+
+__all__ = ["Counted", "Layer", "Parameters", "Part", "Profile", "profile", "profile_module"]
 
 
 class _Frozen(BaseModel):
@@ -27,11 +31,11 @@ class Parameters(_Frozen):
 
     Args:
         total: All of them.
-        trainable: Those that require gradients.
+        trainable: Those that require gradients; in an ONNX graph, which does not say, those that are no integer codes.
         active: Those that one token meets; fewer than ``total`` in mixtures of experts.
-        by_kind: By the class of the module that owns them (the first, if several do).
+        by_kind: By the class of the module that owns them (the first, if several do); by operator type in ONNX graphs.
         tied: Names of tensors that are another's under a second name.
-        bytes: In the dtypes that the model was built with.
+        bytes: In the dtypes that the model was built with, or is stored in.
     """
 
     total: int
@@ -47,7 +51,7 @@ class Part(_Frozen):
 
     Args:
         path: Its name in the model; empty for the whole.
-        kind: Its class.
+        kind: Its class; empty where an ONNX graph does not say it.
         parameters: Of it and of what is inside, each tensor once.
         macs: Multiply-accumulates.
         bias_adds: Additions of biases.
@@ -71,12 +75,36 @@ class Part(_Frozen):
         return (2 * self.macs + self.bias_adds + self.other_flops) / self.bytes_moved if self.bytes_moved else 0.0
 
 
+class AttentionCost(_Frozen):
+    """What attention costs in one forward run, under both conventions; part of the model's MACs, fused or written out.
+
+    Args:
+        calls: How often attention ran.
+        macs: Of scores and weighted sums of values, for all pairs of query and key, as dense kernels compute.
+        causal_macs: Without the pairs that masks hide (causal, sliding-window, block), as kernels compute that skip them.
+        masked: Calls in which a mask hides pairs.
+        unknown: Calls whose mask depends on inputs or weights; they count as if it hid nothing.
+    """
+
+    calls: int
+    macs: int
+    causal_macs: int
+    masked: int
+    unknown: int
+
+    @property
+    def hidden_macs(self) -> int:
+        """What the two conventions differ by."""
+        return self.macs - self.causal_macs
+
+
 class Profile(_Frozen):
     """What a model costs for one run on the given inputs.
 
     Args:
         model: As the user gave it.
         inputs: Shapes of the inputs.
+        input_names: Their names, in the same order.
         mode: ``infer`` or ``train``.
         parameters: Trainable numbers.
         macs: Multiply-accumulates.
@@ -84,6 +112,7 @@ class Profile(_Frozen):
         bias_adds: Additions of biases.
         other_flops: Elementwise operations, normalisation, softmax and the like.
         additions: Additions in all sums, biases included: ``macs - sums + bias_adds``.
+        attention: The share of attention, with all pairs (as in ``macs``) and without those that masks hide.
         bytes_moved: Bytes that operators read and write, if each ran alone.
         static_bytes: Bytes of parameters and buffers.
         peak_bytes: Most bytes alive at one moment, parameters included; a kernel's own workspace is not.
@@ -95,6 +124,7 @@ class Profile(_Frozen):
 
     model: str
     inputs: list[list[int]]
+    input_names: list[str]
     mode: str
     parameters: Parameters
     macs: int
@@ -102,6 +132,7 @@ class Profile(_Frozen):
     bias_adds: int
     other_flops: int
     additions: int
+    attention: AttentionCost
     bytes_moved: int
     static_bytes: int
     peak_bytes: int
@@ -111,54 +142,103 @@ class Profile(_Frozen):
     operators: tuple[Operator, ...] = Field(default=(), exclude=True, repr=False)
 
 
-def profile(source: Source, *, train: bool = False) -> Profile:
+class Layer(NamedTuple):
+    """A module of a model.
+
+    Args:
+        path: Its name in the model; empty for the whole.
+        kind: Its class.
+        parameters: Of it and of what is inside, each tensor once.
+    """
+
+    path: str
+    kind: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a walker found: all that a profile is made of.
+
+    Args:
+        inputs: Shapes of the inputs by name.
+        run: The operators.
+        parameters: Trainable numbers.
+        layers: Every module, parents before children.
+    """
+
+    inputs: Mapping[str, Sequence[int]]
+    run: Trace
+    parameters: Parameters
+    layers: Sequence[Layer]
+
+
+def profile(source: Source | GraphSource, *, train: bool = False) -> Profile:
     """Return what a model costs, counted without building its weights.
 
     Args:
-        source: The model and its inputs.
+        source: The model and its inputs, as :func:`narrowcast.accounting.sources.source` gives them.
         train: Whether to count forward and backward, else one inference.
 
     Raises:
-        ModelError: The inputs do not fit, or the run depends on numbers.
+        ModelError: The inputs do not fit, the run depends on numbers, or a graph leaves shapes open or cannot be trained.
     """
-    module, mode = fake_module(source.build)
-    return profile_module(module, source.examples(), source.named(), name=source.name, mode=mode, train=train)
+    return _profile(source.name, source.count(train=train), train=train)
 
 
 def profile_module(
     module: nn.Module,
     args: tuple[Any, ...],
-    kwargs: dict[str, Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     *,
     name: str = "",
     mode: FakeTensorMode | None = None,
     train: bool = False,
 ) -> Profile:
     """Return what one run of a module costs; takes what :func:`narrowcast.accounting.trace.trace` takes."""
-    run = trace(module, args, kwargs, mode=mode, train=train)
-    leaves = [value for value in (*args, *(kwargs or {}).values()) if hasattr(value, "shape")]
+    from narrowcast.accounting.modules import count_module
+
+    found = count_module(module, args, kwargs, mode=mode, train=train)
+    return _profile(name or type(module).__name__, found, train=train)
+
+
+def _profile(name: str, found: Counted, *, train: bool) -> Profile:
+    run = found.run
     by_operator: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for operator in run.operators:
         if operator.work is not None:
             by_operator[operator.name][0] += operator.work.macs
         by_operator[operator.name][1] += 1
     return Profile(
-        model=name or type(module).__name__,
-        inputs=[list(value.shape) for value in leaves],
+        model=name,
+        inputs=[list(shape) for shape in found.inputs.values()],
+        input_names=list(found.inputs),
         mode="train" if train else "infer",
-        parameters=_parameters(module, run),
+        parameters=found.parameters,
         macs=run.macs,
         flops=2 * run.macs,
         bias_adds=run.bias_adds,
         other_flops=run.other,
         additions=run.macs - run.sums + run.bias_adds,
+        attention=_attention(run),
         bytes_moved=sum(operator.bytes_read + operator.bytes_written for operator in run.operators),
         static_bytes=run.static_bytes,
         peak_bytes=run.peak_bytes,
-        parts=list(_parts(module, run)),
+        parts=list(_parts(found.layers, run)),
         by_operator={key: (value[0], value[1]) for key, value in sorted(by_operator.items(), key=_most_macs)},
         uncounted=dict(run.uncounted),
         operators=tuple(run.operators),
+    )
+
+
+def _attention(run: Trace) -> AttentionCost:
+    found = list(attentions(run.operators))
+    return AttentionCost(
+        calls=len(found),
+        macs=sum(one.macs for one in found),
+        causal_macs=sum(one.visible_macs for one in found),
+        masked=sum(one.visible_macs < one.macs for one in found),
+        unknown=sum(not one.known for one in found),
     )
 
 
@@ -166,51 +246,7 @@ def _most_macs(item: tuple[str, list[int]]) -> tuple[int, int]:
     return -item[1][0], -item[1][1]
 
 
-def _parameters(module: nn.Module, run: Trace) -> Parameters:
-    first: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    kinds: Counter[str] = Counter()
-    total = trainable = size = 0
-    for prefix, part in module.named_modules():
-        for key, tensor in part.named_parameters(recurse=False, remove_duplicate=False):
-            path = f"{prefix}.{key}".lstrip(".")
-            if id(tensor) in first:
-                tied[path] = first[id(tensor)]
-                continue
-            first[id(tensor)] = path
-            kinds[type(part).__name__] += tensor.numel()
-            total += tensor.numel()
-            trainable += tensor.numel() * tensor.requires_grad
-            size += tensor.numel() * tensor.element_size()
-    return Parameters(
-        total=total,
-        trainable=trainable,
-        active=total - _idle(run),
-        by_kind=dict(kinds.most_common()),
-        tied=tied,
-        bytes=size,
-    )
-
-
-def _idle(run: Trace) -> int:
-    """Return the experts' parameters that a token does not meet, from products of rows with one expert's weight each.
-
-    A grouped product of ``rows`` rows with weights ``[experts, k, n]`` uses ``k * n`` weights for each row; routing sends
-    each token to ``rows / tokens`` of the experts.
-    """
-    tokens = next(
-        (math.prod(operator.outputs[0][:-1]) for operator in run.operators if operator.name == "embedding"), 0
-    )
-    idle = 0
-    for operator in run.operators:
-        if operator.name not in ("_grouped_mm", "_scaled_grouped_mm") or operator.phase != "forward" or not tokens:
-            continue
-        rows, (experts, *weight) = operator.inputs[0][0], operator.inputs[1]
-        idle += (experts - min(rows // tokens, experts)) * math.prod(weight)
-    return idle
-
-
-def _parts(module: nn.Module, run: Trace) -> Iterator[Part]:
+def _parts(layers: Sequence[Layer], run: Trace) -> Iterator[Part]:
     work: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0, 0])
     for operator in run.operators:
         if operator.phase != "forward":
@@ -223,12 +259,12 @@ def _parts(module: nn.Module, run: Trace) -> Iterator[Part]:
             total = work[".".join(names[:depth])]
             for place, value in enumerate(row):
                 total[place] += value
-    for path, part in module.named_modules():
+    for path, kind, parameters in layers:
         macs, bias_adds, other, moved, count = work[path]
         yield Part(
             path=path,
-            kind=type(part).__name__,
-            parameters=sum(tensor.numel() for tensor in part.parameters()),
+            kind=kind,
+            parameters=parameters,
             macs=macs,
             bias_adds=bias_adds,
             other_flops=other,

@@ -1,4 +1,4 @@
-"""Where a model to be counted comes from: a way to build it, and inputs to run it on."""
+"""Where a model to be counted comes from: a way to count it on inputs that the user describes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from narrowcast.errors import ModelError, RuntimeMissingError
-from narrowcast.models.loaders import load_module
+from narrowcast.accounting.graphs.inputs import Given
+from narrowcast.accounting.profile import Counted
+from narrowcast.errors import ModelError, RuntimeMissingError, choices
+from narrowcast.models.loaders import artifact_file, load_module
 from narrowcast.models.reference import ModelRef
+from narrowcast.models.torch_export import require_torch
 
-__all__ = ["Source", "parse_input", "source"]
+if TYPE_CHECKING:
+    from torch import nn
 
-_SHAPE = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+__all__ = ["GraphSource", "Source", "parse_input", "source"]
+
+_SHAPE = re.compile(r"(?:(?P<name>[^=]+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+_DTYPES = frozenset(
+    """float16 bfloat16 float32 float64 complex64 complex128 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool
+    float8_e4m3fn float8_e5m2""".split()  # noqa: SIM905
+)
+_FORMS = "timm:, torchvision:, py:, bundled:, hf:, or a path that ends in .onnx"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that can be built, and example inputs.
+    """A PyTorch module that can be built, and example inputs.
 
     Args:
         name: As the user gave it.
@@ -37,30 +45,80 @@ class Source:
     examples: Callable[[], tuple[Any, ...]]
     named: Callable[[], dict[str, Any]] = field(default=dict)
 
+    def count(self, *, train: bool = False) -> Counted:
+        """Return what one run of the module does.
 
-def parse_input(text: str) -> tuple[str, tuple[int, ...], torch.dtype]:
-    """Return the name (empty without one), shape and dtype that ``[NAME=]1x3x224x224[:DTYPE]`` says.
+        Args:
+            train: Whether to count forward and backward, else one inference.
+
+        Raises:
+            ModelError: The inputs do not fit, or the run depends on numbers.
+        """
+        from narrowcast.accounting.modules import count_module
+        from narrowcast.accounting.trace import fake_module
+
+        module, mode = fake_module(self.build)
+        return count_module(module, self.examples(), self.named(), mode=mode, train=train)
+
+
+@dataclass(frozen=True)
+class GraphSource:
+    """An ONNX file. Neither PyTorch nor the weights are needed.
+
+    Args:
+        name: As the user gave it.
+        path: The file.
+        inputs: Shapes of its inputs, as far as the user gave them.
+        batch: Samples, for axes that are dynamic.
+        tokens: Tokens of a language model, likewise; 128 unless given.
+    """
+
+    name: str
+    path: Path
+    inputs: tuple[Given, ...] = ()
+    batch: int = 1
+    tokens: int | None = None
+
+    def count(self, *, train: bool = False) -> Counted:
+        """Return what one run of the graph does.
+
+        Raises:
+            ModelError: The file cannot be read, the inputs do not fit, a shape stays open, or ``train`` is asked for.
+        """
+        from narrowcast.accounting.graphs.walk import count_graph
+
+        if train:
+            raise ModelError(
+                f"{self.name} is an ONNX graph, which has no backward",
+                allowed="inference",
+                next_step="count the PyTorch module that it was exported from in training",
+            )
+        return count_graph(self.path, self.inputs, name=self.name, batch=self.batch, tokens=self.tokens)
+
+
+def parse_input(text: str) -> Given:
+    """Return what ``[NAME=]1x3x224x224[:DTYPE]`` says.
 
     Raises:
-        ModelError: The text says no shape, or torch has no such dtype.
+        ModelError: The text says no shape, or there is no such dtype.
     """
     found = _SHAPE.fullmatch(text)
     if found is None:
         raise ModelError(f"input {text!r}", allowed="[NAME=]1x3x224x224[:DTYPE], DTYPE float32 unless given")
-    dtype = vars(torch).get(found["dtype"] or "float32")
-    if not isinstance(dtype, torch.dtype):
-        raise ModelError(
-            f"input {text!r}: torch has no dtype {found['dtype']!r}", allowed="float32, bfloat16, int64 ..."
-        )
-    return found["name"] or "", tuple(int(size) for size in found["shape"].split("x")), dtype
+    dtype = found["dtype"] or ""
+    if dtype and dtype not in _DTYPES:
+        raise ModelError(f"input {text!r}: there is no dtype {dtype!r}", allowed=choices(dtype, _DTYPES))
+    return Given(found["name"] or "", tuple(int(size) for size in found["shape"].split("x")), dtype)
 
 
-def source(reference: str, *, inputs: Sequence[str] = (), tokens: int | None = None, batch: int = 1) -> Source:
+def source(
+    reference: str, *, inputs: Sequence[str] = (), tokens: int | None = None, batch: int = 1
+) -> Source | GraphSource:
     """Return the model that a reference names, with the inputs asked for.
 
     Args:
-        reference: ``timm:``, ``torchvision:``, ``py:``, ``bundled:``, or ``hf:CONFIG_DIR`` (a folder with a
-            ``config.json`` of transformers; no weights are needed).
+        reference: ``timm:``, ``torchvision:``, ``py:``, ``bundled:``, ``hf:CONFIG_DIR`` (a folder with a ``config.json``
+            of transformers; no weights are needed), a path that ends in ``.onnx``, or an artifact folder.
         inputs: Shapes, as :func:`parse_input` takes them; the model's own example with ``batch`` samples unless given.
         tokens: Tokens of a language model.
         batch: Samples.
@@ -69,34 +127,46 @@ def source(reference: str, *, inputs: Sequence[str] = (), tokens: int | None = N
         ModelError: The model cannot be found, or an input says no shape.
         RuntimeMissingError: A package that the scheme needs is not installed.
     """
-    shapes = [parse_input(text) for text in inputs]
+    given = tuple(parse_input(text) for text in inputs)
     if reference.startswith("hf:"):
-        return _transformers(reference, shapes, tokens or 128, batch)
+        return _transformers(reference, given, tokens or 128, batch)
     ref = ModelRef.parse(reference)
+    if ref.scheme in ("onnx", "artifact"):
+        path = artifact_file(Path(ref.id)) if ref.scheme == "artifact" else Path(ref.id)
+        return GraphSource(reference, path, given, batch, tokens)
+    torch = require_torch(reference)
     made: dict[str, Any] = {}
 
     def build() -> nn.Module:
         model = load_module(ref)
         if model is None:
-            raise ModelError(f"{reference} is no PyTorch module", allowed="timm:, torchvision:, py:, bundled:, hf:")
+            raise ModelError(f"{reference} is no PyTorch module", allowed=_FORMS)
         made["examples"] = model.examples
         return model.module
 
     def examples() -> tuple[Any, ...]:
-        if shapes:
-            return tuple(torch.empty(shape, dtype=dtype) for name, shape, dtype in shapes if not name)
+        if given:
+            return _positional(given)
         return tuple(torch.empty((batch, *example.shape[1:]), dtype=example.dtype) for example in made["examples"])
 
-    return Source(reference, build, examples, lambda: _named(shapes))
+    return Source(reference, build, examples, lambda: _named(given))
 
 
-def _named(shapes: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> dict[str, Any]:
-    return {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in shapes if name}
+def _positional(given: Sequence[Given]) -> tuple[Any, ...]:
+    return tuple(_empty(entry) for entry in given if not entry.name)
 
 
-def _transformers(
-    reference: str, shapes: Sequence[tuple[str, tuple[int, ...], torch.dtype]], tokens: int, batch: int
-) -> Source:
+def _named(given: Sequence[Given]) -> dict[str, Any]:
+    return {entry.name: _empty(entry) for entry in given if entry.name}
+
+
+def _empty(entry: Given) -> Any:
+    torch = require_torch("an input")
+    return torch.empty(entry.shape, dtype=vars(torch)[entry.dtype or "float32"])
+
+
+def _transformers(reference: str, given: Sequence[Given], tokens: int, batch: int) -> Source:
+    torch = require_torch(reference)
     folder = Path(reference.removeprefix("hf:"))
     try:
         library: Any = importlib.import_module("transformers")
@@ -117,8 +187,6 @@ def _transformers(
         kind = library.AutoModel
 
     def examples() -> tuple[Any, ...]:
-        if shapes:
-            return tuple(torch.empty(shape, dtype=dtype) for name, shape, dtype in shapes if not name)
-        return (torch.zeros(batch, tokens, dtype=torch.int64),)
+        return _positional(given) if given else (torch.zeros(batch, tokens, dtype=torch.int64),)
 
-    return Source(reference, lambda: kind.from_config(config), examples, lambda: _named(shapes))
+    return Source(reference, lambda: kind.from_config(config), examples, lambda: _named(given))

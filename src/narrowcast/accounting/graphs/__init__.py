@@ -1,0 +1,1 @@
+"""ONNX graphs, counted by a walker of their own: without PyTorch, without weights, without running anything."""
