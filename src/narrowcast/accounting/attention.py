@@ -64,9 +64,8 @@ def attentions(operators: Sequence[Operator]) -> Iterator[Attention]:
             before = _scores(operators, operator)
             after = _values(operators, readers, place)
             if before and after:
-                scores, *between = before
-                macs = sum(product.work.macs for product in (scores, after) if product.work)
-                yield _attention(operator.path, macs, between)
+                macs = sum(product.work.macs for product in (before[0], after) if product.work)
+                yield _attention(operator.path, macs, before)
 
 
 def _attention(path: str, macs: int, masking: Sequence[Operator]) -> Attention:
@@ -83,7 +82,7 @@ def _adds_unknown(operator: Operator) -> bool:
 
 
 def _scores(operators: Sequence[Operator], softmax: Operator) -> list[Operator]:
-    """Return the product that made a softmax's scores, and what was between the two; nothing if there is none."""
+    """Return the product that made a softmax's scores, and what came between the two; nothing if there is none."""
     size = math.prod(softmax.outputs[0])
     chain: list[Operator] = []
     operator = softmax

@@ -72,6 +72,8 @@ class Positions:
             return {"visible": self._share(args[1], lambda mask: ~mask)}
         if name == "where" and len(args) == 3 and _floating(args[1]) and self._hides(args[2]):
             return {"visible": self._share(args[0], lambda mask: mask)}
+        if name == "baddbmm" and kwargs.get("beta", 1) and args[0].dim() > 1:
+            return {"visible": self._share(args[0], lambda mask: mask > _HIDES)}
         if name in ("add", "add_") and _floating(args[0]):
             for operand in args[:2]:
                 if isinstance(operand, torch.Tensor) and operand.dim() > 1 and self._is_known(operand):
