@@ -11,10 +11,11 @@ import typer
 
 from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
 from narrowcast.cli.files import check_file, write_file
-from narrowcast.errors import UserError
+from narrowcast.errors import ModelError, UserError
 
 if TYPE_CHECKING:
     from narrowcast.accounting.devices import Device
+    from narrowcast.accounting.kv_cache import KVCache
     from narrowcast.accounting.policies import Policy
     from narrowcast.accounting.sources import Source
     from narrowcast.report.profile_costs import Costs
@@ -208,7 +209,23 @@ def _costs(model: str, asked: _Asked) -> Costs:
     found = count(origin, train=asked.train)
     times = None if asked.device is None else estimate(found.operators, asked.device, asked.policy)
     held = _memory(origin, asked) if isinstance(origin, Source) else None
-    return Costs(found, asked.policy, asked.device, times, held)
+    kept = _cache(model, asked.policy) if found.attention.masked else None  # nothing is kept where all tokens see all
+    return Costs(found, asked.policy, asked.device, times, held, kept)
+
+
+def _cache(model: str, policy: Policy) -> KVCache | None:
+    """Return what a language model keeps of past tokens; None if there is no configuration to read it from."""
+    if not model.startswith("hf:"):
+        return None
+    from transformers import AutoConfig
+
+    from narrowcast.accounting.kv_cache import kv_cache
+
+    config = AutoConfig.from_pretrained(model.removeprefix("hf:"), local_files_only=True)
+    try:
+        return kv_cache(config, format=policy.activations)
+    except ModelError:  # no attention that the configuration describes
+        return None
 
 
 def _memory(origin: Source, asked: _Asked) -> Any:

@@ -17,7 +17,19 @@ from narrowcast.accounting.policies import POLICIES
 from narrowcast.report import text
 from narrowcast.report.bars import Segment
 from narrowcast.report.page import template
-from narrowcast.report.profile_costs import Costs, Group, Row, compared, groups, part_name, rows, title
+from narrowcast.report.profile_costs import (
+    BATCHES,
+    CacheRow,
+    Costs,
+    Group,
+    Row,
+    cache_rows,
+    compared,
+    groups,
+    part_name,
+    rows,
+    title,
+)
 from narrowcast.report.profile_plots import COLOURS, Dot, Roof, Roofs, phase_colours, roofline, timeline
 from narrowcast.report.profile_tree import ITSELF, Node, leaves
 from narrowcast.report.weights import breakable
@@ -146,6 +158,9 @@ class _Model:
     headings: list[tuple[str, str]]
     operators: list[_Operator]
     more_operators: int
+    cache: list[list[str]]
+    cache_format: str
+    fits: bool
     kinds: list[_Share]
     tied: dict[str, str]
     uncounted: dict[str, int]
@@ -161,6 +176,7 @@ def render_profile(costs: Sequence[Costs]) -> str:
     context: dict[str, Any] = {
         "models": models,
         "headline": _headline(costs),
+        "batches": BATCHES,
         "differences": compared(*costs) if len(costs) == 2 else [],
         "version": __version__,
         "created": text.when(datetime.now(UTC).isoformat()),
@@ -197,6 +213,7 @@ def _model(costs: Costs, mark: str) -> _Model:
     heavy = _by_weight(costs)
     drawn = _rooflines(costs, alike, mark)
     timed = costs.estimate is not None
+    cached = cache_rows(costs)
     return _Model(
         mark=mark,
         title=title(costs),
@@ -222,6 +239,9 @@ def _model(costs: Costs, mark: str) -> _Model:
         ],
         operators=_operators(alike, timed),
         more_operators=max(len(alike) - MOST_OPERATORS, 0),
+        cache=_cache(cached),
+        cache_format="" if costs.cache is None else costs.cache.format.name,
+        fits=any(row.fit is not None for row in cached),
         kinds=_kinds(found.parameters.by_kind, found.parameters.total),
         tied=found.parameters.tied,
         uncounted=found.uncounted,
@@ -347,6 +367,17 @@ def _memory(costs: Costs, mark: str) -> _Memory | None:
         Markup(narrow),
         phase_colours([phase for _, phase in steps]),
     )
+
+
+def _cache(cached: Sequence[CacheRow]) -> list[list[str]]:
+    return [
+        [
+            text.integer(row.tokens),
+            *(text.quantity(size, "bytes") for size in row.bytes),
+            *([] if row.fit is None else [text.integer(row.fit)]),
+        ]
+        for row in cached
+    ]
 
 
 # Modules --------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from narrowcast.accounting.devices import Device
 from narrowcast.accounting.kinds import Kind
+from narrowcast.accounting.kv_cache import KVCache
 from narrowcast.accounting.operators import Operator
 from narrowcast.accounting.policies import Policy
 from narrowcast.accounting.profile import Profile
@@ -36,6 +37,10 @@ __all__ = [
     "title",
 ]
 
+#: Tokens and sequences for which the cache of keys and values is given.
+TOKENS = (1024, 4096, 16_384, 65_536, 131_072)
+BATCHES = (1, 8, 32, 128)
+
 _PART_NAMES = {
     "data": "inputs",
     "weights": "weights and buffers",
@@ -59,6 +64,7 @@ class Costs:
         device: Where it is meant to run.
         estimate: How long it takes there; None without a device.
         memory: The memory that it needs; None where it cannot be followed.
+        cache: What a language model keeps of past tokens; None for other models.
     """
 
     profile: Profile
@@ -66,6 +72,7 @@ class Costs:
     device: Device | None = None
     estimate: Estimate | None = None
     memory: Memory | None = None
+    cache: KVCache | None = None
     tree: Node = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +88,7 @@ class Costs:
             "device": None if self.device is None else self.device.name,
             "estimate": None if self.estimate is None else self.estimate.model_dump(mode="json"),
             "memory": None if self.memory is None else self.memory.model_dump(mode="json", exclude={"timeline"}),
+            "kv_cache": None if self.cache is None else _cache_as_json(self.cache),
         }
 
 
@@ -131,6 +139,10 @@ def rows(costs: Costs) -> list[Row]:
         ),
         Row("arithmetic intensity", costs.tree.intensity, "FLOP/B", "all operations for each byte moved"),
     ]
+    if costs.cache is not None:
+        made.append(
+            Row("cache for each token", costs.cache.per_token, "bytes", f"keys and values in {costs.cache.format.name}")
+        )
     if costs.memory is None:
         made.append(Row("peak memory", found.peak_bytes, "bytes", "without what kernels allocate for themselves"))
     else:
@@ -138,6 +150,50 @@ def rows(costs: Costs) -> list[Row]:
     if costs.estimate is not None:
         made.append(Row("time", costs.estimate.seconds, "s", f"on {costs.estimate.device}, estimated"))
     return made
+
+
+class CacheRow(NamedTuple):
+    """What a language model keeps of so many tokens.
+
+    Args:
+        tokens: Of each sequence.
+        bytes: For each of :data:`BATCHES`.
+        fit: Sequences that fit beside the weights into the device's memory; None where that is not known.
+    """
+
+    tokens: int
+    bytes: tuple[int, ...]
+    fit: int | None
+
+
+def cache_rows(costs: Costs) -> list[CacheRow]:
+    """Return the cache of keys and values by tokens and batch; nothing for models without one."""
+    cache = costs.cache
+    if cache is None:
+        return []
+    room = None
+    if costs.device is not None and costs.device.memory.bytes is not None and costs.memory is not None:
+        room = max(costs.device.memory.bytes - costs.memory.weights - costs.memory.workspace, 0)
+    return [
+        CacheRow(
+            tokens,
+            tuple(cache.bytes(tokens, batch) for batch in BATCHES),
+            None if room is None else cache.sequences(tokens, room),
+        )
+        for tokens in TOKENS
+    ]
+
+
+def _cache_as_json(cache: KVCache) -> dict[str, Any]:
+    return {
+        "format": cache.format.name,
+        "bytes_per_token": cache.per_token,
+        "bytes": [
+            {"tokens": tokens, "batch": batch, "bytes": cache.bytes(tokens, batch)}
+            for tokens in TOKENS
+            for batch in BATCHES
+        ],
+    }
 
 
 def _attention(found: Profile) -> list[Row]:

@@ -114,7 +114,7 @@ def roofline(dots: Sequence[Dot], roofs: Roofs, *, name: str, width: int = 860, 
         place = f'cx="{across.place(dot.intensity):.1f}" cy="{up.place(dot.rate):.1f}" r="{radius:.1f}"'
         parts.append(f'<circle {place} class="f-{COLOURS[dot.kind]} dot"><title>{escape(dot.words)}</title></circle>')
     parts += labels
-    axis = "Arithmetic intensity: FLOP for each byte moved (log scale)"
+    axis = "Arithmetic intensity: FLOP for each byte moved (log scale)" if width > 600 else "FLOP per byte (log scale)"
     parts.append(f'<text x="{(across.start + across.stop) / 2:.0f}" y="{height - 8}" class="m">{axis}</text>')
     return svg(width, height, parts, _describe(shown, roofs), name)
 

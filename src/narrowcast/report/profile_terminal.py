@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from narrowcast.report import text
-from narrowcast.report.profile_costs import Costs, Group, compared, groups, part_name, rows, title
+from narrowcast.report.profile_costs import BATCHES, Costs, Group, cache_rows, compared, groups, part_name, rows, title
 from narrowcast.report.profile_tree import Node
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ __all__ = ["notes", "render_comparison_terminal", "render_profile_terminal"]
 
 _BAR = 12  # characters of a full bar
 _NARROW = 90  # columns of a terminal below which bars and what words mean are left out
+_SHORTEST = 8  # characters of a module's name
+_GAP = 2  # columns between columns
 _QUIET, _HEAD = "bright_black", "bold"
 
 Say = Callable[..., Text]
@@ -51,6 +53,8 @@ def render_profile_terminal(costs: Costs, console: Console, *, depth: int = 3, o
     console.print(_tree(costs, depth, say, console.width))
     if operators:
         console.print(_operators(groups(costs)[:operators], costs, say, console.width))
+    if costs.cache is not None:
+        console.print(_cache(costs, say))
     for note in notes(costs):
         console.print(say(note, _QUIET))
     if costs.profile.uncounted:
@@ -136,6 +140,22 @@ def _memory(found: Memory, say: Say, wide: bool) -> Table:
     return table
 
 
+def _cache(costs: Costs, say: Say) -> Table:
+    """Return the bytes of keys and values by tokens and sequences."""
+    made = cache_rows(costs)
+    table = _table()
+    table.add_column("tokens kept", justify="right", no_wrap=True)
+    for batch in BATCHES:
+        table.add_column(f"{batch} sequence{'' if batch == 1 else 's'}", justify="right", no_wrap=True)
+    fits = any(row.fit is not None for row in made)
+    if fits:
+        table.add_column("fit", justify="right", no_wrap=True)
+    for row in made:
+        cells = [text.integer(row.tokens), *(text.quantity(size, "bytes") for size in row.bytes)]
+        table.add_row(*map(say, cells), *([say(text.integer(row.fit))] if fits else []))
+    return table
+
+
 # The tree -------------------------------------------------------------------------------------------------------------
 
 
@@ -152,19 +172,30 @@ def _tree(costs: Costs, depth: int, say: Say, width: int) -> Table:
     }
     lines = list(_lines(root, "", "", depth))
     table = _table()
-    table.add_column("module", no_wrap=True, overflow="ellipsis")
+    table.add_column("module" if root.paths[0] or costs.profile.parts[1:] else "operator", no_wrap=True)
+    room = width - _GAP - (_BAR + _GAP if wide else 0)
     for heading, show in columns.items():
         least = max(len(words) for words in [heading, *(show(line.node) for line in lines)])
+        room -= least + _GAP
         table.add_column(heading, justify="right", no_wrap=True, min_width=least)
     if wide:
         table.add_column("", no_wrap=True, min_width=_BAR)
     for guides, node in lines:
-        name = say(guides, _QUIET) + say(node.label, _HEAD)
+        name = say(guides, _QUIET) + say(text.tail(node.label, 48), _HEAD)
         name += say(f"  {node.count} × " if node.count > 1 else "  ") + say(node.kind, "cyan")
         part = measure(node) / whole if whole else 0.0
         bar = [say("█" * max(round(_BAR * part), int(part > 0.01)), "blue")] if wide else []
-        table.add_row(name, *(say(show(node)) for show in columns.values()), *bar)
+        table.add_row(_cut(name, room, say), *(say(show(node)) for show in columns.values()), *bar)
     return table
+
+
+def _cut(words: Text, room: int, say: Say) -> Text:
+    """Return words that fit; numbers keep their places beside them."""
+    if words.cell_len <= room:
+        return words
+    mark = say("…")
+    words.truncate(max(room - mark.cell_len, 1))
+    return words + mark
 
 
 def _seconds(node: Node) -> float:
@@ -193,16 +224,20 @@ def _operators(shown: Sequence[Group], costs: Costs, say: Say, width: int) -> Ta
     headings = ["operator", "calls", "MACs", "moved", "FLOP/B", *(["time", "bound by"] if timed else [])]
     made = [_cells(group, timed) for group in shown]
     table = _table()
+    room = width - _GAP
     for place, heading in enumerate(headings):
         least = max(len(cells[place]) for cells in [headings, *made])
+        room -= least + _GAP
         table.add_column(heading, justify="right" if place else "left", no_wrap=True, min_width=least)
-    shapes = width >= _NARROW + 30
-    for heading in ("first in", *(["shapes of the first"] if shapes else [])):
-        table.add_column(heading, no_wrap=True, overflow="ellipsis")
-    for group, (name, *numbers) in zip(shown, made, strict=True):
-        where = say(text.tail(group.where or "the model", 28), "cyan")
-        rest = [where, say(group.shapes, _QUIET)] if shapes else [where]
-        table.add_row(say(name, _HEAD), *map(say, numbers), *rest)
+    table.add_column("first in", no_wrap=True)
+    where = [say(text.tail(group.where or "the model", min(max(room, _SHORTEST), 36)), "cyan") for group in shown]
+    room -= max(item.cell_len for item in where) + _GAP
+    shapes = room > 2 * _SHORTEST
+    if shapes:
+        table.add_column("shapes of the first", no_wrap=True)
+    for group, (name, *numbers), place in zip(shown, made, where, strict=True):
+        rest = [_cut(say(group.shapes, _QUIET), room, say)] if shapes else []
+        table.add_row(say(name, _HEAD), *map(say, numbers), place, *rest)
     return table
 
 

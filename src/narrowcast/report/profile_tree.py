@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.profile import Part, Profile
 
 __all__ = ["BACKWARD", "ITSELF", "Node", "fold", "leaves", "ranges"]
@@ -138,7 +139,9 @@ class _Folder:
             if path:
                 self.inside[self._parent(path)].append(path)
         counted = [operator.bytes_read + operator.bytes_written for operator in found.operators]
-        self.moved = _by_path(found, moved or counted)
+        self.each_moved = moved or counted
+        self.each_took = seconds
+        self.moved = _by_path(found, self.each_moved)
         self.seconds = None if seconds is None else _by_path(found, seconds)
         self.known: dict[Hashable, int] = {}
         self.shapes: dict[str, int] = {}
@@ -159,7 +162,7 @@ class _Folder:
             bytes_moved=self.moved[""] + self.moved.get(BACKWARD, 0.0),
             operators=sum(bool(operator.bytes_read + operator.bytes_written) for operator in found.operators),
             seconds=None if self.seconds is None else self.seconds.get("", 0.0) + self.seconds.get(BACKWARD, 0.0),
-            children=forward.children,
+            children=forward.children or tuple(self._by_operator()),
         )
         if BACKWARD not in self.moved:
             return whole
@@ -177,6 +180,27 @@ class _Folder:
             children=(),
         )
         return replace(whole, children=(*whole.children, backward))
+
+    def _by_operator(self) -> Iterator[Node]:
+        """Yield the operators by name, for graphs that know no modules; what they own is not known."""
+        places: dict[tuple[str, Kind], list[int]] = defaultdict(list)
+        for place, operator in enumerate(self.found.operators):
+            if operator.phase == "forward" and operator.bytes_read + operator.bytes_written:
+                places[operator.name, operator.kind].append(place)
+        for (name, kind), members in places.items():
+            works = [work for place in members if (work := self.found.operators[place].work) is not None]
+            yield Node(
+                label=name,
+                kind=kind,
+                paths=tuple(self.found.operators[place].path for place in members),
+                parameters=0,
+                macs=sum(work.macs for work in works),
+                flops=sum(2 * work.macs + work.bias_adds + work.other for work in works),
+                bytes_moved=math.fsum(self.each_moved[place] for place in members),
+                operators=len(members),
+                seconds=None if self.each_took is None else math.fsum(self.each_took[place] for place in members),
+                children=(),
+            )
 
     def _parent(self, path: str) -> str:
         """Return the nearest module around a path; a walker may leave out modules that do nothing."""
