@@ -7,17 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from narrowcast.formats import vectors
 from narrowcast.formats.kinds import Format
 from narrowcast.formats.portable import SpecialCodes, Values
-from narrowcast.formats.vectors import (
-    LANES,
-    decode_arithmetically,
-    decode_nibbles,
-    decode_pairs,
-    encode_nearest,
-    loop,
-    permutes,
-)
+from narrowcast.formats.vectors import LANES, loop
 
 __all__ = [
     "absmax",
@@ -144,22 +137,42 @@ def decoded(codes: np.ndarray, values: Values, out: np.ndarray) -> None:
 def decoded_nibbles(packed: np.ndarray, scales: np.ndarray, values: Values, out: np.ndarray) -> None:
     """See ``portable``."""
     length, first = out.shape[1], 0
-    if out.dtype == np.float32 and permutes():
-        decode_nibbles(packed, scales, values.single, out)
+    if out.dtype == np.float32 and vectors.permutes():
+        vectors.decode_nibbles(packed, scales, values.single, out)
         first = length // LANES * LANES
     if first < length:
-        decode_pairs(packed, scales, values.nibbles.view(out.dtype).reshape(256, 2), first, out)
+        vectors.decode_pairs(packed, scales, values.nibbles.view(out.dtype).reshape(256, 2), first, out)
 
 
 def rounded_to_nearest(x: np.ndarray, format: Format, special: SpecialCodes, out: np.ndarray) -> None:
     """See ``portable``."""
-    encode_nearest(x.view(np.uint32), _encoding_constants(format, special), out)
+    infinite = special.beyond == special.infinite == format.infinity_code
+    if infinite and _is_half(format) and vectors.converts_half():
+        vectors.encode_half(x, out)
+    elif infinite and _is_cut(format):
+        vectors.encode_cut(x.view(np.uint32), np.uint32(23 - format.mantissa_bits), out)
+    else:
+        vectors.encode_nearest(x.view(np.uint32), _encoding_constants(format, special), out)
 
 
 def decoded_floats(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
     """See ``portable``."""
-    decode_arithmetically(codes, _decoding_constants(format), out.view(np.uint32))
+    if _is_half(format) and vectors.converts_half():
+        vectors.decode_half(codes, out)
+    elif _is_cut(format):
+        vectors.decode_cut(codes, np.uint32(23 - format.mantissa_bits), out.view(np.uint32))
+    else:
+        vectors.decode_arithmetically(codes, _decoding_constants(format), out.view(np.uint32))
     return True
+
+
+def _is_half(format: Format) -> bool:
+    return (format.exponent_bits, format.mantissa_bits, format.bias, format.has_inf) == (5, 10, 15, True)
+
+
+def _is_cut(format: Format) -> bool:
+    """Return whether codes are the upper bits of float32, as BF16's are."""
+    return (format.exponent_bits, format.bias, format.has_inf) == (8, 127, True)
 
 
 @lru_cache(maxsize=64)

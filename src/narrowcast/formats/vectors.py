@@ -22,9 +22,14 @@ from numba.extending import intrinsic
 
 __all__ = [
     "LANES",
+    "converts_half",
     "decode_arithmetically",
+    "decode_cut",
+    "decode_half",
     "decode_nibbles",
     "decode_pairs",
+    "encode_cut",
+    "encode_half",
     "encode_nearest",
     "features_of_target",
     "loop",
@@ -34,6 +39,8 @@ __all__ = [
 LANES = 16  # elements of a 4-bit look-up: what one AVX-512 register holds of a float32 table
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+_generated: Any = intrinsic  # callers do not give the first parameter, numba's typing context
 
 _INT = ir.IntType(32)
 _BYTES = ir.VectorType(ir.IntType(8), LANES // 2)
@@ -48,13 +55,19 @@ def loop(function: Loop) -> Loop:
     return compiled
 
 
+def features_of_target() -> list[str]:
+    """Return what the processor that loops are compiled for can do (``+name``) and cannot (``-name``)."""
+    context: Any = cpu_target.target_context
+    return context.codegen().magic_tuple()[2].split(",")
+
+
 # 32-bit arithmetic that stays 32 bits wide --------------------------------------------------------------------------------
 
 
 def _instruction(name: str) -> Any:
     """Return LLVM's instruction of that name as a function of two uint32 numbers (shifts: by less than 32)."""
 
-    @intrinsic
+    @_generated
     def operation(_: Any, left: Any, right: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return getattr(builder, name)(*arguments)
@@ -116,22 +129,89 @@ def decode_arithmetically(codes: Any, constants: Any, words: Any) -> None:
         words[i] = word | (_left(code, sign_shift) & np.uint32(0x80000000))
 
 
+# Formats with float32's exponents, whose codes are its upper bits -----------------------------------------------------------
+
+
+@loop
+def encode_cut(words: Any, dropped: Any, out: Any) -> None:
+    """Write the upper bits of float32 numbers, rounded to nearest even; too large a number becomes infinity.
+
+    Args:
+        words: Bits of float32, shape [n], uint32.
+        dropped: How many lower bits go, uint32.
+        out: Codes, shape [n].
+    """
+    half = _minus(_left(np.uint32(1), _minus(dropped, np.uint32(1))), np.uint32(1))
+    quiet = _right(np.uint32(0x400000), dropped)
+    for i in range(words.size):
+        kept = _right(words[i], dropped)
+        rounded = _right(_plus(_plus(words[i], half), kept & np.uint32(1)), dropped)
+        lost = (words[i] & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        out[i] = kept | quiet if lost else rounded
+
+
+@loop
+def decode_cut(codes: Any, dropped: Any, words: Any) -> None:
+    """Write the float32 numbers whose upper bits are the codes; a NaN is quiet."""
+    for i in range(codes.size):
+        word = _left(np.uint32(codes[i]), dropped)
+        lost = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        words[i] = word | np.uint32(0x400000) if lost else word
+
+
+# FP16, by the processor's own conversions -----------------------------------------------------------------------------------
+
+
+@_generated
+def _to_half(_: Any, number: Any) -> Any:
+    """Return the FP16 code of a float32 number: nearest even, overflow to infinity, a NaN quiet with its upper payload."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@_generated
+def _from_half(_: Any, code: Any) -> Any:
+    """Return the float32 value of an FP16 code; a NaN is quiet and keeps its payload."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@cache
+def converts_half() -> bool:
+    """Return whether the processor has these conversions: x86 with F16C."""
+    return "+f16c" in features_of_target()
+
+
+@loop
+def encode_half(x: Any, out: Any) -> None:
+    """Write the FP16 codes of float32 numbers, on a processor that ``converts_half``: shapes [n]."""
+    for i in range(x.size):
+        out[i] = _to_half(x[i])
+
+
+@loop
+def decode_half(codes: Any, out: Any) -> None:
+    """Write the float32 values of FP16 codes, on a processor that ``converts_half``: shapes [n]."""
+    for i in range(codes.size):
+        out[i] = _from_half(codes[i])
+
+
 # Look-ups in a register ---------------------------------------------------------------------------------------------------
-
-
-def features_of_target() -> list[str]:
-    """Return what the processor that loops are compiled for can do (``+name``) and cannot (``-name``)."""
-    context: Any = cpu_target.target_context
-    return context.codegen().magic_tuple()[2].split(",")
 
 
 @cache
 def permutes() -> bool:
-    """Return whether that processor permutes a register: x86 from AVX2 on."""
+    """Return whether the processor permutes a register: x86 from AVX2 on."""
     return "+avx2" in features_of_target()
 
 
-@intrinsic
+@_generated
 def _look_up_nibbles(_: Any, packed: Any, first: Any, table: Any, scale: Any, out: Any, place: Any) -> Any:
     """Write ``table[code] * scale`` for 16 codes.
 
@@ -203,7 +283,7 @@ def decode_nibbles(packed: Any, scales: Any, values: Any, out: Any) -> None:
     for row in range(rows):
         start = row * length
         for place in range(start, start + length - LANES + 1, LANES):
-            _look_up_nibbles(packed, place // 2, values, scales[row], flat, place)  # pyright: ignore[reportCallIssue]
+            _look_up_nibbles(packed, place // 2, values, scales[row], flat, place)
 
 
 @loop
