@@ -3,6 +3,16 @@
 Conventions, everywhere in this package: one MAC is one multiplication and one addition, so ``flops = 2 * macs``; the
 additions of a bias are counted apart (``bias_adds``), as are elementwise operations, normalisation and softmax
 (``other_flops``). With a bias, the additions of a dot product and of its bias together equal the multiplications.
+
+A model is the sum of its layers, here Llama-2-7B on 2,048 tokens:
+
+>>> block = attention(4096, 2048, heads=32, bias=False)
+>>> block += feed_forward(4096, 11_008, rows=2048, gated=True, bias=False)
+>>> block += normalisation(4096, bias=False).times(2)
+>>> head = normalisation(4096, bias=False) + linear(4096, 32_000, rows=2048, bias=False)
+>>> model = embedding(32_000, 4096) + block.times(32) + head
+>>> model.parameters, model.flops
+(6738415616, 29261612187648)
 """
 
 from __future__ import annotations
@@ -18,11 +28,12 @@ __all__ = [
     "convolution_output",
     "embedding",
     "feed_forward",
-    "kv_cache_bytes",
+    "latent_attention",
     "linear",
     "mixture_of_experts",
     "normalisation",
     "recurrent",
+    "transposed_convolution",
 ]
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
@@ -76,14 +87,21 @@ class Cost:
 
 
 def linear(inputs: int, outputs: int, *, rows: int = 1, bias: bool = True) -> Cost:
-    """Return the cost of ``y = W x + b`` on ``rows`` vectors."""
+    """Return the cost of ``y = W x + b`` on ``rows`` vectors.
+
+    Source: Molchanov et al. 2017 (Pruning convolutional neural networks for resource efficient inference), appendix A.1:
+    ``(2 I - 1) O`` operations without bias, which is one addition for each sum less than two for each MAC.
+    """
     return Cost(inputs * outputs + bias * outputs, rows * inputs * outputs, bias * rows * outputs)
 
 
 def convolution_output(
     size: int, kernel: int, *, stride: int = 1, padding: int = 0, dilation: int = 1, transposed: bool = False
 ) -> int:
-    """Return the length of a convolution's output along one axis (no output padding)."""
+    """Return the length of a convolution's output along one axis (no output padding).
+
+    Source: Dumoulin and Visin 2016 (A guide to convolution arithmetic for deep learning), relationships 6, 14 and 15.
+    """
     if transposed:
         return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
@@ -98,29 +116,60 @@ def convolution(
     groups: int = 1,
     bias: bool = True,
     batch: int = 1,
-    transposed: bool = False,
 ) -> Cost:
     """Return the cost of a convolution.
 
-    Every output position takes ``inputs / groups * prod(kernel)`` MACs in each output channel. A transposed convolution
-    spreads every *input* position instead, which is what ``positions`` counts then. Dilation and stride change the
-    positions, not the work at each.
+    Every output position takes ``inputs / groups * prod(kernel)`` MACs in each output channel. Dilation and stride change
+    the positions, not the work at each; padding counts like pixels.
+
+    Source: Molchanov et al. 2017, appendix A.1; in groups and depthwise Howard et al. 2017 (MobileNets), equations 2 to 5.
 
     Args:
         inputs: Input channels.
         outputs: Output channels.
         kernel: Kernel size along each axis.
-        positions: Output size along each axis; input size if transposed.
+        positions: Output size along each axis, see :func:`convolution_output`.
         groups: Groups; ``inputs`` of them make a depthwise convolution.
         bias: Whether each output channel has a bias.
         batch: Samples.
-        transposed: Whether it is a transposed convolution, without stride or padding cutting its output.
+    """
+    weights = inputs // groups * outputs * math.prod(kernel)
+    places = batch * math.prod(positions)
+    return Cost(weights + bias * outputs, places * weights, bias * places * outputs)
+
+
+def transposed_convolution(
+    inputs: int,
+    outputs: int,
+    kernel: Sequence[int],
+    positions: Sequence[int],
+    output_positions: Sequence[int],
+    *,
+    groups: int = 1,
+    bias: bool = True,
+    batch: int = 1,
+) -> Cost:
+    """Return the cost of a transposed convolution, which multiplies every *input* position with the whole kernel.
+
+    Products that padding cuts off the output count: the kernels compute them.
+
+    Source: Dumoulin and Visin 2016, section 4: the backward pass of a convolution from the output to the input.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        kernel: Kernel size along each axis.
+        positions: Input size along each axis.
+        output_positions: Output size along each axis, where the bias is added.
+        groups: Groups.
+        bias: Whether each output channel has a bias.
+        batch: Samples.
     """
     weights = inputs // groups * outputs * math.prod(kernel)
     return Cost(
         weights + bias * outputs,
-        batch * weights * math.prod(positions),
-        bias * batch * outputs * (0 if transposed else math.prod(positions)),
+        batch * math.prod(positions) * weights,
+        bias * batch * math.prod(output_positions) * outputs,
     )
 
 
@@ -128,6 +177,9 @@ def recurrent(
     kind: str, inputs: int, hidden: int, *, steps: int = 1, batch: int = 1, biases: int = 2, directions: int = 1
 ) -> Cost:
     """Return the cost of one layer of an ``rnn``, ``gru`` or ``lstm``.
+
+    Source: Elman 1990; Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000; Cho et al. 2014. Gates
+    without peepholes, each ``W x + U h + b``.
 
     Args:
         kind: ``rnn`` has one gate block, ``gru`` three, ``lstm`` four.
@@ -159,6 +211,9 @@ def attention(
 ) -> Cost:
     """Return the cost of multi-head attention: four projections, scores, and the weighted sum of values.
 
+    Source: Vaswani et al. 2017 (Attention is all you need), section 3.2; multi-query Shazeer 2019, grouped-query Ainslie et
+    al. 2023. Causal: Dao 2023 (FlashAttention-2), section 4.1, which halves the pairs; here the diagonal counts whole.
+
     Args:
         width: Model width.
         tokens: Query tokens.
@@ -184,8 +239,55 @@ def attention(
     return projections + Cost(0, 2 * batch * pairs * inner)
 
 
+def latent_attention(
+    width: int,
+    tokens: int,
+    *,
+    heads: int,
+    rank: int,
+    head_widths: tuple[int, int, int],
+    query_rank: int | None = None,
+    batch: int = 1,
+    causal: bool = False,
+) -> Cost:
+    """Return the cost of multi-head latent attention without biases, its latents expanded to keys and values of each head.
+
+    The norms of the latents are part of it. Kernels for decoding that multiply latents with queries instead cost otherwise.
+
+    Source: DeepSeek-V2 (DeepSeek-AI 2024), section 2.1 and appendix C.
+
+    Args:
+        width: Model width.
+        tokens: Tokens.
+        heads: Heads.
+        rank: Width of the latent of keys and values.
+        head_widths: Of the part of queries and keys without positions, of their rotary part, and of values.
+        query_rank: Width of the latent of queries; None if they are projected at once.
+        batch: Sequences.
+        causal: Whether to count only the keys that a query may see.
+    """
+    plain, rotary, value = head_widths
+    rows = batch * tokens
+
+    def project(inputs: int, outputs: int) -> Cost:
+        return linear(inputs, outputs, rows=rows, bias=False)
+
+    queries = heads * (plain + rotary)
+    if query_rank is None:
+        query = project(width, queries)
+    else:
+        query = project(width, query_rank) + normalisation(query_rank, bias=False) + project(query_rank, queries)
+    compressed = project(width, rank + rotary) + normalisation(rank, bias=False)
+    expanded = project(rank, heads * (plain + value)) + project(heads * value, width)
+    pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
+    return query + compressed + expanded + Cost(0, batch * pairs * heads * (plain + rotary + value))
+
+
 def feed_forward(width: int, hidden: int, *, rows: int = 1, gated: bool = False, bias: bool = True) -> Cost:
-    """Return the cost of a feed-forward block: two products, three if gated (SwiGLU and its kin)."""
+    """Return the cost of a feed-forward block: two products, three if gated (SwiGLU and its kin).
+
+    Source: Vaswani et al. 2017, section 3.3; gated Shazeer 2020 (GLU variants improve transformer), equation 6.
+    """
     up = linear(width, hidden, rows=rows, bias=bias).times(1 + gated)
     return up + linear(hidden, width, rows=rows, bias=bias)
 
@@ -193,46 +295,28 @@ def feed_forward(width: int, hidden: int, *, rows: int = 1, gated: bool = False,
 def mixture_of_experts(
     width: int, hidden: int, *, experts: int, chosen: int, rows: int = 1, gated: bool = True, bias: bool = False
 ) -> Cost:
-    """Return the cost of a layer of experts with a linear router, ``chosen`` of which each row goes through."""
+    """Return the cost of a layer of experts with a linear router, ``chosen`` of which each row goes through.
+
+    Experts that all rows share (DeepSeekMoE, Dai et al. 2024) are a feed-forward block to be added.
+
+    Source: Shazeer et al. 2017 (Outrageously large neural networks), section 2; Jiang et al. 2024 (Mixtral), section 2.1.
+    """
     router = linear(width, experts, rows=rows, bias=False)
     one = feed_forward(width, hidden, rows=rows, gated=gated, bias=bias)
     return router + Cost(experts * one.parameters, chosen * one.macs, chosen * one.bias_adds, chosen * one.parameters)
 
 
 def embedding(entries: int, width: int) -> Cost:
-    """Return the cost of a look-up table: parameters, and no arithmetic."""
+    """Return the cost of a look-up table: parameters, and no arithmetic.
+
+    Source: Bengio et al. 2003 (A neural probabilistic language model), section 2: the rows of its matrix ``C``.
+    """
     return Cost(entries * width, 0)
 
 
 def normalisation(width: int, *, bias: bool = True) -> Cost:
-    """Return the parameters of a batch, layer, group or RMS norm (without bias); its arithmetic is no MAC."""
-    return Cost(width * (1 + bias), 0)
+    """Return the parameters of a batch, layer, group or RMS norm (without bias); its arithmetic is no MAC.
 
-
-def kv_cache_bytes(
-    layers: int,
-    kv_heads: int,
-    head_width: int,
-    tokens: int,
-    *,
-    batch: int = 1,
-    bytes_per_number: float = 2,
-    window: int | None = None,
-    latent_width: int | None = None,
-) -> float:
-    """Return the bytes that keys and values of past tokens take.
-
-    Args:
-        layers: Attention layers.
-        kv_heads: Key and value heads: all heads, the groups of grouped-query attention, or 1 in multi-query.
-        head_width: Width of a head.
-        tokens: Tokens in the cache.
-        batch: Sequences.
-        bytes_per_number: 2 for FP16 and BF16, 1 for FP8.
-        window: Tokens that sliding-window attention keeps at most.
-        latent_width: Width of the compressed latent (its decoupled rotary part included) that latent attention keeps
-            in place of keys and values.
+    Source: Ioffe and Szegedy 2015; Ba et al. 2016; Wu and He 2018; RMS norm Zhang and Sennrich 2019.
     """
-    kept = min(tokens, window) if window else tokens
-    numbers = latent_width if latent_width else 2 * kv_heads * head_width
-    return layers * batch * kept * numbers * bytes_per_number
+    return Cost(width * (1 + bias), 0)

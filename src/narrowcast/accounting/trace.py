@@ -172,13 +172,14 @@ class _Recorder(TorchDispatchMode):
             return None
         product, bias = args[:2]
         maker = self._maker(product)
-        if maker is None or maker.kind is not Kind.PRODUCT or not maker.weight_bytes:
+        if maker is None or maker.kind is not Kind.PRODUCT or math.prod(maker.outputs[0]) != out.numel():
             return None
-        if math.prod(maker.outputs[0]) != out.numel() or not isinstance(bias, torch.Tensor):
+        if not isinstance(bias, torch.Tensor):
             return None
-        gathered = self._maker(bias)  # each row has its expert's bias
-        of_experts = gathered is not None and gathered.name == "index" and gathered.weight_bytes > 0
-        is_bias = of_experts if gathered else bias.dim() == 1 and _storage_of(bias) in self._static
+        if gathered := self._maker(bias):  # each row has its expert's bias
+            is_bias = gathered.name == "index" and gathered.weight_bytes > 0
+        else:
+            is_bias = bias.dim() == 1 and _storage_of(bias) in self._static and maker.weight_bytes > 0
         return Work(bias_adds=out.numel()) if is_bias else None
 
     def _maker(self, tensor: Any) -> Operator | None:

@@ -41,19 +41,6 @@ def test_causal_attention_sees_half_of_the_pairs() -> None:
     assert one_token.macs == formulas.attention(64, 1, heads=4, keys=50).macs
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "expected"),
-    [(32, 2 * 32 * 128 * 2), (8, 2 * 8 * 128 * 2), (1, 2 * 128 * 2)],
-)
-def test_the_cache_of_keys_and_values(kv_heads: int, expected: int) -> None:
-    assert formulas.kv_cache_bytes(1, kv_heads, 128, 1) == expected
-
-
-def test_the_cache_with_a_window_or_a_latent() -> None:
-    assert formulas.kv_cache_bytes(32, 8, 128, 10_000, window=4096) == formulas.kv_cache_bytes(32, 8, 128, 4096)
-    assert formulas.kv_cache_bytes(61, 128, 128, 1000, latent_width=576) == 61 * 1000 * 576 * 2
-
-
 def test_a_mixture_of_experts_has_more_parameters_than_a_token_meets() -> None:
     cost = formulas.mixture_of_experts(4096, 14_336, experts=8, chosen=2)
     expert = 3 * 4096 * 14_336
