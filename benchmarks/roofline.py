@@ -1,5 +1,7 @@
 """How far the roofline's estimates are from the times that runtimes take.
 
+python benchmarks/roofline.py cpu --threads 1 [--out benchmarks/results/roofline-cpu.json]
+    `auto` first, then networks in FP32 with ONNX Runtime; exports them to a temporary folder if they are not there
 python benchmarks/roofline.py gpu [--device cpu --tiny]     measure networks in BF16 with PyTorch, and their kernels
 """
 
@@ -17,6 +19,125 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).parent
+
+
+# CPU ------------------------------------------------------------------------------------------------------------------
+
+
+def cpu(args):
+    from roofline_cpu_models import DEVELOPMENT, JUDGED, export
+
+    from narrowcast.accounting.policies import policy
+    from narrowcast.measure.environment import environment
+    from narrowcast.measure.machine import measure_cpu
+
+    torch.set_num_threads(args.threads)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    chosen = {"judged": JUDGED, "development": DEVELOPMENT, "all": JUDGED | DEVELOPMENT}[args.networks]
+    for name, build in chosen.items():
+        export(build, args.folder / f"{name.replace(' ', '_')}.onnx")
+    before = environment()
+    began = time.perf_counter()
+    device = measure_cpu(threads=args.threads)
+    measured_in = time.perf_counter() - began
+    print(f"auto: {measured_in:.0f} s, load {before.load}", flush=True)
+    runs = {name: onnx_run(args.folder / f"{name.replace(' ', '_')}.onnx", args.threads) for name in chosen}
+    times = {name: [] for name in chosen}
+    for run in runs.values():
+        run()
+    for number in range(args.rounds):
+        for name in np.random.default_rng(number).permutation(list(runs)):
+            runs[name]()  # caches hold another network's numbers
+            begin = time.perf_counter()
+            for _ in range(args.runs):
+                runs[name]()
+            times[name].append((time.perf_counter() - begin) / args.runs)
+        print(f"round {number + 1} of {args.rounds}", flush=True)
+    operators = {name: trace_of_built(build) for name, build in chosen.items()}
+    rows = {name: row_of(estimate_of(operators[name], device, policy("fp32")), spread(times[name])) for name in chosen}
+    report = {
+        "device": device.model_dump(mode="json", exclude_defaults=True),
+        "environment": before.model_dump(mode="json"),
+        "protocol": (
+            f"ONNX Runtime in FP32, batch 1, {args.threads} threads, random weights; {args.rounds} rounds of "
+            f"{args.runs} runs each, networks interleaved in random order; `auto` measured right before in "
+            f"{measured_in:.0f} s; estimates from traces of the PyTorch modules; none of the judged networks was "
+            "used to choose the form of the estimates or to fit them"
+        ),
+        "load_after": os.getloadavg()[0],
+        "summary": summary(rows),
+        "networks": rows,
+    }
+    print_rows(rows, report["summary"])
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def onnx_run(path, threads):
+    import onnxruntime as ort
+
+    from narrowcast.measure.probes_onnx import options_of
+
+    session = ort.InferenceSession(str(path), options_of(threads), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    given = {
+        value.name: rng.integers(0, 30000, value.shape)
+        if "int64" in value.type
+        else rng.standard_normal(value.shape, np.float32)
+        for value in session.get_inputs()
+    }
+    return lambda: session.run(None, given)
+
+
+def trace_of_built(build):
+    from narrowcast.accounting.trace import trace
+
+    module, inputs = build()
+    return trace(module, inputs).operators
+
+
+def estimate_of(operators, device, precision, **options):
+    from narrowcast.accounting.roofline import estimate
+
+    return estimate(operators, device, precision, **options)
+
+
+def row_of(estimate, measured):
+    return {
+        "measured_ms": measured["median"] * 1e3,
+        "p10_ms": measured["p10"] * 1e3,
+        "p90_ms": measured["p90"] * 1e3,
+        "estimate_ms": estimate.seconds * 1e3,
+        "low_ms": estimate.low * 1e3,
+        "high_ms": estimate.high * 1e3,
+        "floor_ms": estimate.floor * 1e3,
+        "error": estimate.seconds / measured["median"] - 1,
+        "shares": {bound: round(share, 3) for bound, share in estimate.shares.items()},
+    }
+
+
+def summary(rows):
+    errors = np.abs([row["error"] for row in rows.values()])
+    ratios = [row["measured_ms"] / row["estimate_ms"] for row in rows.values()]
+    return {
+        "networks": len(rows),
+        "median_absolute_error": float(np.median(errors)),
+        "largest_absolute_error": float(np.max(errors)),
+        "measured_over_estimate_p5": float(np.percentile(ratios, 5)),
+        "measured_over_estimate_p95": float(np.percentile(ratios, 95)),
+        "faster_than_floor": sum(row["measured_ms"] < row["floor_ms"] for row in rows.values()),
+        "estimates_below_floor": sum(row["estimate_ms"] < row["floor_ms"] for row in rows.values()),
+        "within_band": sum(row["low_ms"] <= row["measured_ms"] <= row["high_ms"] for row in rows.values()),
+    }
+
+
+def print_rows(rows, found):
+    for name, row in rows.items():
+        print(
+            f"{name:26s} measured {row['measured_ms']:8.2f} ms [{row['p10_ms']:.2f} {row['p90_ms']:.2f}]  "
+            f"estimate {row['estimate_ms']:8.2f}  {row['error']:+.0%}  floor {row['floor_ms']:.2f}  {row['shares']}"
+        )
+    print(json.dumps(found, indent=1))
 
 
 # GPU ------------------------------------------------------------------------------------------------------------------
@@ -269,6 +390,14 @@ def main():
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
+    on_cpu = commands.add_parser("cpu")
+    on_cpu.add_argument("--threads", type=int, default=1)
+    on_cpu.add_argument("--networks", default="judged", choices=["judged", "development", "all"])
+    on_cpu.add_argument("--folder", type=Path, default=Path("/tmp/narrowcast-roofline"))
+    on_cpu.add_argument("--rounds", type=int, default=15)
+    on_cpu.add_argument("--runs", type=int, default=3)
+    on_cpu.add_argument("--out", type=Path)
+    on_cpu.set_defaults(run=cpu)
     on_gpu = commands.add_parser("gpu")
     on_gpu.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     on_gpu.add_argument("--tiny", action="store_true")

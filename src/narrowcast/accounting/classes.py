@@ -9,12 +9,13 @@ from typing import NamedTuple
 from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.operators import Operator
 
-__all__ = ["OperatorClass", "Shape", "class_of", "shape_of"]
+__all__ = ["OperatorClass", "Shape", "class_of", "convolution_class", "shape_of"]
 
 
 class OperatorClass(StrEnum):
     """Sorts of operators whose kernels reach different shares of the peaks; finer than :class:`Kind` where it matters."""
 
+    IMAGE = "convolution of an image"  # of at most four channels
     CONVOLUTION = "convolution"
     POINTWISE = "pointwise convolution"
     GROUPED = "grouped convolution"
@@ -52,9 +53,11 @@ class Shape(NamedTuple):
 _TRANSCENDENTAL = frozenset(
     """
     gelu erf tanh sigmoid silu mish softplus exp exp2 expm1 log log2 log1p log10 sin cos tan pow logit elu selu
-    swish fastgelu hardtanh_
+    swish fastgelu
     """.split()  # noqa: SIM905
 )
+#: Channels of an image, at most.
+_IMAGE = 4
 _SAME = {
     Kind.DEPTHWISE: OperatorClass.DEPTHWISE,
     Kind.ATTENTION: OperatorClass.ATTENTION,
@@ -67,15 +70,29 @@ _SAME = {
 }
 
 
+def convolution_class(inputs: int, groups: int, kernel: int) -> OperatorClass:
+    """Return the class of a convolution.
+
+    Args:
+        inputs: Input channels.
+        groups: Groups.
+        kernel: Positions of the kernel, 9 if it is 3 x 3.
+    """
+    if groups > 1:
+        return OperatorClass.DEPTHWISE if groups == inputs else OperatorClass.GROUPED
+    if inputs <= _IMAGE:
+        return OperatorClass.IMAGE
+    return OperatorClass.POINTWISE if kernel == 1 else OperatorClass.CONVOLUTION
+
+
 def class_of(operator: Operator) -> OperatorClass:
     """Return the class of an operator that is no view."""
     if operator.kind in _SAME:
         return _SAME[operator.kind]
     if operator.kind is Kind.CONVOLUTION:
-        if operator.attributes.get("groups", 1) > 1:
-            return OperatorClass.GROUPED
-        kernel = operator.attributes.get("kernel", (3,))
-        return OperatorClass.POINTWISE if math.prod(kernel) == 1 else OperatorClass.CONVOLUTION
+        given = operator.attributes
+        groups, kernel = int(given.get("groups", 1)), math.prod(given.get("kernel", (3,)))
+        return convolution_class(int(given.get("inputs", 0)) or operator.inputs[0][1], groups, kernel)
     if operator.kind is Kind.PRODUCT:
         return OperatorClass.PRODUCT if operator.weight_bytes else OperatorClass.BATCHED
     return OperatorClass.TRANSCENDENTAL if _plain(operator.name) in _TRANSCENDENTAL else OperatorClass.ELEMENTWISE

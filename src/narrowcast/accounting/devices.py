@@ -8,12 +8,13 @@
 330.3
 
 The numbers lie in ``devices.toml`` beside this file. Devices in the user's own ``narrowcast/devices.toml``, in the same
-form, are added, and replace those of the same name.
+form, are added, and replace those of the same name; among them this machine as measured, ``auto`` (:func:`save_device`).
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -24,12 +25,14 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from narrowcast.accounting.efficiencies import RuntimeModel
 from narrowcast.errors import DeviceError, FormatError
 from narrowcast.formats.blocks import BlockFormat
 from narrowcast.formats.table import get
 
 __all__ = [
     "FAMILIES",
+    "MEASURED",
     "Accumulator",
     "Device",
     "Launch",
@@ -40,6 +43,7 @@ __all__ = [
     "device",
     "devices",
     "memory_types",
+    "save_device",
     "user_catalogue",
 ]
 
@@ -58,6 +62,9 @@ _RATES = {member: family for family, members in FAMILIES.items() for member in m
     "uint8": "int8",
     "uint4": "int4",
 }
+
+#: Names of this machine's own devices, and the commands that measure them.
+MEASURED = {"auto": "narrowcast devices --measure cpu", "auto-cuda": "narrowcast devices --measure cuda"}
 
 _Text = Annotated[str, Field(min_length=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -90,6 +97,7 @@ class Memory(_Frozen):
         stated_gbs: Bandwidth as the vendor states it, in 1e9 bytes per second; often rounded.
         source: Where the numbers come from.
         clock_source: Where the clock and the bus come from, if from somewhere else.
+        cache_mb: The largest cache, in 2**20 bytes.
     """
 
     size_gb: _Positive | None = None
@@ -99,6 +107,7 @@ class Memory(_Frozen):
     stated_gbs: _Positive | None = None
     source: str = ""
     clock_source: str | None = None
+    cache_mb: _Positive | None = None
 
     @model_validator(mode="after")
     def _of_a_known_type(self) -> Self:
@@ -182,6 +191,7 @@ class Device(_Frozen):
         memory: Its memory.
         peaks: What it computes at most, per format and accumulator.
         launch: What it costs to start a kernel; None where nobody measured it.
+        runtimes: What runtimes reach on it, where that was measured on this very device.
         source: Where every number comes from that names no other source.
         notes: What a reader of the numbers should know.
     """
@@ -197,6 +207,7 @@ class Device(_Frozen):
     memory: Memory = Memory()
     peaks: tuple[Peak, ...] = ()
     launch: Launch | None = None
+    runtimes: tuple[RuntimeModel, ...] = ()
     source: _Text
     notes: str | None = None
 
@@ -345,6 +356,8 @@ def device(name: str) -> Device:
     key = _key(name)
     if key in by_key:
         return by_key[key]
+    if key in MEASURED:
+        raise DeviceError(f"device {name!r}: this machine is not measured yet", next_step=f"run: {MEASURED[key]}")
     near = difflib.get_close_matches(key, by_key, n=8, cutoff=0.6)
     near += [other for other in by_key if key and (key in other or (len(other) > 3 and other in key))]
     nearest = list(dict.fromkeys(by_key[other].name for other in near))[:5]
@@ -353,6 +366,46 @@ def device(name: str) -> Device:
         allowed=f"nearest: {', '.join(nearest)}" if nearest else "",
         next_step=f"narrowcast devices lists all {len(known)}; others can be described in {user_catalogue()}",
     )
+
+
+def save_device(found: Device) -> Path:
+    """Write a measured device into the user's catalogue, in place of an earlier measurement; all else there stays.
+
+    Returns:
+        The catalogue.
+
+    Raises:
+        DeviceError: The catalogue cannot be read or written, or describes a device of that name by hand.
+    """
+    path = user_catalogue()
+    text = path.read_text(encoding="utf-8") if _of_user(path) else ""
+    first, last = f"# {found.name}: measured", f"# {found.name}: end"
+    written = re.compile(rf"^{re.escape(first)}$.*?^{re.escape(last)}$\n?", re.DOTALL | re.MULTILINE)
+    text = written.sub("", text)
+    if any(table.get("name") == found.name for table in tomllib.loads(text).get("device", [])):
+        raise DeviceError(
+            f"catalogue {path} describes {found.name!r} by hand", next_step="remove it there, or give it another name"
+        )
+    table = found.model_dump(mode="json", exclude_defaults=True)
+    lines = [first, "[[device]]", *(f"{key} = {_toml(value)}" for key, value in table.items()), last]
+    text = "\n".join([*([text.rstrip(), ""] if text.strip() else []), *lines, ""])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".new").write_text(text, encoding="utf-8")
+        path.with_suffix(".new").replace(path)
+    except OSError as error:
+        raise DeviceError(f"catalogue {path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML writes it on one line."""
+    if isinstance(value, dict):
+        table = cast("dict[str, Any]", value)
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml(part)}" for key, part in table.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(part) for part in cast("list[Any]", value)) + "]"
+    return json.dumps(value)  # text, numbers and booleans are written alike
 
 
 def _key(name: str) -> str:

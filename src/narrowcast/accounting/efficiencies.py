@@ -59,6 +59,8 @@ class Rates(BaseModel):
         bandwidth: Share of the memory's bandwidth, for tensors that no cache holds.
         cached: The same for tensors in a cache; may be more than 1.
         weights: The same for weights that no cache holds.
+        fixed_us: Microseconds that a kernel takes however small it is.
+        host: Times that queueing one costs the host, in those of a simple elementwise operator.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +73,8 @@ class Rates(BaseModel):
     bandwidth: _Share = 1.0
     cached: _Share = 1.0
     weights: _Share = 1.0
+    fixed_us: _NotNegative = 0.0
+    host: _NotNegative = 1.0
 
     def compute_seconds(self, load: Load, peak: float) -> float:
         """Return what the arithmetic takes, at a peak in FLOP/s."""
@@ -87,6 +91,11 @@ class Rates(BaseModel):
         seconds += load.weights / (self.cached if load.weights_cached else self.weights)
         return seconds / bandwidth
 
+    def seconds(self, load: Load, peak: float, bandwidth: float) -> float:
+        """Return what a kernel takes once it has begun."""
+        longest = max(self.compute_seconds(load, peak), self.memory_seconds(load, bandwidth))
+        return self.fixed_us * 1e-6 + longest
+
 
 class RuntimeModel(BaseModel):
     """How one runtime spends time on one kind of device.
@@ -94,12 +103,11 @@ class RuntimeModel(BaseModel):
     Args:
         runtime: Its name.
         asynchronous: Whether the host queues kernels while the device runs: then the slower of the two decides.
-        operator_us: Microseconds that each operator costs the host (asynchronous) or the run (otherwise).
-        view_us: The same for views.
-        kernel_us: Microseconds that each kernel takes on the device however small it is.
+        operator_us: Microseconds that an operator costs the host (asynchronous), or the run beside its kernel (else).
+        view: Times that a view costs, in those of an operator.
         low: The error band: measured times lie between ``low`` and ``high`` times the estimate.
         high: See above.
-        classes: Shares of the peaks by class of operators; every class.
+        classes: Rates by class of operators.
         source: Where the numbers come from.
     """
 
@@ -108,18 +116,25 @@ class RuntimeModel(BaseModel):
     runtime: Annotated[str, Field(min_length=1)]
     asynchronous: bool = False
     operator_us: _NotNegative
-    view_us: _NotNegative = 0.0
-    kernel_us: _NotNegative = 0.0
+    view: _NotNegative = 0.0
     low: Annotated[float, Field(gt=0, le=1)]
     high: Annotated[float, Field(ge=1)]
     classes: Mapping[OperatorClass, Rates]
     source: Annotated[str, Field(min_length=1)]
 
     def rates(self, kind: OperatorClass) -> Rates:
-        """Return what a class reaches; all of the peaks where nobody measured it."""
-        return self.classes.get(kind, Rates())
+        """Return what a class reaches; that of the class most like it where nobody measured it."""
+        return self.classes.get(kind) or self.classes.get(_ALIKE.get(kind, kind)) or Rates()
 
 
+#: What a class is taken to be like, if it was not measured.
+_ALIKE = {
+    OperatorClass.IMAGE: OperatorClass.CONVOLUTION,
+    OperatorClass.POINTWISE: OperatorClass.PRODUCT,
+    OperatorClass.BATCHED: OperatorClass.PRODUCT,
+    OperatorClass.RECURRENT: OperatorClass.PRODUCT,
+    OperatorClass.TRANSCENDENTAL: OperatorClass.ELEMENTWISE,
+}
 #: Runtime that an estimate is for, by the device's kind, if none is asked for.
 DEFAULT_RUNTIMES = {"cpu": "onnxruntime", "soc": "onnxruntime", "gpu": "torch", "npu": "torch"}
 

@@ -13,7 +13,7 @@ has to wait for the host is overhead-bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -100,9 +100,13 @@ class _Machine(NamedTuple):
 
 
 class _Kernel(NamedTuple):
+    """What one operator takes on the device and on the host, in seconds."""
+
     operator: int
-    compute: float
-    memory: float
+    compute: float = 0.0
+    memory: float = 0.0
+    fixed: float = 0.0
+    host: float = 0.0
 
 
 def estimate(
@@ -129,12 +133,11 @@ def estimate(
     machine = _machine(device, policy, runtime)
     absorbed = fused(operators, machine.model.runtime)
     weight_bytes = sum(operator.weight_bytes * _scale(operator, policy)[0] for operator in operators)
-    kernels = [_kernel(place, operators, absorbed, machine, policy, weight_bytes) for place in range(len(operators))]
-    times = tuple(
-        _queued(kernels, operators, absorbed, machine)
-        if machine.model.asynchronous
-        else _serial(kernels, operators, absorbed, machine)
-    )
+    kernels = [
+        _Kernel(place) if place in absorbed else _kernel(place, operator, machine, policy, weight_bytes)
+        for place, operator in enumerate(operators)
+    ]
+    times = tuple(_queued(kernels) if machine.model.asynchronous else _serial(kernels))
     macs = sum(operator.work.macs for operator in operators if operator.work)
     floor = max(2 * macs / machine.peak, max(weight_bytes - machine.cache, 0.0) / machine.bandwidth)
     seconds = max(math.fsum(time.seconds for time in times), floor)
@@ -167,15 +170,18 @@ def _machine(device: Device, policy: Policy, runtime: str | None) -> _Machine:
         raise DeviceError(
             f"nobody states how fast {device.title} multiplies in {policy.compute}",
             allowed=usable,
-            next_step="describe it in the catalogue of your own, or measure it there: narrowcast devices --measure",
+            next_step="describe it in the catalogue of your own, or measure it there: narrowcast devices --measure cpu",
         )
     if device.memory.bandwidth is None:
         raise DeviceError(
             f"nobody states the memory bandwidth of {device.title}",
-            next_step="describe it in the catalogue of your own, or measure it there: narrowcast devices --measure",
+            next_step="describe it in the catalogue of your own, or measure it there: narrowcast devices --measure cpu",
         )
-    model = runtime_model(device.kind, runtime)
-    return _Machine(peak.tflops * 1e12, device.memory.bandwidth * 1e9, 0, model)
+    own = {model.runtime: model for model in device.runtimes}
+    name = runtime or next(iter(own), None)
+    model = own[name] if name in own else runtime_model(device.kind, name)
+    cache = round((device.memory.cache_mb or 0.0) * 2**20)
+    return _Machine(peak.tflops * 1e12, device.memory.bandwidth * 1e9, cache, model)
 
 
 def _scale(operator: Operator, policy: Policy) -> tuple[float, float]:
@@ -192,17 +198,10 @@ def _bits(format: str) -> float:
     return get(format).bits  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _kernel(
-    place: int,
-    operators: Sequence[Operator],
-    absorbed: Mapping[int, int],
-    machine: _Machine,
-    policy: Policy,
-    weight_bytes: float,
-) -> _Kernel:
-    operator = operators[place]
-    if operator.kind is Kind.VIEW or place in absorbed:
-        return _Kernel(place, 0.0, 0.0)
+def _kernel(place: int, operator: Operator, machine: _Machine, policy: Policy, weight_bytes: float) -> _Kernel:
+    host = machine.model.operator_us * 1e-6
+    if operator.kind is Kind.VIEW:
+        return _Kernel(place, host=host * machine.model.view)
     scale_weights, scale = _scale(operator, policy)
     weights = operator.weight_bytes * scale_weights
     read = (operator.bytes_read - operator.weight_bytes) * scale
@@ -218,40 +217,37 @@ def _kernel(
         weights_cached=weight_bytes <= machine.cache,
     )
     rates = machine.model.rates(class_of(operator))
-    return _Kernel(place, rates.compute_seconds(load, machine.peak), rates.memory_seconds(load, machine.bandwidth))
+    return _Kernel(
+        place,
+        compute=rates.compute_seconds(load, machine.peak),
+        memory=rates.memory_seconds(load, machine.bandwidth),
+        fixed=rates.fixed_us * 1e-6,
+        host=host * rates.host,
+    )
 
 
-def _serial(
-    kernels: Sequence[_Kernel], operators: Sequence[Operator], absorbed: Mapping[int, int], machine: _Machine
-) -> Iterator[OperatorTime]:
+def _serial(kernels: Sequence[_Kernel]) -> Iterator[OperatorTime]:
     """Yield the times where one operator ends before the next begins."""
     for kernel in kernels:
-        view = operators[kernel.operator].kind is Kind.VIEW
-        cost = machine.model.view_us if view else machine.model.operator_us
-        overhead = 0.0 if kernel.operator in absorbed else cost * 1e-6
-        yield _time(kernel, max(kernel.compute, kernel.memory) + overhead, overhead)
+        yield _time(kernel, kernel.host + kernel.fixed)
 
 
-def _queued(
-    kernels: Sequence[_Kernel], operators: Sequence[Operator], absorbed: Mapping[int, int], machine: _Machine
-) -> Iterator[OperatorTime]:
-    """Yield the times where the host queues kernels and the device runs them one after another."""
+def _queued(kernels: Sequence[_Kernel]) -> Iterator[OperatorTime]:
+    """Yield the times where the host queues kernels, and the device runs them one after another."""
     host = done = 0.0
-    model = machine.model
     for kernel in kernels:
-        view = operators[kernel.operator].kind is Kind.VIEW
-        host += (model.view_us if view else model.operator_us) * 1e-6
-        if view:
-            yield _time(kernel, 0.0, 0.0)
+        host += kernel.host
+        longest = max(kernel.compute, kernel.memory)
+        if not longest:  # views reach no device
+            yield _time(kernel, 0.0)
             continue
-        waited = max(host - done, 0.0)
-        overhead = waited + model.kernel_us * 1e-6
-        seconds = overhead + max(kernel.compute, kernel.memory)
-        done += seconds
-        yield _time(kernel, seconds, overhead)
+        time = _time(kernel, max(host - done, 0.0) + kernel.fixed)
+        done += time.seconds
+        yield time
 
 
-def _time(kernel: _Kernel, seconds: float, overhead: float) -> OperatorTime:
+def _time(kernel: _Kernel, overhead: float) -> OperatorTime:
     parts: dict[Bound, float] = {"compute": kernel.compute, "memory": kernel.memory, "overhead": overhead}
+    seconds = max(kernel.compute, kernel.memory) + overhead
     bound: Bound = max(parts, key=lambda name: parts[name]) if seconds else "none"
     return OperatorTime(kernel.operator, seconds, bound, kernel.compute, kernel.memory, overhead)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from narrowcast.accounting.classes import OperatorClass, Shape
+from narrowcast.accounting.classes import OperatorClass, Shape, convolution_class
 
 __all__ = ["Case", "Sample", "convolution_case", "product_case", "stream_case"]
 
@@ -42,7 +42,7 @@ class Sample(NamedTuple):
     Args:
         case: What was run.
         number_bytes: Bytes of each number.
-        seconds: Median time of one operator.
+        seconds: Time of one operator: the median on a GPU, the lower quartile on a CPU.
         low: The 10th percentile.
         high: The 90th percentile.
     """
@@ -79,12 +79,7 @@ def convolution_case(
     batch: int, inputs: int, outputs: int, pixels: int, kernel: int, *, stride: int = 1, groups: int = 1
 ) -> Case:
     """Return a square convolution with padding that keeps ``pixels / stride`` along an edge."""
-    if 1 < groups == inputs:
-        kind = OperatorClass.DEPTHWISE
-    elif groups > 1:
-        kind = OperatorClass.GROUPED
-    else:
-        kind = OperatorClass.POINTWISE if kernel == 1 else OperatorClass.CONVOLUTION
+    kind = convolution_class(inputs, groups, kernel * kernel)
     edge = -(-pixels // stride)
     depth = inputs // groups * kernel * kernel
     shape = Shape(batch=groups, rows=batch * edge * edge, columns=outputs / groups, depth=depth)

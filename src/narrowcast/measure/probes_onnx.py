@@ -19,7 +19,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from narrowcast.accounting.classes import OperatorClass, Shape
+from narrowcast.accounting.classes import OperatorClass, Shape, convolution_class
 from narrowcast.measure.probes import Case, Sample
 
 __all__ = ["Block", "blocks", "node_seconds", "options_of", "run_block"]
@@ -268,7 +268,7 @@ def options_of(threads: int) -> ort.SessionOptions:
     return options
 
 
-def run_block(block: Block, *, threads: int, runs: int = 12) -> list[Sample]:
+def run_block(block: Block, *, threads: int, runs: int = 20) -> list[Sample]:
     """Return what each node of a block takes.
 
     Args:
@@ -321,8 +321,9 @@ def _sum(times: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _sample(case: Case, seconds: Sequence[float]) -> Sample:
-    low, middle, high = np.percentile(seconds, [10, 50, 90])
-    return Sample(case, 4, float(middle), float(low), float(high))
+    """Return the lower quartile: what other processes take from the machine is not the runtime's."""
+    low, quartile, high = np.percentile(seconds, [10, 25, 90])
+    return Sample(case, 4, float(quartile), float(low), float(high))
 
 
 def _numbers(shapes: Sequence[Sequence[int]]) -> int:
@@ -334,11 +335,7 @@ def _convolution(node: _Node) -> Case:
     out = node.outputs[0]
     channels, depth = weight[0], math.prod(weight[1:])
     groups = max(1, x[1] // weight[1])
-    kernel = math.prod(weight[2:])
-    if groups == 1:
-        kind = OperatorClass.POINTWISE if kernel == 1 else OperatorClass.CONVOLUTION
-    else:
-        kind = OperatorClass.DEPTHWISE if weight[1] == 1 else OperatorClass.GROUPED
+    kind = convolution_class(x[1], groups, math.prod(weight[2:]))
     shape = Shape(groups, math.prod(out) / out[1], channels / groups, depth)
     moved = _numbers([x, *node.outputs, *node.inputs[3:]])
     return Case(kind, "Conv", (*x, *weight), shape, moved, channels * depth)

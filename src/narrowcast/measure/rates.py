@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,14 +18,18 @@ __all__ = ["fit", "fit_class", "load_of", "residuals"]
 
 Floats = NDArray[np.float64]
 
-#: Parameters, the bounds of each, and where the search begins.
+#: Parameters: the least, the most, and where the search begins.
 _HALVES = {"rows_half": (1e-3, 1e3, 1.0), "columns_half": (1e-3, 1e3, 1.0), "depth_half": (1e-3, 1e3, 1.0)}
-_OUTPUTS = {"outputs_half": (1e-3, 1e7, 10.0)}
+_OUTPUTS = {"outputs_half": (1e-3, 1e7, 1e4)}
 _COMPUTE = {"compute": (1e-4, 1.0, 0.7)}
-_MEMORY = {"bandwidth": (1e-3, 4.0, 0.7), "cached": (1e-3, 50.0, 1.0)}
-_WEIGHTS = {"weights": (1e-2, 1.0, 0.8)}
-#: What a log of the ratio of times counts at most as, so that one odd probe does not decide.
+_MEMORY = {"fixed_us": (0.01, 50.0, 1.0), "bandwidth": (1e-3, 1.2, 0.7), "cached": (1e-3, 50.0, 1.0)}
+_WEIGHTS = {"weights": (1e-2, 1.2, 0.8)}
+#: Logs of ratios of times beyond this count less than their squares, so that one odd probe does not decide.
 _ODD = 0.2
+#: What one e-fold from where the search begins weighs: where probes do not tell, rates stay usual.
+_PRIOR = 0.02
+#: Places that the search begins at.
+_STARTS = 8
 
 
 def load_of(sample: Sample, cache: int) -> Load:
@@ -47,7 +50,6 @@ def fit(
     peak: float,
     bandwidth: float,
     cache: int,
-    kernel_seconds: float = 0.0,
     parallel: bool = False,
 ) -> dict[OperatorClass, Rates]:
     """Return the rates of every class that was probed.
@@ -57,73 +59,50 @@ def fit(
         peak: FLOP/s in the probes' format.
         bandwidth: Bytes per second.
         cache: Bytes of the largest cache.
-        kernel_seconds: What each kernel takes however small it is.
         parallel: Whether small products leave parts of the device idle (GPUs).
     """
     by_class: dict[OperatorClass, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_class[sample.case.kind].append(sample)
     return {
-        kind: fit_class(
-            found, peak=peak, bandwidth=bandwidth, cache=cache, kernel_seconds=kernel_seconds, parallel=parallel
-        )
+        kind: fit_class(found, peak=peak, bandwidth=bandwidth, cache=cache, parallel=parallel)
         for kind, found in sorted(by_class.items())
     }
 
 
-def fit_class(
-    samples: Sequence[Sample],
-    *,
-    peak: float,
-    bandwidth: float,
-    cache: int,
-    kernel_seconds: float = 0.0,
-    parallel: bool = False,
-) -> Rates:
+def fit_class(samples: Sequence[Sample], *, peak: float, bandwidth: float, cache: int, parallel: bool = False) -> Rates:
     """Return the rates that explain one class's samples best: least squares of the logs of ratios, odd ones damped."""
     loads = [load_of(sample, cache) for sample in samples]
-    wanted: dict[str, tuple[float, float, float]] = dict(_MEMORY)
+    wanted = dict(_MEMORY)
     if any(load.flops for load in loads):
         wanted |= _COMPUTE | _HALVES | (_OUTPUTS if parallel else {})
     if any(load.weights and not load.weights_cached for load in loads):
         wanted |= _WEIGHTS
     names = list(wanted)
     low, high, start = (np.log([wanted[name][place] for name in names]) for place in range(3))
-
-    def rates_of(logs: Floats) -> Rates:
-        return Rates(**{name: _rounded(math.exp(value)) for name, value in zip(names, logs, strict=True)})
+    measured = np.log([max(sample.seconds, 1e-9) for sample in samples])
 
     def misses(logs: Floats) -> Floats:
-        values = dict(zip(names, np.exp(logs).tolist(), strict=True))
-        rates = Rates.model_construct(**values)
-        return _logs(samples, loads, rates, peak, bandwidth, kernel_seconds)
+        rates = Rates.model_construct(**dict(zip(names, np.exp(logs).tolist(), strict=True)))
+        return np.append(_logs(rates, loads, peak, bandwidth) - measured, _PRIOR * (logs - start))
 
-    best: Any = min(
-        (
-            optimize.least_squares(misses, np.clip(begin, low, high), bounds=(low, high), loss="soft_l1", f_scale=_ODD)
-            for begin in (start, start - 1.0, start + 0.5)
-        ),
-        key=lambda found: float(found.cost),
-    )
-    return rates_of(best.x)
+    rng = np.random.default_rng(0)
+    starts = [start, *(start + rng.normal(0.0, 1.0, len(names)) for _ in range(_STARTS - 1))]
+    found: list[Any] = [
+        optimize.least_squares(
+            misses, np.clip(begin, low + 1e-3, high - 1e-3), bounds=(low, high), loss="soft_l1", f_scale=_ODD
+        )
+        for begin in starts
+    ]
+    best: Floats = min(found, key=lambda one: float(one.cost)).x
+    return Rates(**{name: float(f"{value:.4g}") for name, value in zip(names, np.exp(best).tolist(), strict=True)})
 
 
-def residuals(
-    samples: Sequence[Sample], rates: Rates, *, peak: float, bandwidth: float, cache: int, kernel_seconds: float = 0.0
-) -> Floats:
+def residuals(samples: Sequence[Sample], rates: Rates, *, peak: float, bandwidth: float, cache: int) -> Floats:
     """Return the logs of estimated over measured times."""
     loads = [load_of(sample, cache) for sample in samples]
-    return _logs(samples, loads, rates, peak, bandwidth, kernel_seconds)
+    return _logs(rates, loads, peak, bandwidth) - np.log([sample.seconds for sample in samples])
 
 
-def _logs(
-    samples: Sequence[Sample], loads: Sequence[Load], rates: Rates, peak: float, bandwidth: float, kernel: float
-) -> Floats:
-    estimated = [
-        kernel + max(rates.compute_seconds(load, peak), rates.memory_seconds(load, bandwidth)) for load in loads
-    ]
-    return np.log(estimated) - np.log([max(sample.seconds, 1e-9) for sample in samples])
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+def _logs(rates: Rates, loads: Sequence[Load], peak: float, bandwidth: float) -> Floats:
+    return np.log([rates.seconds(load, peak, bandwidth) for load in loads])

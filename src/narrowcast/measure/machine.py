@@ -1,0 +1,229 @@
+"""This machine as a device of the catalogue, measured: bandwidth, products, and what runtimes reach of both."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from narrowcast.accounting.classes import OperatorClass
+from narrowcast.accounting.devices import Device, Memory, Peak
+from narrowcast.accounting.efficiencies import RuntimeModel, runtime_model
+from narrowcast.measure.environment import environment
+from narrowcast.measure.probes import Sample
+from narrowcast.measure.probes_onnx import blocks, node_seconds, options_of, run_block
+from narrowcast.measure.rates import fit
+
+__all__ = ["cpu_device", "measure_cpu"]
+
+#: Rows and columns of the square products that peaks are measured with.
+_SQUARE = 1024
+#: Numbers of the arrays that are copied: more than caches hold.
+_COPIED = 64 << 20
+#: Instructions that multiply in a format; without them a product is emulated, and no peak.
+_INSTRUCTIONS = {
+    "bf16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "int8": ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm"),
+    "fp16": ("avx512_fp16",),
+}
+
+Progress = Callable[[str, float], None]
+
+
+def _silent(stage: str, share: float) -> None:
+    """Tell nobody."""
+
+
+def measure_cpu(*, threads: int | None = None, progress: Progress = _silent) -> Device:
+    """Return this machine's processor as the device ``auto``, with what ONNX Runtime reaches on it.
+
+    Takes under a minute on an idle machine; on a busy one the numbers are too low.
+
+    Args:
+        threads: Of ONNX Runtime and of copies; all cores unless given.
+        progress: Called with what is being measured and the share that is done.
+    """
+    threads = threads or environment().cores
+    progress("memory", 0.0)
+    copied = _copy_bandwidth(threads)
+    progress("products", 0.1)
+    products = _products(threads)
+    samples: list[Sample] = []
+    probes = list(blocks())
+    for place, block in enumerate(probes):
+        progress(block.name, 0.2 + 0.6 * place / len(probes))
+        samples += run_block(block, threads=threads)
+    progress("small nodes", 0.8)
+    node = node_seconds(threads=threads)
+    progress("rates", 0.85)
+    return cpu_device(threads, copied, products, samples, node)
+
+
+def cpu_device(
+    threads: int, copied: float, products: dict[str, float], samples: Sequence[Sample], node: float
+) -> Device:
+    """Return the device that measurements make.
+
+    Args:
+        threads: That everything ran with.
+        copied: Bytes per second of a copy, read and written.
+        products: FLOP/s of large products by format.
+        samples: What ONNX Runtime's probes took.
+        node: Seconds that each node costs.
+    """
+    found = environment()
+    peak = max(products["fp32"], *(2.0 * sample.case.macs / sample.seconds for sample in samples))
+    bandwidth = max(copied, _read_bandwidth(samples))
+    cache = _cache_bytes()
+    source = (
+        f"measured: {datetime.date.today().isoformat()}, ONNX Runtime {ort.__version__}, {threads} threads, "
+        f"load {found.load} before"
+    )
+    band = runtime_model("cpu", "onnxruntime")
+    runtime = RuntimeModel(
+        runtime="onnxruntime",
+        operator_us=_rounded(node * 1e6),
+        low=band.low,
+        high=band.high,
+        classes=fit(samples, peak=peak, bandwidth=bandwidth, cache=cache),
+        source=f"{source}; probes of {len(samples)} operators in {len(list(blocks()))} blocks",
+    )
+    rates = {"fp32": peak} | {
+        dtype: rate
+        for dtype, rate in products.items()
+        if dtype != "fp32" and set(_INSTRUCTIONS[dtype]) & set(found.instructions)
+    }
+    return Device(
+        name="auto",
+        title=f"this machine, {found.processor or 'unknown processor'}, {threads} threads",
+        vendor=_vendor(found.processor),
+        kind="cpu",
+        architecture=", ".join(found.instructions) or "not known",
+        year=datetime.date.today().year,
+        formats=tuple(rates),
+        memory=Memory(
+            size_gb=_rounded(found.memory_bytes / 2**30),
+            stated_gbs=_rounded(bandwidth / 1e9),
+            source=f"{source}: the faster of a copy and of reading weights",
+            cache_mb=cache / 2**20 or None,
+        ),
+        peaks=tuple(
+            Peak(
+                dtype=dtype,
+                accumulator="int32" if dtype == "int8" else "fp32",
+                unit="vector",
+                tflops=_rounded(rate / 1e12),
+                source=f"{source}: the fastest of all products and convolutions tried",
+            )
+            for dtype, rate in rates.items()
+        ),
+        runtimes=(runtime,),
+        source=source,
+        notes="The year is that of the measurement.",
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _vendor(processor: str) -> str:
+    known = ("AMD", "Intel", "Apple", "ARM")
+    return next((name for name in known if name.casefold() in processor.casefold()), "not known")
+
+
+def _copy_bandwidth(threads: int, *, rounds: int = 7) -> float:
+    """Return the bytes per second that copies read and write, all threads together."""
+    source, target = np.zeros(_COPIED, np.float32), np.zeros(_COPIED, np.float32)
+    parts = [slice(_COPIED * place // threads, _COPIED * (place + 1) // threads) for place in range(threads)]
+
+    def copy(part: slice) -> None:
+        np.copyto(target[part], source[part])  # numpy releases the interpreter's lock
+
+    with ThreadPoolExecutor(threads) as pool:
+        times = _timed(lambda: list(pool.map(copy, parts)), rounds)
+    return 2 * source.nbytes / min(times)
+
+
+def _read_bandwidth(samples: Iterable[Sample]) -> float:
+    """Return the bytes per second at which products of one row read weights that no cache holds."""
+    large = [sample for sample in samples if sample.case.weights * sample.number_bytes > 2 * _cache_bytes()]
+    rows = [sample for sample in large if sample.case.kind is OperatorClass.PRODUCT]
+    return max((sample.case.weights * sample.number_bytes / sample.seconds for sample in rows), default=0.0)
+
+
+def _cache_bytes() -> int:
+    """Return the size of the largest cache; 0 where the system does not say."""
+    sizes: list[int] = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="utf-8").strip()
+        sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[text[-1]])
+    return max(sizes, default=0)
+
+
+def _products(threads: int, *, rounds: int = 9) -> dict[str, float]:
+    """Return the FLOP/s of square products by format, the fastest of ``rounds``."""
+    size = _SQUARE
+    rng = np.random.default_rng(0)
+    real = rng.standard_normal((size, size), np.float32)
+    calls: dict[str, Callable[[], Any]] = {
+        "fp32": _product("MatMul", {"a": real, "b": real}, TensorProto.FLOAT, threads),
+        "int8": _product(
+            "MatMulInteger",
+            {"a": rng.integers(0, 255, (size, size), np.uint8), "b": rng.integers(-100, 100, (size, size), np.int8)},
+            TensorProto.INT32,
+            threads,
+        ),
+    }
+    half = _torch_product("bfloat16", threads)
+    if half is not None:
+        calls["bf16"] = half
+    return {dtype: 2.0 * size**3 / min(_timed(call, rounds)) for dtype, call in calls.items()}
+
+
+def _product(kind: str, inputs: dict[str, Any], out: int, threads: int) -> Callable[[], Any]:
+    given = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in inputs.items()
+    ]
+    graph = helper.make_graph(
+        [helper.make_node(kind, list(inputs), ["c"])], kind, given, [helper.make_tensor_value_info("c", out, None)]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    session = ort.InferenceSession(model.SerializeToString(), options_of(threads), providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, inputs)
+
+
+def _torch_product(dtype: str, threads: int) -> Callable[[], Any] | None:
+    """Return a product that PyTorch makes; None where PyTorch is not installed."""
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError:
+        return None
+    x = torch.randn(_SQUARE, _SQUARE).to(getattr(torch, dtype))
+
+    def call() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        torch.mm(x, x)
+        torch.set_num_threads(before)
+
+    return call
+
+
+def _timed(call: Callable[[], Any], rounds: int) -> list[float]:
+    call()
+    times: list[float] = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return times
