@@ -29,9 +29,16 @@ _WAITING = {"compute": "arithmetic", "memory": "memory", "overhead": "operators 
 
 def advise(
     model: Annotated[
-        str, typer.Argument(help="timm:NAME, torchvision:NAME, py:MODULE:FUNCTION, bundled:NAME or hf:DIR.")
+        str,
+        typer.Argument(
+            help="timm:NAME, torchvision:NAME, py:MODULE:FUNCTION, bundled:NAME, hf:DIR or a path to an .onnx file.",
+            metavar="MODEL",
+            show_default=False,
+        ),
     ],
-    device: Annotated[str, typer.Option(help="Where it is to run; narrowcast devices lists what is known.")],
+    device: Annotated[
+        str, typer.Option(help="Where it is to run; narrowcast devices lists what is known.", show_default=False)
+    ],
     precision: Annotated[
         str | None,
         typer.Option(help="fp32, fp16, bf16 ...; the widest that the device multiplies in unless given."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,12 @@ class Context:
     policy: Policy
     runtime: str | None = None
 
-    @property
+    @cached_property
     def operators(self) -> tuple[Operator, ...]:
-        """The run, in order."""
-        return self.profile.operators
+        """The run, in order, without operators that touch no byte: no kernel runs for them."""
+        run = self.profile.operators
+        idle = (place for place, operator in enumerate(run) if operator.kind is not Kind.VIEW and not _moved(operator))
+        return tuple(rewritten(run, dict.fromkeys(idle, ())))
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -51,6 +54,11 @@ class Context:
     def estimate_of(self, operators: Sequence[Operator], policy: Policy | None = None) -> Estimate:
         """Return how long another run takes on the same device, or in other formats."""
         return estimate(operators, self.device, policy or self.policy, runtime=self.runtime)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the device runs whole graphs that a compiler has already fused and scheduled."""
+        return self.device.kind == "npu"
 
     @property
     def times(self) -> tuple[OperatorTime, ...]:
@@ -95,9 +103,9 @@ class Context:
             max(operator.producers, default=-1) if operator.kind is Kind.PRODUCT else next(iter(operator.producers), -1)
         )
 
-    def kernel_seconds(self, operators: Sequence[Operator]) -> float:
-        """Return how long kernels run, however long they wait to be started."""
-        return sum(max(time.compute, time.memory) for time in self.estimate_of(operators).operators)
+    def runs_faster(self, changes: Changes) -> bool:
+        """Return whether kernels run for less time after changes, however long they wait to be started."""
+        return _running(self.estimate_of(rewritten(self.operators, changes))) < _running(self.estimate)
 
     def gain(self, changes: Changes) -> Gain:
         """Return what goes away if operators change.
@@ -123,7 +131,7 @@ class Context:
     @cached_property
     def _alone(self) -> frozenset[str]:
         """Modules that run one operator and hold no others: their path names the operator."""
-        run = Counter(operator.path for operator in self.operators if operator.bytes_read + operator.bytes_written)
+        run = Counter(operator.path for operator in self.operators if _moved(operator))
         parents = {path[:end] for path in run for end in range(len(path)) if path[end] == "."}
         return frozenset(path for path, count in run.items() if path and count == 1 and path not in parents)
 
@@ -132,3 +140,11 @@ class Context:
         if operator.path in self._alone:
             return operator.path
         return f"{operator.path or 'model'}:{operator.name.strip('_')}"
+
+
+def _moved(operator: Operator) -> int:
+    return operator.bytes_read + operator.bytes_written
+
+
+def _running(whole: Estimate) -> float:
+    return math.fsum(max(time.compute, time.memory) for time in whole.operators)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from narrowcast.accounting.advice.context import Context
 from narrowcast.accounting.advice.items import Advice, source_of
-from narrowcast.accounting.advice.rewriting import Changes, convolution, resized
+from narrowcast.accounting.advice.rewriting import Changes, convolution, is_batch_norm, resized
 from narrowcast.accounting.advice.widths import IMAGE_CHANNELS
 from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.operators import Operator
@@ -65,7 +65,7 @@ def depthwise(context: Context) -> Iterator[Advice]:
         if operator.kind is not Kind.DEPTHWISE or operator.phase != "forward" or operator.attributes["transposed"]:
             continue
         dense = _expanded(context, place) or _projected(context, place)
-        if dense and not changes.keys() & dense.keys() and _runs_faster(context, dense):
+        if dense and not changes.keys() & dense.keys() and context.runs_faster(dense):
             changes |= dense
             kept.append(place)
     if kept:
@@ -84,13 +84,6 @@ def depthwise(context: Context) -> Iterator[Advice]:
             "MACs grow",
             effort="retrain",
         )
-
-
-def _runs_faster(context: Context, changes: Changes) -> bool:
-    """Return whether kernels get faster, however long they wait: else many parameters would be paid for few starts."""
-    old = [context.operators[place] for place in sorted(changes)]
-    new = [part for place in sorted(changes) for part in changes[place]]
-    return context.kernel_seconds(new) < context.kernel_seconds(old)
 
 
 def _expanded(context: Context, place: int) -> dict[int, tuple[Operator, ...]] | None:
@@ -137,7 +130,7 @@ def _pointwise(operator: Operator) -> bool:
 def _passes(operator: Operator) -> bool:
     """Return whether an operator changes values one by one: normalisation by fixed numbers, or an activation."""
     alone = sum(producer >= 0 for producer in operator.producers) == 1
-    return alone and (operator.kind is Kind.ELEMENTWISE or "batch_norm" in operator.name)
+    return alone and (operator.kind is Kind.ELEMENTWISE or is_batch_norm(operator))
 
 
 def early_layers(context: Context) -> Iterator[Advice]:
@@ -214,7 +207,7 @@ def dense_3x3(context: Context) -> Iterator[Advice]:
         first = convolution(operator, kernel=(3, 3))
         further = convolution(first, inputs=attributes["outputs"], image=first.outputs[0][2:])
         stacked = (first, *[further] * ((size - 1) // 2 - 1))
-        if context.gain({place: stacked}).share > 0:
+        if context.runs_faster({place: stacked}):
             changes[place] = stacked
             kernels.add(size)
     if changes:

@@ -13,7 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from narrowcast.accounting.devices import Device
 from narrowcast.accounting.policies import Policy
 
-__all__ = ["MINIMUM", "Advice", "Effort", "Family", "Gain", "Multiple", "families_for", "multiple_for", "source_of"]
+__all__ = [
+    "MINIMUM",
+    "Advice",
+    "Effort",
+    "Family",
+    "Gain",
+    "Multiple",
+    "Slower",
+    "counted",
+    "families_for",
+    "multiple_for",
+    "source_of",
+]
 
 #: Share of the estimate below which an item is not worth showing: the estimate is not that exact.
 MINIMUM = 0.005
@@ -92,6 +104,20 @@ class _Where(_Frozen):
         return all(re.match(pattern, text) for pattern, text in pairs)
 
 
+class Slower(_Frozen):
+    """How many times slower kernels for widths that are no such multiples are; 1 where nobody measured it.
+
+    Args:
+        product: Matrix products of even widths.
+        product_odd: Matrix products of odd widths.
+        convolution: Convolutions.
+    """
+
+    product: float = 1.0
+    product_odd: float = 1.0
+    convolution: float = 1.0
+
+
 class Multiple(_Where):
     """Widths that a device's units like.
 
@@ -99,12 +125,14 @@ class Multiple(_Where):
         compute: Formats that are multiplied.
         multiple: Widths are padded to multiples of this.
         stored: Whether memory holds the padding too.
+        slower: What other widths cost beyond the padding.
         source: Where that is written.
     """
 
     compute: tuple[str, ...]
     multiple: int
     stored: bool = False
+    slower: Slower = Slower()
     source: str
 
 
@@ -134,6 +162,15 @@ class _Knowledge(_Frozen):
 def _knowledge() -> _Knowledge:
     text = resources.files("narrowcast.accounting.advice").joinpath("knowledge.toml").read_text(encoding="utf-8")
     return _Knowledge.model_validate(tomllib.loads(text))
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> counted(1, "layer"), counted(2, "layer")
+    ('1 layer', '2 layers')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def source_of(rule: str) -> str:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 from narrowcast.accounting.advice.context import Context
-from narrowcast.accounting.advice.items import Advice, Gain, source_of
-from narrowcast.accounting.advice.rewriting import convolution, resized, widths
+from narrowcast.accounting.advice.items import Advice, Gain, counted, source_of
+from narrowcast.accounting.advice.rewriting import convolution, is_batch_norm, resized, widths
+from narrowcast.accounting.classes import class_of
 from narrowcast.accounting.counting import Work
-from narrowcast.accounting.efficiencies import runtime_model
+from narrowcast.accounting.efficiencies import RuntimeModel, runtime_model
 from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.operators import Operator
 
 __all__ = ["batch_norm", "branches", "copies", "elementwise", "fragmentation", "parallel"]
 
+#: Seconds below which a wait is a rounding error.
+WAIT = 1e-12
 _ADDS = frozenset({"add", "add_", "Add", "Sum"})
 _COPIES = frozenset({"clone", "contiguous", "cat", "stack", "copy_", "Concat", "Transpose"})
+_NUMBERED = re.compile(r".*?(?:^|\.)\d+(?:\.\d+)*(?=\.|$)")
 _CONVOLUTIONS = (Kind.CONVOLUTION, Kind.DEPTHWISE)
 
 
@@ -81,7 +86,7 @@ def _branches(context: Context, place: int, adds: list[int]) -> Iterator[_Branch
 
 def _branch(context: Context, place: int, shape: tuple[int, ...]) -> _Branch:
     places: list[int] = []
-    if "batch_norm" in context.operators[place].name:
+    if is_batch_norm(context.operators[place]):
         places.append(place)
         shape = context.operators[place].inputs[0]
         place = context.source(place)
@@ -106,8 +111,8 @@ def branches(context: Context) -> Iterator[Advice]:
         yield Advice(
             rule="branches",
             title="Merge branches that are added into one convolution",
-            seen=f"{len(sums)} sums of {summands} branches (convolutions, normalisations and shortcuts of one input, "
-            f"nothing nonlinear before the sum) take {context.share(changes):.0%} of the time",
+            seen=f"{counted(len(sums), 'sum')} of {summands} branches (convolutions, normalisations and shortcuts "
+            f"of one input, nothing nonlinear before the sum) take {context.share(changes):.0%} of the time",
             operators=context.paths(place for found in sums for place in found.convolutions),
             gain=context.gain(changes),
             how="re-parameterise after training: fold each normalisation, pad kernels to the largest, add them "
@@ -121,10 +126,12 @@ def branches(context: Context) -> Iterator[Advice]:
 
 def batch_norm(context: Context) -> Iterator[Advice]:
     """Yield batch normalisations that fold into the convolution or product before them."""
+    if context.compiled:
+        return
     merged = {place for found in _sums(context) for branch in found.branches for place in branch.places}
     changes: dict[int, tuple[Operator, ...]] = {}
     for place, operator in enumerate(context.operators):
-        if "batch_norm" not in operator.name or place in merged or context.profile.mode != "infer":
+        if not is_batch_norm(operator) or place in merged or context.profile.mode != "infer":
             continue
         source = context.source(place)
         if source < 0 or context.only_reader(source) is None:
@@ -136,7 +143,7 @@ def batch_norm(context: Context) -> Iterator[Advice]:
         yield Advice(
             rule="batch-norm",
             title="Fold batch normalisation into the layers before it",
-            seen=f"{len(changes)} normalisations right after a layer with weights take {context.share(changes):.0%} of "
+            seen=f"{counted(len(changes), 'normalisation')} right after a layer with weights: {context.share(changes):.0%} of "
             "the time",
             operators=context.paths(changes),
             gain=context.gain(changes),
@@ -175,8 +182,8 @@ def parallel(context: Context) -> Iterator[Advice]:
         yield Advice(
             rule="parallel",
             title="Merge parallel layers that read the same",
-            seen=f"{len(changes)} layers in {len(groups)} groups read one input each and differ only in their weights; "
-            f"they take {context.share(changes):.0%} of the time",
+            seen=f"{len(changes)} layers in {counted(len(groups), 'group')} read one input each and differ only in "
+            f"their weights; they take {context.share(changes):.0%} of the time",
             operators=context.paths(changes),
             gain=context.gain(changes),
             how="concatenate their weights into one layer and take its outputs apart (queries, keys and values; gate "
@@ -192,11 +199,13 @@ def parallel(context: Context) -> Iterator[Advice]:
 
 def fragmentation(context: Context) -> Iterator[Advice]:
     """Yield the time that a device waits for its host to start small kernels."""
+    if context.compiled:
+        return
     model = runtime_model(context.device.kind, context.runtime)
     waiting = {
         time.operator: wait
         for time in context.times
-        if time.seconds and (wait := time.overhead - model.kernel_us * 1e-6) > 0
+        if time.seconds and (wait := time.overhead - _fixed(model, context.operators[time.operator])) > WAIT
     }
     if not model.asynchronous or not waiting:
         return
@@ -208,7 +217,7 @@ def fragmentation(context: Context) -> Iterator[Advice]:
     yield Advice(
         rule="fragmentation",
         title="Start fewer kernels, or start them all at once",
-        seen=f"for {len(waiting)} of {running} kernels {context.device.title} waits for the host to start them, "
+        seen=f"for {len(waiting)} of {counted(running, 'kernel')} {context.device.title} waits for the host to start them, "
         f"{saved / whole.seconds:.0%} of the time (most in: {worst})",
         operators=context.paths(waiting),
         gain=Gain(seconds=saved, share=saved / whole.seconds, low=0.0, high=saved / whole.seconds),
@@ -220,13 +229,21 @@ def fragmentation(context: Context) -> Iterator[Advice]:
     )
 
 
+def _fixed(model: RuntimeModel, operator: Operator) -> float:
+    """Return the seconds that an operator's kernel takes however small it is, once it has begun."""
+    return model.rates(class_of(operator)).fixed_us * 1e-6
+
+
 def _block(path: str) -> str:
-    """Return the module two levels down that a path is in."""
-    return ".".join(path.split(".")[:2])
+    """Return the first numbered module that a path is in: a block of a network that repeats them."""
+    numbered = _NUMBERED.match(path)
+    return numbered[0] if numbered else path.partition(".")[0]
 
 
 def elementwise(context: Context) -> Iterator[Advice]:
     """Yield elementwise operators that could run inside the kernel before them."""
+    if context.compiled:
+        return
     changes: dict[int, tuple[Operator, ...]] = {}
     heads: dict[int, int] = {}
     for place, operator in enumerate(context.operators):
@@ -276,8 +293,8 @@ def copies(context: Context) -> Iterator[Advice]:
         yield Advice(
             rule="copies",
             title="Move data once, not twice in a row",
-            seen=f"{len(changes)} copies read what another copy has just written (a shuffle or transposition after a "
-            f"concatenation) and take {context.share(changes):.0%} of the time",
+            seen=f"{len(changes)} times a copy reads what another copy has just written (a shuffle or transposition after "
+            f"a concatenation): {context.share(changes):.0%} of the time",
             operators=context.paths(changes),
             gain=context.gain(changes),
             how="merge them: write to the last place at once, or reorder the next layer's weights instead of the data",

@@ -14,7 +14,7 @@ from narrowcast.accounting.counting import Work
 from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.operators import Operator
 
-__all__ = ["Changes", "batched", "convolution", "element_bytes", "resized", "rewritten", "widths"]
+__all__ = ["Changes", "batched", "convolution", "element_bytes", "is_batch_norm", "resized", "rewritten", "widths"]
 
 #: What stands in the place of an operator: nothing where it is left out, several where it is split.
 Changes = Mapping[int, tuple[Operator, ...]]
@@ -38,6 +38,11 @@ def rewritten(operators: Sequence[Operator], changes: Changes) -> list[Operator]
         return last[found] if found >= 0 else -1
 
     return [replace(part, producers=tuple(map(moved, part.producers))) for run in runs for part in run]
+
+
+def is_batch_norm(operator: Operator) -> bool:
+    """Return whether an operator is batch normalisation, which is linear in inference."""
+    return "batch_norm" in operator.name or operator.name == "BatchNormalization"
 
 
 def element_bytes(operator: Operator) -> float:

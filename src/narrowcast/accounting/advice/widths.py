@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from narrowcast.accounting.advice.context import Context
-from narrowcast.accounting.advice.items import Advice, Gain, multiple_for, source_of
+from narrowcast.accounting.advice.items import Advice, Gain, Multiple, Slower, counted, multiple_for, source_of
 from narrowcast.accounting.advice.rewriting import element_bytes, resized, rewritten, widths
 from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.operators import Operator
@@ -41,8 +41,8 @@ def equal_widths(context: Context) -> Iterator[Advice]:
         yield Advice(
             rule="equal-widths",
             title="Give pointwise layers as many outputs as inputs",
-            seen=f"{len(changes)} memory-bound pointwise layers are {spread} times wider on one side than on the other "
-            f"and take {context.share(changes):.0%} of the time",
+            seen=f"{counted(len(changes), 'memory-bound pointwise layer')}, {spread} times wider on one side than on the "
+            f"other: {context.share(changes):.0%} of the time",
             operators=context.paths(changes),
             gain=context.gain(changes),
             how="use a smaller expansion, and spend the MACs on width or depth: the same MACs then move fewer bytes; "
@@ -69,23 +69,24 @@ def multiples(context: Context) -> Iterator[Advice]:
         new = (old[0] if old[0] <= IMAGE_CHANNELS else up(old[0]), up(old[1]))
         if new == old:
             continue
+        misfits = {width for width, fit in zip(old, new, strict=True) if width != fit}
         wide = resized(operator, *new)
-        if not liked.stored:  # only the arithmetic is padded
-            wide = resized(operator, *old, macs=wide.work.macs if wide.work else None)
-        padded[place] = (wide,)
-        odd |= {width for width, even in zip(old, new, strict=True) if width != even}
+        assert wide.work is not None
+        macs = round(wide.work.macs * _slower(liked, operator, misfits))
+        padded[place] = (resized(operator, *(new if liked.stored else old), macs=macs),)
+        odd |= misfits
     if not padded:
         return
     whole = context.estimate
     wasted = max(context.estimate_of(rewritten(context.operators, padded)).seconds - whole.seconds, 0.0)
     share = wasted / (whole.seconds + wasted)
-    layers = "convolutions" if all(context.operators[p].kind is Kind.CONVOLUTION for p in padded) else "layers"
+    layers = "convolution" if all(context.operators[p].kind is Kind.CONVOLUTION for p in padded) else "layer"
     shown = ", ".join(map(str, sorted(odd)[:6])) + (" ..." if len(odd) > 6 else "")
     yield Advice(
         rule="multiples",
         title=f"Make widths multiples of {liked.multiple}",
-        seen=f"{len(padded)} {layers} have widths ({shown}) that are no multiples of {liked.multiple}, and are computed "
-        f"as if they were the next larger ones",
+        seen=f"{counted(len(padded), layers)} with widths ({shown}) that are no multiples of {liked.multiple}: "
+        "padded to the next larger ones, or left to slower kernels",
         operators=context.paths(padded),
         gain=Gain(
             seconds=wasted,
@@ -96,10 +97,18 @@ def multiples(context: Context) -> Iterator[Advice]:
         how=f"round widths to multiples of {liked.multiple} ({_rounded(odd, liked.multiple)}); outputs of the last "
         "layer may be padded with classes or tokens that never occur",
         source=liked.source,
-        limits="counts only the padded work: kernels for odd widths may be slower on top of that, which no estimate "
-        "covers",
+        limits="counts the padded work, and slower kernels only where somebody measured them for this architecture"
+        if liked.slower == Slower()
+        else "kernels differ between versions of the libraries; counts with the least of the factors that were measured",
         effort="retrain",
     )
+
+
+def _slower(liked: Multiple, operator: Operator, misfits: set[int]) -> float:
+    """Return how many times slower the kernel for such widths is, beyond the padding."""
+    if operator.kind is Kind.CONVOLUTION:
+        return liked.slower.convolution
+    return liked.slower.product_odd if any(width % 2 for width in misfits) else liked.slower.product
 
 
 def _rounded(odd: set[int], multiple: int) -> str:
