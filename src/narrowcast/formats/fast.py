@@ -32,12 +32,15 @@ from narrowcast.formats.tables import (
 
 __all__ = ["by_rint", "cast", "codebook_edges", "decode", "encode", "encode_part", "exact_in_float32"]
 
+_LONG = 1 << 22  # elements of a piece for a compiled loop that passes over them once: the cache plays no part
+
 
 def encode(source: Opened, format: ElementFormat, rules: Rules, seed: int) -> np.ndarray:
     """Return the codes of ``source``, in its shape."""
     x = source.array
     codes = np.empty(x.shape, code_dtype(format.bits))
-    for part, out, start in _parts(x, codes):
+    one_pass = source.coded is None and _in_one_pass(x.dtype, format, rules)
+    for part, out, start in _parts(x, codes, one_pass=one_pass):
         numbers = part if source.coded is None else decode(part, ELEMENTS[source.coded], "float32")
         encode_part(numbers, format, rules, out, start, seed)
     return codes
@@ -61,12 +64,16 @@ def encode_part(x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndar
         out[...] = codebook_codes(_without_nan(x, format, rules), format, rules, start, seed)
     elif isinstance(format, Integer) and by_rint(format, rules):
         _encode_by_rint(x, format, out)
-    elif x.dtype == np.float32 and by_arithmetic(format) and rules.rounding is Rounding.NEAREST_EVEN:
+    elif isinstance(format, Format) and _in_one_pass(x.dtype, format, rules):
         _encode_by_arithmetic(x, format, special_codes(format, rules), out)
     elif x.dtype == np.float32 and by_table(format, rules):
         engine().codes_by_half(x, encoding_table(format, rules), out)
     else:
         out[...] = encode_exactly(x, format, rules, start, seed)
+
+
+def _in_one_pass(dtype: np.dtype, format: ElementFormat, rules: Rules) -> bool:
+    return dtype == np.float32 and rules.rounding is Rounding.NEAREST_EVEN and by_arithmetic(format)
 
 
 def _check_nan(x: np.ndarray, format: ElementFormat, rules: Rules, start: int) -> None:
@@ -118,8 +125,9 @@ def _encode_by_arithmetic(x: np.ndarray, format: Format, special: SpecialCodes, 
 def decode(codes: np.ndarray, format: ElementFormat, dtype: str) -> np.ndarray:
     """Return the values of unsigned codes in ``dtype``, rounded to it where it does not hold them."""
     values = np.empty(codes.shape, dtype)
-    for part, out, _ in _parts(codes, values):
-        if dtype == "float32" and by_arithmetic(format) and _decode_by_arithmetic(part, format, out):
+    one_pass = dtype == "float32" and by_arithmetic(format)
+    for part, out, _ in _parts(codes, values, one_pass=one_pass):
+        if one_pass and isinstance(format, Format) and _decode_by_arithmetic(part, format, out):
             continue
         if format.bits <= 16:
             engine().decoded(part, values_of(format, dtype), out)
@@ -157,9 +165,9 @@ def cast(source: Opened, format: ElementFormat, rules: Rules, seed: int) -> np.n
     return rounded
 
 
-def _parts(x: np.ndarray, out: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def _parts(x: np.ndarray, out: np.ndarray, *, one_pass: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Cut two arrays of the same shape into contiguous pieces: (piece, place for the result, position)."""
     flat, flat_out = np.ascontiguousarray(x).reshape(-1), out.reshape(-1)
-    chunk = engine().CHUNK
+    chunk = _LONG if one_pass and engine().COMPILED else engine().CHUNK
     for start in range(0, flat.size, chunk):
         yield flat[start : start + chunk], flat_out[start : start + chunk], start

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TypeGuard
 
 import numpy as np
 
@@ -80,7 +79,7 @@ def by_table(format: Format | Integer, rules: Rules) -> bool:
     )
 
 
-def by_arithmetic(format: ElementFormat) -> TypeGuard[Format]:
+def by_arithmetic(format: ElementFormat) -> bool:
     """Return whether a few operations on the bits of float32 lead to the format and back.
 
     It is signed with two zeros, of up to 16 bits, and has significand bits. Its numbers are normal in float32, or they
