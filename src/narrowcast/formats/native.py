@@ -1,4 +1,4 @@
-"""torch's own casts, where somebody has loaded torch: as quick as memory, and right but for what overflows or is NaN."""
+"""torch's own casts, where somebody has loaded torch and numba is missing: right but for what overflows or is NaN."""
 
 from __future__ import annotations
 
