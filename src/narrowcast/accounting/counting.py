@@ -139,6 +139,14 @@ _BY_HAND: dict[str, Rule] = {
     "_log_softmax": _each(5),
     "_softmax_backward_data": _each(4),
     "_log_softmax_backward_data": _each(4),
+    # Interpolation: each result is a weighted sum of 2, 4, 8 or 16 numbers; the weights are left out.
+    "upsample_linear1d": _each(3),
+    "upsample_bilinear2d": _each(7),
+    "_upsample_bilinear2d_aa": _each(7),
+    "upsample_trilinear3d": _each(15),
+    "upsample_bicubic2d": _each(31),
+    "_upsample_bicubic2d_aa": _each(31),
+    "grid_sampler_2d": _each(7),
     "addcmul": _each(3),
     "addcdiv": _each(3),
     "lerp": _each(3),
@@ -172,13 +180,14 @@ MOVES = frozenset(
 copy_ _to_copy clone contiguous cat stack index index_put index_put_ _unsafe_index gather scatter scatter_ scatter_add
 scatter_add_ index_select index_add index_add_ index_copy index_fill masked_select masked_scatter embedding
 embedding_dense_backward constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d roll flip repeat
-repeat_interleave fill fill_ zero_ zeros ones full empty empty_like zeros_like ones_like full_like rand_like
-randn_like rand randn randint randperm arange linspace logspace eye scalar_tensor _local_scalar_dense lift_fresh_copy
-lift_fresh new_zeros new_ones new_full new_empty new_empty_strided empty_strided normal_ uniform_ upsample_nearest2d
-upsample_bilinear2d pixel_shuffle pixel_unshuffle im2col col2im nonzero unique_consecutive _unique2 tril_indices
-triu_indices select_backward slice_backward select_scatter slice_scatter diagonal_scatter as_strided_scatter
-_assert_async _assert_scalar sym_size sym_numel sym_stride is_same_size equal resize_ set_ record_stream one_hot
-grid_sampler_2d channel_shuffle native_channel_shuffle detach_ alias _reshape_copy squeeze_copy view_copy
+repeat_interleave fill fill_ zero_ zeros ones full empty empty_like zeros_like ones_like full_like rand_like randn_like
+rand randn randint randperm arange linspace logspace eye scalar_tensor _local_scalar_dense lift_fresh_copy lift_fresh
+new_zeros new_ones new_full new_empty new_empty_strided empty_strided normal_ uniform_ upsample_nearest1d
+upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d pixel_shuffle pixel_unshuffle im2col col2im nonzero
+unique_consecutive _unique2 tril_indices triu_indices select_backward slice_backward select_scatter slice_scatter
+diagonal_scatter as_strided_scatter _assert_async _assert_scalar sym_size sym_numel sym_stride is_same_size equal
+resize_ set_ record_stream one_hot channel_shuffle native_channel_shuffle detach_ alias _reshape_copy squeeze_copy
+view_copy
 """.split()  # noqa: SIM905
 )
 
