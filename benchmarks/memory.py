@@ -364,7 +364,7 @@ def allocations(model: nn.Module, optimizer: Any, case: Case, inputs: Any) -> li
     for entry in at_peak:
         kinds[entry] = kinds.get(entry, 0) + 1
     rows = sorted(([size * count, size, count, line] for (size, line), count in kinds.items()), reverse=True)
-    return [["new bytes at the peak", peak, len(at_peak), where(log[largest_at])], *rows[:40]]
+    return [[peak, peak, 1, f"everything new at the peak, at {where(log[largest_at])}"], *rows[:40]]
 
 
 def where(event: Any) -> str:
@@ -458,13 +458,14 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", nargs="*", default=[], metavar="MODEL")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("MODEL", "MODE"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", metavar="MODEL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print("\n@" + json.dumps(one(*arguments.one, arguments.device)))
-        return
     cases = CUDA if arguments.device == "cuda" else CPU
     modes = ("train",) if arguments.device == "cuda" else ("infer", "train")
+    if arguments.one:
+        for mode in modes:
+            print("\n@" + json.dumps(one(arguments.one, mode, arguments.device)))
+        return
     results: list[dict[str, Any]] = []
     document = {
         "protocol": "each model in a process of its own; AdamW, two steps, the peak of the second; "
@@ -481,16 +482,15 @@ def main() -> None:
         target = target / f"memory-{arguments.device}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.only or cases:
-        for mode in modes:
-            command = [sys.executable, __file__, "--device", arguments.device, "--one", name, mode]
-            done = subprocess.run(command, capture_output=True, text=True)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("@")]
-            if not lines:
-                print(f"{name} {mode} failed\n{done.stderr[-3000:]}", flush=True)
-                continue
-            results.append(json.loads(lines[-1][1:]))
+        command = [sys.executable, __file__, "--device", arguments.device, "--one", name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = [line[1:] for line in done.stdout.splitlines() if line.startswith("@")]
+        if not lines:
+            print(f"{name} failed\n{done.stderr[-3000:]}", flush=True)
+        for line in lines:
+            results.append(json.loads(line))
             show(results[-1])
-            target.write_text(json.dumps(document, indent=1) + "\n")
+        target.write_text(json.dumps(document, indent=1) + "\n")
     errors = {mode: [abs(row["error"]) for row in results if row["mode"] == mode and "error" in row] for mode in modes}
     for mode, found in errors.items():
         if found:

@@ -112,12 +112,11 @@ def _call(node: Any, gradients: list[torch.Tensor | None]) -> list[torch.Tensor 
     if all(gradient is None for gradient in gradients):
         return [None] * len(node.next_functions)
     if isinstance(node, torch.autograd.function.BackwardCFunction):  # written in Python
-        if node.materialize_grads:
-            gradients = [
-                torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if gradient is None else gradient
-                for gradient, meta in zip(gradients, node._input_metadata, strict=True)
-            ]
-        found = node.apply(*gradients)
+        given = [  # zeros where no gradient comes, which functions get unless they ask for None
+            torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if gradient is None else gradient
+            for gradient, meta in zip(gradients, node._input_metadata, strict=True)
+        ]
+        found = node.apply(*given)
     else:
         found = node(*gradients)
     return list(found) if isinstance(found, tuple | list) else [found]
@@ -135,11 +134,17 @@ def _accumulate(parameter: torch.Tensor, gradient: torch.Tensor | None) -> None:
         return
     if parameter.grad is not None:
         parameter.grad += gradient
-    elif gradient.stride() == parameter.stride() or gradient.numel() <= 1:
+    elif _same_layout(gradient, parameter):
         parameter.grad = gradient
     else:  # the gradient is laid out like its parameter
         laid_out = torch.empty_like(parameter, dtype=gradient.dtype, memory_format=torch.preserve_format)
         parameter.grad = laid_out.copy_(gradient)
+
+
+def _same_layout(gradient: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Tell whether a gradient may be kept as it is, by the gradient layout contract of PyTorch's AccumulateGrad."""
+    axes = zip(gradient.shape, gradient.stride(), parameter.stride(), strict=True)
+    return all(stride == wanted if size != 1 else stride != 0 for size, stride, wanted in axes)
 
 
 def _is_last_reference(gradients: list[torch.Tensor | None], place: int) -> bool:

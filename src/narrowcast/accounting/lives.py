@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from narrowcast.accounting.counting import VIEWS
+from narrowcast.accounting.workspace import Backend
 
 __all__ = ["Life", "LifeRecorder", "Lives", "Moment"]
 
@@ -61,16 +62,12 @@ class Lives:
     Args:
         storages: Every storage.
         moments: Every operator that is no view, in order.
-        marks: Names of points in the run, and the operators before which they lie.
+        marks: Names of points in the run, the operators before which they lie, and the bytes alive there.
     """
 
     storages: list[Life] = field(default_factory=list[Life])
     moments: list[Moment] = field(default_factory=list[Moment])
-    marks: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
-
-    def mark(self, name: str) -> None:
-        """Give the present point in the run a name."""
-        self.marks.append((name, len(self.moments)))
+    marks: list[tuple[str, int, int]] = field(default_factory=list[tuple[str, int, int]])
 
 
 class LifeRecorder(TorchDispatchMode):
@@ -78,9 +75,7 @@ class LifeRecorder(TorchDispatchMode):
 
     Args:
         module: The module that runs.
-        device: The type of the device, ``cpu`` or ``cuda``.
-        granularity: Bytes that the allocator rounds up to.
-        hidden: What a kernel allocates for itself, from the operator's name, arguments and result.
+        backend: How the device allocates.
         sizes: Bytes of tensors that are stored in another form than the run sees them in, by the tensors' ids.
         follow_casts: Whether a copy of a parameter in another dtype is a weight, and the parameter a master weight.
     """
@@ -88,19 +83,16 @@ class LifeRecorder(TorchDispatchMode):
     def __init__(
         self,
         module: nn.Module,
-        device: str,
+        backend: Backend,
         *,
-        granularity: int = 1,
-        hidden: Callable[[str, Sequence[Any], Any], int] = lambda name, args, out: 0,
         sizes: Mapping[int, int] | None = None,
         follow_casts: bool = False,
     ) -> None:
         super().__init__()
         self.lives = Lives()
         self.phase = "forward"
-        self._device = device
-        self._granularity = granularity
-        self._hidden = hidden
+        self._backend = backend
+        self._total = 0
         self._follow_casts = follow_casts
         self._names = {id(part): name for name, part in reversed(list(module.named_modules(remove_duplicate=False)))}
         self._paths: list[str] = []
@@ -113,6 +105,10 @@ class LifeRecorder(TorchDispatchMode):
     def where(self) -> str:
         """Return the innermost module that was running, for an error."""
         return f"layer {self._paths[-1]!r}" if self._paths and self._paths[-1] else "the model"
+
+    def mark(self, name: str) -> None:
+        """Give the present point in the run a name."""
+        self.lives.marks.append((name, len(self.lives.moments), self._total))
 
     @contextmanager
     def paths(self) -> Generator[None]:
@@ -147,15 +143,17 @@ class LifeRecorder(TorchDispatchMode):
             size: Bytes that each takes; those of its storage unless given.
         """
         for tensor in tensors:
-            if not isinstance(tensor, torch.Tensor) or tensor.device.type != self._device:
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type != self._backend.device:
                 continue
             key = _storage_of(tensor)
             life = self._open.get(key)
             if life is None:
                 storage = tensor.untyped_storage()
                 taken = storage.nbytes() if size is None else size
-                life = Life(-(-taken // self._granularity) * self._granularity, len(self.lives.moments))
+                unit = self._backend.granularity
+                life = Life(-(-taken // unit) * unit, len(self.lives.moments))
                 self.lives.storages.append(life)
+                self._total += life.bytes
                 self._open[key] = life
                 weakref.finalize(storage, self._died, key)
             life.role = role or life.role
@@ -164,6 +162,7 @@ class LifeRecorder(TorchDispatchMode):
         life = self._open.pop(key, None)
         if life is not None:
             life.died = len(self.lives.moments)
+            self._total -= life.bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -178,11 +177,13 @@ class LifeRecorder(TorchDispatchMode):
         if func.is_view or name in VIEWS:
             return out
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        for tensor, size in self._backend.opaque(name, args, out):
+            self.watch([tensor], size=size)
         self.watch(made)
         if self._follow_casts and name == "_to_copy" and self.phase == "forward":
             self._cast(args[0], made[0])
         self.lives.moments.append(
-            Moment(name, self._paths[-1] if self._paths else "", self.phase, self._hidden(name, args, out))
+            Moment(name, self._paths[-1] if self._paths else "", self.phase, self._backend.hidden(name, args, out))
         )
         return out
 

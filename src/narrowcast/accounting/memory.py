@@ -31,6 +31,8 @@ __all__ = ["PARTS", "Buildable", "Memory", "memory", "memory_of_module"]
 #: What bytes hold, in the order of reports.
 PARTS = ("data", "weights", "master", "gradients", "optimizer", "activations", "temporary")
 
+_STEP = "optimizer step"  # what it makes for a moment; reported with what is temporary
+
 
 class Memory(BaseModel):
     """Bytes on one device. The parts from ``data`` to ``workspace`` are those alive at the peak, and add up to it.
@@ -58,7 +60,7 @@ class Memory(BaseModel):
         first_peak: The peak of the very first step, which makes them; equals ``peak`` for inference.
         when: The operator at the peak, with its phase and module.
         most: The most bytes of each part at any moment, which need not be the peak.
-        moments: Bytes alive at named points of the run, ``workspace`` included.
+        moments: Bytes alive at named points of the run on one device, what libraries keep included.
         timeline: Bytes alive after each operator of the step, and its phase.
     """
 
@@ -275,28 +277,31 @@ def _run(
 
 
 def _counted(
-    run: _Followed, name: str, setting: Setting, mode: Literal["infer", "train"], spread: _Spread, kv_cache: int
+    run: _Followed, model: str, setting: Setting, mode: Literal["infer", "train"], spread: _Spread, kv_cache: int
 ) -> Memory:
     lives = run.lives
     table = _table(lives)
-    divided = spread.how.divided | (
-        {"master"} if setting.policy.master and "optimizer" in spread.how.divided else set()
-    )
-    for row, part in enumerate(PARTS):
+    divided = set(spread.how.divided)
+    if "optimizer" in divided:  # each device steps for its share, on its share of master weights
+        divided |= {_STEP} | ({"master"} if setting.policy.master else set())
+    for row, part in enumerate((*PARTS, _STEP)):
         if part in divided:
             table[row] = -(-table[row] // spread.devices)
+    table[PARTS.index("temporary")] += table[-1]
+    table = table[:-1]
     hidden = np.array([moment.hidden for moment in lives.moments] or [0], dtype=np.int64)
     kept = setting.backend.kept * (2 if mode == "train" else 1)  # backward runs in a thread of its own
     beside = communication(spread.how, spread.devices, run.gradients, run.unit)
     live = table.sum(axis=0) + kept + beside + kv_cache
     total = live + hidden
-    marks = dict(lives.marks)
-    start = marks.get("first step", 0)  # the second step is what all later ones are
+    start = next(
+        (place for name, place, _ in lives.marks if name == "first step"), 0
+    )  # the second step is what all later ones are
     peak = start + int(total[start:].argmax())
     moment = lives.moments[peak]
     at_peak = dict(zip(PARTS, map(int, table[:, peak]), strict=True))
     return Memory(
-        model=name,
+        model=model,
         mode=mode,
         policy=setting.policy.name,
         device=setting.device,
@@ -312,7 +317,7 @@ def _counted(
         first_peak=int(total[: start or None].max()),
         when=f"{moment.name} ({moment.phase}{', ' + moment.path if moment.path else ''})",
         most=dict(zip(PARTS, map(int, table[:, start:].max(axis=1)), strict=True)),
-        moments={key: int(live[max(place - 1, 0)]) for key, place in lives.marks},
+        moments={key: size + kept for key, _, size in lives.marks},
         timeline=tuple(
             (int(size), moment.phase) for size, moment in zip(live[start:], lives.moments[start:], strict=True)
         ),
@@ -320,12 +325,13 @@ def _counted(
 
 
 def _table(lives: Lives) -> np.ndarray:
-    """Return the bytes alive by part and operator, int64 ``[parts, operators]``."""
+    """Return the bytes alive by part, and what the optimizer's step makes for a moment, int64 ``[parts + 1, operators]``."""
     count = max(len(lives.moments), 1)
-    table = np.zeros((len(PARTS), count + 1), dtype=np.int64)
+    table = np.zeros((len(PARTS) + 1, count + 1), dtype=np.int64)
+    rows = {part: row for row, part in enumerate((*PARTS, _STEP))}
     backward = [place for place, moment in enumerate(lives.moments) if moment.phase == "backward"]
     for life in lives.storages:
-        row = PARTS.index(life.role or _part(life, lives, backward))
+        row = rows[life.role or _part(life, lives, backward)]
         table[row, min(life.born, count)] += life.bytes
         if life.died is not None:
             table[row, min(life.died, count)] -= life.bytes
@@ -334,8 +340,9 @@ def _table(lives: Lives) -> np.ndarray:
 
 def _part(life: Life, lives: Lives, backward: list[int]) -> str:
     """Return what a result is: kept for backward if forward made it and the first operator of backward finds it."""
-    if life.born >= len(lives.moments) or lives.moments[life.born].phase != "forward":
-        return "temporary"
+    phase = lives.moments[life.born].phase if life.born < len(lives.moments) else ""
+    if phase != "forward":
+        return _STEP if phase == "optimizer" else "temporary"
     after = bisect.bisect(backward, life.born)
     kept = after < len(backward) and (life.died is None or life.died > backward[after])
     return "activations" if kept else "temporary"

@@ -23,7 +23,7 @@ from narrowcast.accounting.lives import LifeRecorder, Lives
 from narrowcast.accounting.optimizers import optimizer
 from narrowcast.accounting.policies import Policy
 from narrowcast.accounting.sdpa import CudaAttention
-from narrowcast.accounting.workspace import Backend, backend
+from narrowcast.accounting.workspace import Backend, backend, eight_bit_products
 from narrowcast.errors import ModelError
 
 __all__ = ["DTYPES", "Setting", "inference", "placed", "training"]
@@ -56,8 +56,9 @@ class Setting:
 
     @property
     def backend(self) -> Backend:
-        """How the device allocates."""
-        return backend(self.device, self.capability)
+        """How the device allocates, with the 8-bit copies that products read where the policy has them."""
+        found = backend(self.device, self.capability)
+        return eight_bit_products(found) if self.policy.compute == "e4m3fn" else found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,9 +102,9 @@ def inference(
     run = _Run(module, mode, setting, sizes)
     with run.recording(), torch.no_grad():
         inputs = run.inputs((args, kwargs))
-        run.recorder.lives.mark("built")
+        run.recorder.mark("built")
         run.forward(inputs)
-        run.recorder.lives.mark("forward")
+        run.recorder.mark("forward")
     return run.recorder.lives
 
 
@@ -135,28 +136,27 @@ def training(
     if setting.checkpoint:
         _checkpointed(module, setting)
     run = _Run(module, mode, setting)
-    lives = run.recorder.lives
     parameters = [one for one in module.parameters() if one.requires_grad]
     with run.recording():
         inputs = run.inputs((args, kwargs))
         update = _Update(setting, parameters, run.recorder)
-        lives.mark("built")
+        run.recorder.mark("built")
         for number in ("first", "second"):
             for micro in range(min(setting.accumulate, 2)):  # from the second on all are alike
                 name = f"{number} micro {micro}"
                 run.recorder.phase = "forward"
                 kept, backward = run.forward_with_loss(inputs, loss or _loss)
-                lives.mark(f"{name} forward")
+                run.recorder.mark(f"{name} forward")
                 run.recorder.phase = "backward"
                 backward.run()
                 run.recorder.watch([one.grad for one in parameters], "gradients")
-                lives.mark(f"{name} backward")
+                run.recorder.mark(f"{name} backward")
                 del kept, backward
             run.recorder.phase = "optimizer"
             run.recorder.enter_node(None)
             update()
-            lives.mark(f"{number} step")
-    return lives
+            run.recorder.mark(f"{number} step")
+    return run.recorder.lives
 
 
 class _Run:
@@ -170,9 +170,7 @@ class _Run:
         self._setting = setting
         self.recorder = LifeRecorder(
             module,
-            setting.device,
-            granularity=setting.backend.granularity,
-            hidden=setting.backend.hidden,
+            setting.backend,
             sizes=sizes,
             follow_casts=setting.policy.autocast,
         )
@@ -224,8 +222,7 @@ class _Run:
         with _autocast(self._setting):
             out = self._module(*args, **kwargs)
             value = loss(out)
-        kept = [leaf.detach() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        return kept, Backward(value, self.recorder.enter_node)
+        return [tensor.detach() for tensor in _tensors(out)], Backward(value, self.recorder.enter_node)
 
 
 class _Update:
@@ -256,6 +253,21 @@ class _Update:
                 master.grad = None
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def _tensors(out: Any) -> list[torch.Tensor]:
+    """Return the tensors of an output, also those in attributes of objects, such as a cache of keys and values."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    waiting = [out]
+    while waiting:
+        for leaf in tree_leaves(waiting.pop()):
+            if isinstance(leaf, torch.Tensor):
+                found.append(leaf)
+            elif id(leaf) not in seen and hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+                seen.add(id(leaf))
+                waiting.append(list(vars(leaf).values()))
+    return found
 
 
 def _loss(out: Any) -> torch.Tensor:
