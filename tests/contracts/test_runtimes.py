@@ -277,6 +277,7 @@ def built(case: Case, step: Step, rules: FusionRules) -> Built:
 
 
 STEPS: list[Step] = [step() for step in BOUNDS]
+RULES = list(dict.fromkeys(get_runtime(name).rules for name in runtime_names()))  # distinct, in the same order always
 all_steps = pytest.mark.parametrize("step", STEPS, ids=lambda step: type(step).__name__)
 
 
@@ -300,7 +301,7 @@ def test_a_quantised_graph_stays_close_to_fp32(runtime: Runtime, case: Case, ste
 
 @all_cases
 @all_steps
-@pytest.mark.parametrize("rules", {get_runtime(name).rules for name in runtime_names()}, ids=lambda r: "rules")
+@pytest.mark.parametrize("rules", RULES, ids=lambda r: "rules")
 def test_a_quantised_graph_is_valid_and_keeps_its_signature(case: Case, step: Step, rules: FusionRules) -> None:
     model = built(case, step, rules).graph.to_model()
     onnx.checker.check_model(model, full_check=True)
