@@ -12,7 +12,7 @@ import onnx
 import onnx.reference
 from onnx import numpy_helper
 
-from narrowcast.accounting.graphs.files import element_of, graphs_in
+from narrowcast.accounting.graphs.files import attributes_in, element_of, graphs_in
 from narrowcast.accounting.graphs.rules import Tensor
 
 __all__ = ["Passes", "captured", "closed_graph", "loop_of", "scan_of", "value_of"]
@@ -185,7 +185,7 @@ def _of_shape(node: onnx.NodeProto, tensor: Tensor | None) -> Any:
         return None
     if node.op_type == "Size":
         return np.asarray(math.prod(tensor.shape), np.int64)
-    ends = {entry.name: entry.i for entry in node.attribute}
+    ends = attributes_in(node)
     return np.asarray(tensor.shape[ends.get("start", 0) : ends.get("end", len(tensor.shape))], np.int64)
 
 

@@ -25,6 +25,7 @@ from narrowcast.errors import ModelError
 __all__ = [
     "File",
     "Stored",
+    "attributes_in",
     "dtype_of",
     "element_of",
     "graphs_in",
@@ -138,7 +139,7 @@ def read_graph(path: Path, name: str = "") -> File:
             model = onnx.inliner.inline_local_functions(model)
             _strip(model.graph, stored, model.graph)
         model.ir_version = max(model.ir_version, 4)  # before, constants had to be inputs too
-        onnx.checker.check_model(model)
+        _check(model)
     except (DecodeError, OSError, ValueError, RuntimeError, TypeError, onnx.checker.ValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -147,6 +148,25 @@ def read_graph(path: Path, name: str = "") -> File:
             next_step="export the model again, or copy the file again if it was truncated",
         ) from error
     return File(name, model, stored, tuple(value for value in given if value not in stored))
+
+
+def _check(model: onnx.ModelProto) -> None:
+    """Check a graph against the specification, but for inputs and outputs without a shape: these may be given later."""
+    shaped = onnx.ModelProto()
+    shaped.CopyFrom(model)
+    for value in (*shaped.graph.input, *shaped.graph.output):
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
+    onnx.checker.check_model(shaped)
+
+
+def attributes_in(node: onnx.NodeProto) -> dict[str, Any]:
+    """Return the attributes of a node that are no subgraphs, text decoded."""
+    subgraphs = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    found = {
+        entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute if entry.type not in subgraphs
+    }
+    return {key: value.decode(errors="replace") if isinstance(value, bytes) else value for key, value in found.items()}
 
 
 def graphs_in(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:

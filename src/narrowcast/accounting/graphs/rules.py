@@ -415,10 +415,17 @@ _STANDARD: dict[str, Entry] = {
         ReverseSequence Slice SpaceToDepth Split Tile Transpose Unique Upsample ConstantOfShape TensorScatter""",
         settings=_AFTER_FIRST,
     ),
+    **_entries(
+        Kind.MOVE, _nothing, "SplitToSequence ConcatFromSequence SequenceInsert SequenceErase", settings=_AFTER_FIRST
+    ),
     **_entries(Kind.MOVE, _nothing, "Gather", weights=(0,), settings=(1,)),
     **_entries(Kind.MOVE, _nothing, "Concat Scatter ScatterElements ScatterND", settings=()),
     **_entries(
-        Kind.VIEW, _nothing, "Reshape Flatten Squeeze Unsqueeze Identity Dropout Shape Size", settings=_AFTER_FIRST
+        Kind.VIEW,
+        _nothing,
+        """Reshape Flatten Squeeze Unsqueeze Identity Dropout Shape Size SequenceAt SequenceConstruct SequenceEmpty
+        SequenceLength Optional OptionalGetElement OptionalHasElement""",
+        settings=_AFTER_FIRST,
     ),
 }
 

@@ -1,8 +1,8 @@
 """The shape of every tensor of an ONNX graph, from the shapes of its inputs.
 
-Three engines, the next one only where the ones before leave a shape open: ONNX's own inference, ONNX Runtime's symbolic
-inference (it knows the operators of ``com.microsoft``; needs sympy), and ONNX Runtime itself, which folds what shapes are
-computed from.
+Several engines, the next one only where the ones before leave a shape open: ONNX's own inference, ONNX Runtime's symbolic
+inference (it knows the operators of ``com.microsoft``; needs sympy), what loops hand on, and ONNX Runtime itself, which
+folds what shapes are computed from.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx
 import onnx.shape_inference
 import onnxruntime as ort
 
-from narrowcast.accounting.graphs.files import graphs_in, known_shape, tensor_of
+from narrowcast.accounting.graphs.files import element_of, graphs_in, known_shape, tensor_of
 from narrowcast.accounting.graphs.rules import Tensor, entry_of
 from narrowcast.errors import ModelError
 
@@ -137,7 +137,37 @@ def _by_runtime(model: onnx.ModelProto) -> onnx.ModelProto:
             return model
 
 
-_ENGINES: tuple[Callable[[onnx.ModelProto], onnx.ModelProto], ...] = (_by_onnx, _symbolic, _by_runtime)
+def _carried(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Give what a Loop hands from pass to pass the shape that it starts with, where nothing else says one."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    for node in made.graph.node:
+        found = _tensors(made.graph)
+        starts = zip(node.input[2:], node.output, strict=False) if node.op_type == "Loop" else ()
+        for start, result in starts:
+            if result and result not in found and start in found:
+                tensor = found[start]
+                value = onnx.helper.make_tensor_value_info(result, element_of(tensor.dtype), tensor.shape)
+                _replace(made.graph, value)
+                made = _by_onnx(made)
+    return made
+
+
+def _replace(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> None:
+    for stated in (graph.value_info, graph.output):
+        for entry in stated:
+            if entry.name == value.name:
+                entry.CopyFrom(value)
+                return
+    graph.value_info.append(value)
+
+
+_ENGINES: tuple[Callable[[onnx.ModelProto], onnx.ModelProto], ...] = (
+    _by_onnx,
+    _symbolic,
+    _carried,
+    _by_runtime,
+)
 
 
 def _open_error(model: onnx.ModelProto, tensor: str, name: str) -> ModelError:

@@ -17,7 +17,7 @@ import onnx
 
 from narrowcast.accounting.counting import Work
 from narrowcast.accounting.graphs.control import captured, closed_graph, loop_of, scan_of
-from narrowcast.accounting.graphs.files import File, Stored, graphs_in, read_graph, stored_of
+from narrowcast.accounting.graphs.files import File, Stored, attributes_in, graphs_in, read_graph, stored_of
 from narrowcast.accounting.graphs.inputs import Given, bind
 from narrowcast.accounting.graphs.parameters import Registry
 from narrowcast.accounting.graphs.paths import scope_of
@@ -140,7 +140,7 @@ class _Walk:
             ]
         call = Call(
             node.op_type,
-            {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute},
+            attributes_in(node),
             tuple(value.tensor if value else None for value in read),
             tuple(shapes.get(name) for name in node.output),
         )
