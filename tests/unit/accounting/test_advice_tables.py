@@ -71,6 +71,10 @@ def test_paths_fold_by_their_numbers() -> None:
     assert folded([*blocks, "fc"]) == ["layer1-2.0-2.conv2 (6)", "fc"]
     assert folded(["h.0", "h.2", "h.3"]) == ["h.0,2-3 (3)"]
     assert folded(["stem"]) == ["stem"]
+    assert folded(["fire3.expand1x1_act", "fire4.expand1x1_act", "fire4.expand3x3_act"]) == [
+        "fire3-4.expand1x1_act (2)",
+        "fire4.expand3x3_act",
+    ]
     assert folded([]) == []
 
 

@@ -59,6 +59,8 @@ def _macs(context: Context, places: Changes) -> float:
 
 def depthwise(context: Context) -> Iterator[Advice]:
     """Yield depthwise convolutions that are slower than one dense convolution in place of them and their neighbour."""
+    if context.device.kind == "cpu":  # where they are the better choice
+        return
     changes: dict[int, tuple[Operator, ...]] = {}
     kept: list[int] = []
     for place, operator in enumerate(context.operators):
@@ -80,8 +82,7 @@ def depthwise(context: Context) -> Iterator[Advice]:
             how="merge the expansion and the depthwise convolution of these blocks into one dense convolution of the "
             "same kernel (Fused-MBConv), keep the others, and train again",
             source=source_of("depthwise"),
-            limits="holds for this device: on CPUs depthwise convolutions are mostly the better choice; parameters and "
-            "MACs grow",
+            limits="holds for this device, and not for CPUs, which run depthwise convolutions well; parameters and MACs grow",
             effort="retrain",
         )
 
@@ -162,7 +163,7 @@ def early_layers(context: Context) -> Iterator[Advice]:
         title="Start with patches instead of small early layers",
         seen=f"{sum(context.times[place].seconds > 0 for place in early)} operators above a quarter of the image's "
         f"resolution take {context.share(early):.0%} of the time for {_macs(context, changes):.0%} of the MACs",
-        operators=context.paths(place for place in early if context.operators[place].weight_bytes),
+        operators=context.paths(place for place in early if (work := context.operators[place].work) and work.macs),
         gain=context.gain(changes),
         how=f"replace them by one convolution of {PATCH}x{PATCH} with stride {PATCH} and "
         f"{patches.attributes['outputs']} outputs, and train again; a smaller input image helps likewise",

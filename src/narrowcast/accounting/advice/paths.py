@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 __all__ = ["folded"]
 
-_NUMBER = re.compile(r"(\d+)")
+#: A number that ends a part of a path: ``layer1.0.conv2`` has three, ``expand1x1_act`` none.
+_NUMBER = re.compile(r"(\d+)(?=[.:]|$)")
 
 
 def folded(paths: Iterable[str]) -> list[str]:
