@@ -5,6 +5,7 @@ A rule per operator, as data: what is not here, and is no view or copy, is repor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -80,6 +81,15 @@ def _grouped_mm(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
     return Work(out.numel() * a.shape[-1], sums=out.numel())
 
 
+def _fourier(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    """Return ``5 n log2 n`` operations for each transform of ``n`` complex numbers, half for real ones.
+
+    Source: the convention of FFTW's benchmarks (Frigo and Johnson 2005, section 2).
+    """
+    length = math.prod(max(args[0].shape[axis], out.shape[axis]) for axis in args[1])
+    return Work(0, 0, round(2.5 * out.numel() * math.log2(length)))  # twice that if the result is complex
+
+
 def _each(operations: int) -> Rule:
     def rule(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
         return Work(0, 0, operations * _first(out).numel())
@@ -147,6 +157,9 @@ _BY_HAND: dict[str, Rule] = {
     "upsample_bicubic2d": _each(31),
     "_upsample_bicubic2d_aa": _each(31),
     "grid_sampler_2d": _each(7),
+    "_fft_c2c": _fourier,
+    "_fft_r2c": _fourier,
+    "_fft_c2r": _fourier,
     "addcmul": _each(3),
     "addcdiv": _each(3),
     "lerp": _each(3),

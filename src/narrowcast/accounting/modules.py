@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from narrowcast.accounting.experts import idle_parameters
 from narrowcast.accounting.operators import Trace
@@ -36,11 +37,16 @@ def count_module(
 
 
 def _inputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the inputs that are tensors, by the names that ``forward`` gives them."""
+    """Return the shapes of the inputs that are tensors, nested ones too, by the names that ``forward`` gives them."""
     names = [name for name, entry in inspect.signature(module.forward).parameters.items() if entry.kind in _POSITIONAL]
     names += [f"input {place}" for place in range(len(names), len(args))]  # of forward(*args)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {name: tuple(value.shape) for name, value in given.items() if hasattr(value, "shape")}
+    return {
+        name + keystr(path): tuple(leaf.shape)
+        for name, value in given.items()
+        for path, leaf in tree_flatten_with_path(value)[0]
+        if hasattr(leaf, "shape")
+    }
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

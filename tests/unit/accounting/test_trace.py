@@ -181,6 +181,78 @@ def test_a_complex_product_is_four_real_ones() -> None:
     assert count(Product, *complex_ones).macs == 4 * 3 * 4 * 5
 
 
+def test_a_complex_convolution_is_three_real_ones_as_pytorch_computes_it() -> None:
+    found = count(lambda: nn.Conv2d(4, 8, 3, bias=False, dtype=torch.complex64), torch.empty(1, 4, 8, 8).cfloat())
+    assert found.macs == 3 * formulas.convolution(4, 8, (3, 3), (6, 6), bias=False).macs
+
+
+def test_a_complex_layer_adds_complex_biases() -> None:
+    found = count(lambda: nn.Linear(6, 5, dtype=torch.complex64), torch.empty(3, 6, dtype=torch.complex64))
+    assert (found.macs, found.bias_adds) == (4 * 3 * 6 * 5, 2 * 3 * 5)
+
+
+def test_fourier_transforms_count_by_their_usual_estimate() -> None:
+    class Transform(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.fft2(x)
+
+    points = 8 * 16
+    found = count(Transform, torch.empty(3, 8, 16, dtype=torch.complex64))
+    assert found.other_flops == 3 * 5 * points * 7
+    assert not found.uncounted
+
+
+def test_nested_inputs_and_outputs_are_followed_and_named() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+
+        def forward(self, batch: dict[str, Any], scale: float = 1.0) -> dict[str, Any]:
+            return {"out": [self.layer(batch["image"]["pixels"]), (self.layer(batch["boxes"][1]),)], "scale": scale}
+
+    batch = {"image": {"pixels": torch.empty(2, 4)}, "boxes": (torch.empty(1), torch.empty(3, 4))}
+    module, mode = fake_module(Nested)
+    for train in (False, True):
+        found = profile_module(module, (batch,), {"scale": 2.0}, mode=mode, train=train)
+        assert found.macs == 5 * 16 * (2 if train else 1)
+        assert found.inputs == [[2, 4], [1], [3, 4]]
+        assert found.input_names == ["batch['image']['pixels']", "batch['boxes'][0]", "batch['boxes'][1]"]
+
+
+def test_a_weight_tied_across_modules_of_different_kinds_counts_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode = nn.Linear(8, 4, bias=False)
+            self.decode = nn.Linear(4, 8, bias=False)
+            self.decode.weight = nn.Parameter(torch.empty(8, 4))
+            self.layers = nn.ModuleList([self.encode, nn.Sequential(self.encode)])
+            self.alias = self.layers
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.decode(self.alias[1](x)) @ self.encode.weight.T
+
+    found = count(Tied, torch.empty(5, 8))
+    assert found.parameters.total == 2 * 32
+    assert found.macs == 5 * 3 * 32
+    assert sum(part.macs for part in found.parts if part.path == "") == found.macs
+
+
+def test_while_loops_and_recursion_over_shapes_are_followed() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv1d(1, 1, 2, stride=2, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            while x.shape[-1] > 1:
+                x = self.layer(x)
+            return x
+
+    assert count(Halves, torch.empty(1, 1, 32)).macs == (16 + 8 + 4 + 2 + 1) * 2
+
+
 @pytest.mark.parametrize("tokens", [64, 100])
 def test_fused_attention_counts_as_much_as_written_out(tokens: int) -> None:
     class Fused(nn.Module):
