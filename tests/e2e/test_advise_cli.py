@@ -27,7 +27,7 @@ def test_items_have_gain_place_next_step_and_source(cli: Cli) -> None:
     for label in ("seen", "do", "effort", "but", "source"):
         assert any(line.split()[:1] == [label] for line in done.out.splitlines()), label
     assert "features.1, " in words
-    assert "17 places: " in words  # of many operators, a few names
+    assert "26 places: " in words  # of many operators, a few names
     assert "Gains do not add up" in words
     assert all(len(line.rstrip()) <= 100 for line in done.out.splitlines())
 
