@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from narrowcast.accounting.policies import POLICIES, Policy, policy
 from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
 from narrowcast.cli.files import check_file, write_file
 from narrowcast.errors import ModelError, UserError
@@ -16,7 +20,6 @@ from narrowcast.errors import ModelError, UserError
 if TYPE_CHECKING:
     from narrowcast.accounting.devices import Device
     from narrowcast.accounting.kv_cache import KVCache
-    from narrowcast.accounting.policies import Policy
     from narrowcast.accounting.sources import Source
     from narrowcast.report.profile_costs import Costs
 
@@ -88,7 +91,7 @@ def profile(
     precision: Annotated[
         str,
         typer.Option(
-            help="fp32, fp16, bf16, fp16-mixed, bf16-mixed, fp8-mixed, int8, int4 or nf4.",
+            help=f"Number formats: {', '.join(POLICIES)}.",
             metavar="NAME",
             rich_help_panel=_FORMATS,
         ),
@@ -152,7 +155,6 @@ def profile(
     For example: narrowcast profile timm:resnet50 --device h100-sxm --precision bf16 --html resnet50.html
     """
     from narrowcast.accounting.devices import device as find_device
-    from narrowcast.accounting.policies import policy
 
     if html is not None:
         check_file(html, force)
@@ -174,7 +176,7 @@ def profile(
         device=None if device is None else find_device(device),
         training={name: value for name, value in training.items() if value is not None},
     )
-    with errors_console().status("tracing", spinner="dots"):
+    with _quiet(debug), errors_console().status("tracing", spinner="dots"):
         found = [_costs(name, asked) for name in (model, *([compare] if compare else []))]
         if html is not None:
             from narrowcast.report.profile import render_profile
@@ -186,6 +188,18 @@ def profile(
     _print(found, depth, top if operators else 0)
     if html is not None:
         console().print(f"report: {html}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _quiet(debug: bool) -> Generator[None]:
+    """Keep PyTorch from logging what fails on the way: another way is found, or the error says it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    refuse: Callable[[logging.LogRecord], bool] = lambda record: debug  # noqa: E731
+    log.addFilter(refuse)
+    try:
+        yield
+    finally:
+        log.removeFilter(refuse)
 
 
 def _check_no_training(given: dict[str, Any]) -> None:

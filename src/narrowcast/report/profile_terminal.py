@@ -51,8 +51,8 @@ def render_profile_terminal(costs: Costs, console: Console, *, depth: int = 3, o
     if costs.memory is not None:
         console.print(_memory(costs.memory, say, wide))
     console.print(_tree(costs, depth, say, console.width))
-    if operators:
-        console.print(_operators(groups(costs)[:operators], costs, say, console.width))
+    if operators and (shown := groups(costs)[:operators]):
+        console.print(_operators(shown, costs, say, console.width))
     if costs.cache is not None:
         console.print(_cache(costs, say))
     for note in notes(costs):
