@@ -11,12 +11,12 @@ import numpy as np
 from narrowcast.errors import FormatError
 from narrowcast.formats import fast
 from narrowcast.formats.arrays import on_device, opened
+from narrowcast.formats.engine import engine
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer
+from narrowcast.formats.portable import ErrorSums
 from narrowcast.formats.rules import Rules
 from narrowcast.formats.table import ELEMENTS, element
-from narrowcast.formats.tensor import QuantizedTensor, host
-
-_PIECE = 1 << 14
+from narrowcast.formats.tensor import QuantizedTensor, host, pieces
 
 __all__ = ["ErrorReport", "ErrorTotals", "add_error", "error"]
 
@@ -76,56 +76,43 @@ class ErrorTotals:
         x: np.ndarray,
         y: np.ndarray,
         codes: np.ndarray | None,
-        reach: tuple[np.ndarray | float, np.ndarray | float],
-        below_normal: np.ndarray | float | None,
+        reach: tuple[np.ndarray, np.ndarray],
+        below_normal: np.ndarray | None,
     ) -> None:
-        """Count one piece.
+        """Count one piece: as many rows as there are limits, one after the other.
 
         Args:
-            x: The original numbers, shape [n].
-            y: What they became, shape [n].
+            x: The original numbers, shape [n], float32 or float64.
+            y: What they became, shape [n], of the same dtype.
             codes: Their codes, shape [n]; None if not known.
-            reach: Lowest and highest number that rounding takes into the range, for each element or for all.
-            below_normal: Smallest normal magnitude, for each element or for all; None without subnormals.
+            reach: Lowest and highest number that rounding takes into the range, of each row: shape [rows], float64.
+            below_normal: Smallest normal magnitude, of each row; None without subnormals.
         """
-        for start in range(0, x.size, _PIECE):  # what is worked on stays in the processor's cache
-            piece = slice(start, start + _PIECE)
-            low, high, smallest = (_cut(limit, piece) for limit in (*reach, below_normal))
-            part = None if codes is None else codes[piece]
-            with np.errstate(over="ignore", invalid="ignore"):
-                self._add(x[piece].astype(np.float64), y[piece].astype(np.float64), part, low, high, smallest)
-
-    def _add(self, x: np.ndarray, y: np.ndarray, codes: np.ndarray | None, low: Any, high: Any, smallest: Any) -> None:
-        signal = float((x * x).sum())
-        if not math.isfinite(signal):  # NaN, infinity, or squares beyond float64, which then say so
-            finite = np.isfinite(x)
-            if not finite.all():
-                self.not_finite += int(x.size - finite.sum())
-                low, high, smallest = (_cut(limit, finite) for limit in (low, high, smallest))
-                x, y = x[finite], y[finite]
-                codes = None if codes is None else codes[finite]
-                signal = float((x * x).sum())
-        self.count += x.size
-        if not x.size:
-            return
-        self.signal += signal
-        self.overflowed += int(np.count_nonzero((x < low) | (x > high)))
-        magnitude = np.abs(y)
-        zero = magnitude == 0
-        self.zero += int(np.count_nonzero(zero))
-        self.underflowed += int(np.count_nonzero(zero & (x != 0)))
-        if smallest is not None:
-            small = int(np.count_nonzero((magnitude < smallest) & ~zero))
-            self.subnormal = (self.subnormal or 0) + small
-        difference = np.subtract(x, y, out=magnitude)
-        noise = float((difference * difference).sum())
-        largest = max(float(difference.max()), -float(difference.min()))
-        lost = math.isnan(noise)  # a finite number became NaN
-        self.noise += math.inf if lost else noise
-        self.max_abs = math.inf if lost else max(self.max_abs, largest)
+        low, high = reach
+        smallest = np.zeros_like(low) if below_normal is None else below_normal
+        shape = (low.size, x.size // max(low.size, 1))
+        originals, became = x.reshape(shape), y.reshape(shape)
+        lost = 0
+        for rows, columns, _ in pieces(shape, aligned=False):
+            limits = low[rows], high[rows], smallest[rows]
+            sums = engine().errors(originals[rows, columns], became[rows, columns], *limits)
+            self._add(sums, below_normal is not None)
+            lost += sums.not_finite
         if codes is not None and self.bits is not None:
-            used = np.bincount(codes, minlength=1 << self.bits)
+            used = np.bincount(codes[np.isfinite(x)] if lost else codes, minlength=1 << self.bits)
             self.codes = used if self.codes is None else self.codes + used
+
+    def _add(self, sums: ErrorSums, with_subnormals: bool) -> None:
+        self.count += sums.finite
+        self.not_finite += sums.not_finite
+        self.signal += sums.signal
+        self.noise += math.inf if math.isnan(sums.noise) else sums.noise  # a finite number became NaN
+        self.max_abs = math.inf if math.isnan(sums.noise) else max(self.max_abs, sums.largest)
+        self.overflowed += sums.overflowed
+        self.zero += sums.zero
+        self.underflowed += sums.underflowed
+        if with_subnormals:
+            self.subnormal = (self.subnormal or 0) + sums.subnormal
 
     def report(self) -> ErrorReport:
         """Return what the sums say so far; an empty tensor has no error."""
@@ -177,29 +164,37 @@ def add_error(totals: ErrorTotals, x: Any, y: Any, format: str | ElementFormat |
 
 
 def _add_cast(totals: ErrorTotals, x: np.ndarray, y: np.ndarray, format: ElementFormat | None) -> None:
+    if x.dtype != y.dtype:
+        x, y = x.astype(np.float64), y.astype(np.float64)
     if format is None:
-        totals.add(x, y, None, (-math.inf, math.inf), None)
+        totals.add(x, y, None, (np.array([-math.inf]), np.array([math.inf])), None)
         return
     totals.bits = format.bits
     codes = None
     if format.bits <= 16 and not np.isnan(y).any():
         source = opened(y)
         codes = fast.encode(source, format, Rules.of(format), 0)
-    below = format.smallest_normal if isinstance(format, Format) and format.has_subnormals else None
-    totals.add(x, y, codes, _reach(format), below)
+    below = None
+    if isinstance(format, Format) and format.has_subnormals:
+        below = np.array([format.smallest_normal])
+    low, high = _reach(format)
+    totals.add(x, y, codes, (np.array([low]), np.array([high])), below)
 
 
 def _add_quantized(totals: ErrorTotals, x: np.ndarray, q: QuantizedTensor) -> None:
     rows, form = q.rows, q.scheme.element
     totals.bits = form.bits
-    y = _floats(q.dequantize("float64" if x.dtype == np.float64 else "float32")).reshape(-1)
+    y = _floats(q.dequantize(x.dtype.name)).reshape(-1)
     codes = rows.without_padding(host(q.codes)).reshape(-1)
     scales = rows.scales_apart(host(q.scales)).astype(np.float64)
     zeros = 0.0 if q.zero_points is None else rows.scales_apart(host(q.zero_points)).astype(np.float64)
-    low, high = (_spread(q, (end - zeros) * scales) for end in _reach(form))
+    low, high = ((end - zeros) * scales for end in _reach(form))
     below = None
     if isinstance(form, Format) and form.has_subnormals:
-        below = _spread(q, form.smallest_normal * scales)
+        below = form.smallest_normal * scales
+    if not (rows.in_order and rows.stored_shape == rows.shape):  # then each element is a row
+        low, high = _spread(q, low), _spread(q, high)
+        below = None if below is None else _spread(q, below)
     totals.add(x, y, codes, (low, high), below)
 
 
@@ -214,11 +209,6 @@ def _reach(format: ElementFormat) -> tuple[float, float]:
         case Codebook():
             values = format.values
             return values[0] - (values[1] - values[0]) / 2, values[-1] + (values[-1] - values[-2]) / 2
-
-
-def _cut(limit: Any, piece: Any) -> Any:
-    """Return the part of a limit that belongs to a piece; one limit for all stays what it is."""
-    return limit[piece] if isinstance(limit, np.ndarray) else limit
 
 
 def _spread(q: QuantizedTensor, values: np.ndarray) -> np.ndarray:
@@ -237,7 +227,7 @@ def _floats(x: Any) -> np.ndarray:
     source = opened(_tohost(x))
     if source.coded is not None:
         return fast.decode(source.array, ELEMENTS[source.coded], "float32")
-    return source.array
+    return np.ascontiguousarray(source.array, np.float32 if source.array.dtype == np.float16 else None)
 
 
 def _tohost(x: Any) -> Any:

@@ -9,8 +9,8 @@ import numpy as np
 
 from narrowcast.formats import vectors
 from narrowcast.formats.kinds import Format
-from narrowcast.formats.portable import SpecialCodes, Values
-from narrowcast.formats.vectors import LANES, loop
+from narrowcast.formats.portable import ErrorSums, SpecialCodes, Values
+from narrowcast.formats.vectors import LANES, loop, summing_loop
 
 __all__ = [
     "absmax",
@@ -21,6 +21,7 @@ __all__ = [
     "decoded",
     "decoded_floats",
     "decoded_nibbles",
+    "errors",
     "rounded_steps",
     "rounded_to_nearest",
     "values_by_half",
@@ -29,6 +30,7 @@ __all__ = [
 NAME = "numba"
 COMPILED = True
 CHUNK = 1 << 18
+_LARGEST = float(np.finfo(np.float64).max)
 
 
 @loop
@@ -203,3 +205,35 @@ def _lowest(format: Format) -> int:
 
 def _words(*numbers: int) -> tuple[np.uint32, ...]:
     return tuple(np.uint32(number % (1 << 32)) for number in numbers)
+
+
+@summing_loop
+def _errors(x: Any, y: Any, low: Any, high: Any, smallest: Any) -> Any:
+    finite = overflowed = zero = underflowed = subnormal = np.int64(0)
+    signal = noise = np.float64(0)
+    largest = np.int64(0)  # as bits: magnitudes of float64 are ordered as those are
+    for row in range(x.shape[0]):
+        lowest, highest, normal = low[row], high[row], smallest[row]
+        for column in range(x.shape[1]):
+            number, became = np.float64(x[row, column]), np.float64(y[row, column])
+            judged = abs(number) <= _LARGEST
+            number = number if judged else 0.0
+            became = became if judged else 1.0
+            difference = number - became if judged else 0.0
+            magnitude = abs(became)
+            finite += judged
+            signal += number * number
+            noise += difference * difference
+            largest = max(largest, np.float64(abs(difference)).view(np.int64))
+            overflowed += judged & ((number < lowest) | (number > highest))
+            zero += magnitude == 0
+            underflowed += (magnitude == 0) & (number != 0)
+            subnormal += judged & (magnitude < normal) & (magnitude > 0)
+    return finite, signal, noise, largest, overflowed, zero, underflowed, subnormal
+
+
+def errors(x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, smallest: np.ndarray) -> ErrorSums:
+    """See ``portable``."""
+    finite, signal, noise, largest, *counts = _errors(x, y, low, high, smallest)
+    magnitude = float(np.int64(largest).view(np.float64))
+    return ErrorSums(finite, x.size - finite, signal, noise, magnitude, *counts)

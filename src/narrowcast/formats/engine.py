@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from narrowcast.formats.kinds import Format
-from narrowcast.formats.portable import SpecialCodes, Values
+from narrowcast.formats.portable import ErrorSums, SpecialCodes, Values
 
 __all__ = ["Engine", "engine"]
 
@@ -42,6 +42,9 @@ class Engine(Protocol):
     def decoded_nibbles(self, packed: np.ndarray, scales: np.ndarray, values: Values, out: np.ndarray) -> None: ...
     def rounded_to_nearest(self, x: np.ndarray, format: Format, special: SpecialCodes, out: np.ndarray) -> None: ...
     def decoded_floats(self, codes: np.ndarray, format: Format, out: np.ndarray) -> bool: ...
+    def errors(
+        self, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, smallest: np.ndarray
+    ) -> ErrorSums: ...
 
 
 @cache

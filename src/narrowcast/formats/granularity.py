@@ -109,6 +109,11 @@ class Rows:
             return (self.padded,)
         return (*self.shape[: self.axis], self.padded // self.length, *self.shape[self.axis + 1 :])
 
+    @property
+    def in_order(self) -> bool:
+        """Whether rows lie in memory as the tensor does."""
+        return self.axis is None or (self.axis == len(self.shape) - 1 if self.last else self.axis == 0)
+
     def apart(self, x: np.ndarray) -> np.ndarray:
         """Return the tensor as rows, padded with zeros: shape [count, length]; without a copy where memory allows."""
         x = x.reshape(self.shape)

@@ -13,6 +13,7 @@ import numpy as np
 from narrowcast.formats.kinds import Format
 
 __all__ = [
+    "ErrorSums",
     "SpecialCodes",
     "Values",
     "absmax",
@@ -23,6 +24,7 @@ __all__ = [
     "decoded",
     "decoded_floats",
     "decoded_nibbles",
+    "errors",
     "rounded_steps",
     "rounded_to_nearest",
     "values_by_half",
@@ -41,6 +43,20 @@ class SpecialCodes(NamedTuple):
     nan: int
     payload: int  # mask of the code bits that a NaN fills from its own upper ones
     nan_sign: int  # mask of the sign bit, if a NaN keeps it
+
+
+class ErrorSums(NamedTuple):
+    """What became of numbers: counts, and sums of squares. Only finite numbers are judged."""
+
+    finite: int
+    not_finite: int
+    signal: float  # sum of the squared numbers
+    noise: float  # sum of the squared errors; NaN if a number became NaN
+    largest: float  # error; anything if a number became NaN
+    overflowed: int  # below the lowest or above the highest that the format reaches
+    zero: int  # afterwards
+    underflowed: int  # zero afterwards, but not before
+    subnormal: int  # afterwards smaller than the smallest normal number, but not zero
 
 
 class Values:
@@ -197,3 +213,36 @@ def decoded_floats(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
     if nan.any():
         word[nan] |= 0x400000
     return True
+
+
+def errors(x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, smallest: np.ndarray) -> ErrorSums:
+    """Return what became of rows of numbers; sums depend on the order of their terms in the last digits.
+
+    Args:
+        x: The numbers, shape [rows, length], float32 or float64.
+        y: What they became.
+        low: The lowest number of each row that does not overflow, shape [rows], float64.
+        high: The highest one.
+        smallest: The smallest normal magnitude of each row.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        x, y = x.astype(np.float64), y.astype(np.float64)
+        signal = float((x * x).sum())
+        finite = np.isfinite(x) if not np.isfinite(signal) else np.True_  # else the squares may just leave float64
+        if not finite.all():
+            signal = float(np.square(x, where=finite, out=np.zeros_like(x)).sum())
+        difference = np.where(finite, x - y, 0.0)
+        zero = (y == 0) & finite
+        magnitude = np.abs(y)
+        count = x.size if finite.ndim == 0 else int(np.count_nonzero(finite))
+        return ErrorSums(
+            count,
+            x.size - count,
+            signal,
+            float((difference * difference).sum()),
+            float(np.abs(difference).max(initial=0.0)),
+            int(np.count_nonzero(((x < low[:, None]) | (x > high[:, None])) & finite)),
+            int(np.count_nonzero(zero)),
+            int(np.count_nonzero(zero & (x != 0))),
+            int(np.count_nonzero((magnitude < smallest[:, None]) & (magnitude > 0) & finite)),
+        )

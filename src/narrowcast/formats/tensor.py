@@ -88,7 +88,7 @@ class QuantizedTensor:
         zero_points = None if self.zero_points is None else layout.scales_apart(host(self.zero_points))
         packed, bits = host(self.packed), self.scheme.element.bits
         values = np.empty((layout.count, layout.length), work)
-        if not self._in_order:
+        if not layout.in_order:
             codes = layout.rows_of_stored(unpack(packed, bits, values.size))
             packed = pack_known(codes.reshape(-1), bits)
         table = values_of(self.scheme.element, work)
@@ -174,12 +174,6 @@ class QuantizedTensor:
     @property
     def _stored_count(self) -> int:
         return math.prod(self.rows.stored_shape)
-
-    @property
-    def _in_order(self) -> bool:
-        """Whether rows lie in memory as the tensor does."""
-        rows = self.rows
-        return rows.axis is None or (rows.axis == len(rows.shape) - 1 if rows.last else rows.axis == 0)
 
     def _row_scales(self) -> np.ndarray:
         stored = self.stored_scales

@@ -34,6 +34,7 @@ __all__ = [
     "features_of_target",
     "loop",
     "permutes",
+    "summing_loop",
 ]
 
 LANES = 16  # elements of a 4-bit look-up: what one AVX-512 register holds of a float32 table
@@ -52,6 +53,12 @@ _HALF_INDEX = ir.VectorType(_INT, LANES // 2)
 def loop(function: Loop) -> Loop:
     """Compile a loop at its first call; the machine code is kept for the next process."""
     compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    return compiled
+
+
+def summing_loop(function: Loop) -> Loop:
+    """As :func:`loop`, where the order of the terms of a sum is the compiler's to choose."""
+    compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})(function)
     return compiled
 
 
