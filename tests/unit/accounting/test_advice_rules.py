@@ -422,6 +422,12 @@ def test_weights_alone_are_stored_narrower_where_one_token_waits_for_them() -> N
     assert "int4" not in precisions(context(perceptron(), "h100-sxm", "bf16"))
 
 
+def test_weights_alone_are_not_stored_narrower_where_convolutions_hold_them() -> None:
+    network = counted(nn.Sequential(*[conv(256, 256, 3) for _ in range(4)]), 1, 256, 4, 4)
+    assert not {"int8", "int4"} & set(precisions(context(network, "jetson-nano")))
+    assert "fp16" in precisions(context(network, "jetson-nano"))
+
+
 def test_memory_comes_first_and_says_what_fits() -> None:
     large = square_layers(32768, 5)
     items = advise(context(large, "t4"))  # 20 GiB in FP32, 10 in FP16, of 16

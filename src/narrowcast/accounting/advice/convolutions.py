@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from narrowcast.accounting.advice.context import Context
-from narrowcast.accounting.advice.items import Advice, source_of
+from narrowcast.accounting.advice.items import Advice, counted, source_of
 from narrowcast.accounting.advice.rewriting import Changes, convolution, is_batch_norm, resized
 from narrowcast.accounting.advice.widths import IMAGE_CHANNELS
 from narrowcast.accounting.kinds import Kind
@@ -40,8 +40,8 @@ def groups(context: Context) -> Iterator[Advice]:
         yield Advice(
             rule="groups",
             title="Use fewer groups in group convolutions",
-            seen=f"{len(changes)} convolutions with {numbers} groups do {_macs(context, changes):.0%} of the MACs and "
-            f"take {context.share(changes):.0%} of the time",
+            seen=f"{counted(len(changes), 'convolution')} with {numbers} groups: {_macs(context, changes):.0%} of the MACs and "
+            f"{context.share(changes):.0%} of the time",
             operators=context.paths(changes),
             gain=context.gain(changes),
             how="replace groups by fewer channels at the same MACs (channels divided by the root of the groups), or use "
@@ -74,7 +74,7 @@ def depthwise(context: Context) -> Iterator[Advice]:
         yield Advice(
             rule="depthwise",
             title="Replace early depthwise convolutions by dense ones",
-            seen=f"{len(kept)} depthwise convolutions with the pointwise ones beside them take "
+            seen=f"{counted(len(kept), 'depthwise convolution')}, with the pointwise ones beside them, take "
             f"{context.share(changes):.0%} of the time for {_macs(context, changes):.0%} of the MACs: "
             f"{context.device.title} waits for their bytes, so more MACs in fewer operators are faster",
             operators=context.paths(kept),
@@ -161,8 +161,8 @@ def early_layers(context: Context) -> Iterator[Advice]:
     yield Advice(
         rule="early-layers",
         title="Start with patches instead of small early layers",
-        seen=f"{sum(context.times[place].seconds > 0 for place in early)} operators above a quarter of the image's "
-        f"resolution take {context.share(early):.0%} of the time for {_macs(context, changes):.0%} of the MACs",
+        seen=f"{counted(sum(context.times[place].seconds > 0 for place in early), 'operator')} above a quarter of the "
+        f"image's resolution: {context.share(early):.0%} of the time for {_macs(context, changes):.0%} of the MACs",
         operators=context.paths(place for place in early if (work := context.operators[place].work) and work.macs),
         gain=context.gain(changes),
         how=f"replace them by one convolution of {PATCH}x{PATCH} with stride {PATCH} and "
@@ -216,7 +216,7 @@ def dense_3x3(context: Context) -> Iterator[Advice]:
         yield Advice(
             rule="dense-3x3",
             title="Stack 3x3 convolutions instead of larger kernels",
-            seen=f"{len(changes)} dense convolutions of {sizes} do {_macs(context, changes):.0%} of the MACs and take "
+            seen=f"{counted(len(changes), 'dense convolution')} of {sizes}: {_macs(context, changes):.0%} of the MACs and "
             f"{context.share(changes):.0%} of the time",
             operators=context.paths(changes),
             gain=context.gain(changes),

@@ -92,6 +92,8 @@ def precision(context: Context) -> Iterator[Advice]:
     for candidate in _candidates(context.device):
         if _bits(candidate.policy) >= _bits(context.policy):
             continue
+        if candidate.rule == "weight-only" and not _mostly_products(context):
+            continue
         after = _estimate(context, candidate.policy)
         if after is None or best.seconds - after.seconds < MINIMUM * before.seconds:
             continue
@@ -114,6 +116,12 @@ def precision(context: Context) -> Iterator[Advice]:
             effort="accuracy",
         )
         best = after
+
+
+def _mostly_products(context: Context) -> bool:
+    """Return whether most weights are those of matrix products: kernels for weights of few bits exist for these alone."""
+    products = sum(operator.weight_bytes for operator in context.operators if operator.kind is Kind.PRODUCT)
+    return 2 * products > sum(operator.weight_bytes for operator in context.operators)
 
 
 _WAITS = {"compute": "arithmetic", "memory": "memory", "overhead": "operators to start"}
