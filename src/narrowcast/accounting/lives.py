@@ -122,7 +122,7 @@ class LifeRecorder(TorchDispatchMode):
 
         handles = [
             nn.modules.module.register_module_forward_pre_hook(enter),
-            nn.modules.module.register_module_forward_hook(leave, always_call=True),
+            nn.modules.module.register_module_forward_hook(leave),
         ]
         try:
             yield

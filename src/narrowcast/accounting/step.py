@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -180,9 +181,10 @@ class _Run:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of a card that is missing
-            for context in (self._mode, self.recorder.paths(), self.recorder):
+            for context in (_quiet(), self._mode, self.recorder.paths(), self.recorder):
                 stack.enter_context(context)
             if self._setting.device == "cuda":
+                stack.enter_context(_capability(self._setting.capability))
                 stack.enter_context(CudaAttention(self._setting.capability))
             try:
                 yield
@@ -278,6 +280,28 @@ def _loss(out: Any) -> torch.Tensor:
     if not floating:
         raise ValueError("no output depends on a parameter that is trained")
     return torch.stack([leaf.float().sum() for leaf in floating]).sum()
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep PyTorch from logging what is raised here as an error of the user's."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
+def _capability(capability: tuple[int, int]) -> Generator[None]:
+    """Say what a card can do that need not be there: models choose their kernels by it."""
+    before = torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = lambda device=None: capability
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = before
 
 
 @contextmanager
