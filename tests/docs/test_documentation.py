@@ -123,9 +123,17 @@ def test_a_command_with_an_unknown_option_is_found() -> None:
 # Running ----------------------------------------------------------------------------------------------------------
 
 
+#: A sitecustomize.py, which Python imports before anything else; see Place.
+HURRIED = "from hurry import hurry\nhurry()\n"
+
+
 @dataclass
 class Place:
-    """A folder with the examples in it, and the commands that were run there already."""
+    """A folder with the examples in it, and the commands that were run there already.
+
+    The first optimisation runs as a reader's does. Later ones differ in what they ask for, not in how long they
+    measure, so they measure for a moment only.
+    """
 
     folder: Path
     done: set[str] = field(default_factory=set)
@@ -134,10 +142,14 @@ class Place:
         """Run something once and return what it printed."""
         if command in self.done:
             return ""
+        again = "optimize" in command and any("optimize" in other for other in self.done)
         self.done.add(command)
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        if again:
+            before = (str(self.folder / "hurried"), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, before))
         finished = subprocess.run(
-            arguments, cwd=self.folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+            arguments, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
         )
         assert finished.returncode == 0, f"{command}\n{finished.stdout}\n{finished.stderr}"
         return finished.stdout
@@ -147,6 +159,8 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("reader")
     (folder / "examples").symlink_to(ROOT / "examples")
+    (folder / "hurried").mkdir()
+    (folder / "hurried" / "sitecustomize.py").write_text(HURRIED)
     return Place(folder)
 
 

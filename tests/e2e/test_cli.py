@@ -23,21 +23,18 @@ from onnx import helper
 import narrowcast
 from contracts.graphs import Builder
 from e2e.command import Cli, Outcome
+from hurry import hurry
 from narrowcast.artifacts import load_artifact
-from narrowcast.measure import suite
 from narrowcast.runtimes import get_runtime, runtime_names
 from narrowcast.search import optimize as search
-from narrowcast.search import trial
 
 CLASSES = 5
+TESTS = Path(__file__).parents[1]
 LAUNCHER = """
-import functools, sys
-from narrowcast.measure import suite
-from narrowcast.search import optimize, trial
+from hurry import hurry
 from narrowcast.cli import main
-trial.SEARCH_SECONDS = 0.2
-optimize.measure_pair = functools.partial(suite.measure_pair, seconds=0.4)
-suite.throughput = functools.partial(suite.throughput, seconds=0.05, largest=2)
+from narrowcast.search import trial
+hurry()
 apply = trial.apply_recipe
 def logged(recipe, *rest, **named):
     print(recipe.name, file=open("built.log", "a"))
@@ -83,12 +80,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def _in_a_hurry() -> Iterator[None]:
     """Measure for a moment only; nothing here looks at how long anything took."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "SEARCH_SECONDS", 0.2)
-        pair, rate = suite.measure_pair, suite.throughput
-        patch.setattr(search, "measure_pair", lambda *rest, **named: pair(*rest, **named | {"seconds": 0.4}))
-        patch.setattr(
-            suite, "throughput", lambda *rest, **named: rate(*rest, **named | {"seconds": 0.05, "largest": 2})
-        )
+        hurry(patch.setattr)
         yield
 
 
@@ -108,6 +100,10 @@ def built(given: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return out, done
 
 
+def python_path() -> str:
+    return os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+
+
 def launch(folder: Path, *arguments: object) -> Outcome:
     (folder / "launch.py").write_text(LAUNCHER)
     done = subprocess.run(
@@ -115,7 +111,7 @@ def launch(folder: Path, *arguments: object) -> Outcome:
         cwd=folder,
         capture_output=True,
         text=True,
-        env=os.environ | {"COLUMNS": "400"},
+        env=os.environ | {"COLUMNS": "400", "PYTHONPATH": python_path()},
         timeout=300,
         check=False,
     )
@@ -601,7 +597,7 @@ def test_an_interrupted_run_leaves_no_artifact_and_goes_on_where_it_stopped(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"COLUMNS": "400"},
+        env=os.environ | {"COLUMNS": "400", "PYTHONPATH": python_path()},
     )
     while process.poll() is None and not (state.exists() and '"name":"int8-weights"' in state.read_text()):
         time.sleep(0.02)
