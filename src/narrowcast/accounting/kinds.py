@@ -64,7 +64,7 @@ def kind_of(name: str, attributes: Mapping[str, Any], *, view: bool = False) -> 
             return Kind.DEPTHWISE if depthwise else kind
     if name in MOVES:
         return Kind.MOVE
-    return Kind.REDUCTION if name in REDUCTIONS else Kind.ELEMENTWISE
+    return Kind.REDUCTION if name.removesuffix("_") in REDUCTIONS else Kind.ELEMENTWISE
 
 
 def attributes_of(name: str, args: Sequence[Any]) -> dict[str, Any]:
