@@ -62,8 +62,8 @@ def attentions(operators: Sequence[Operator]) -> Iterator[Attention]:
             yield _attention(operator.path, operator.work.macs, [operator])
         elif operator.kind is Kind.SOFTMAX and operator.producers:
             before = _scores(operators, operator)
-            after = _values(operators, readers, place)
-            if before and after:
+            after = _values(operators, readers, place, before[0]) if before else None
+            if after:
                 macs = sum(product.work.macs for product in (before[0], after) if product.work)
                 yield _attention(operator.path, macs, before)
 
@@ -87,6 +87,8 @@ def _scores(operators: Sequence[Operator], softmax: Operator) -> list[Operator]:
     chain: list[Operator] = []
     operator = softmax
     while len(chain) < _FURTHEST:
+        if operator.name == "cat":  # a column for attention sinks beside the scores
+            size = max(math.prod(shape) for shape in operator.inputs)
         sources = [
             operators[producer]
             for shape, producer in zip(operator.inputs, operator.producers, strict=True)
@@ -103,15 +105,17 @@ def _scores(operators: Sequence[Operator], softmax: Operator) -> list[Operator]:
     return []
 
 
-def _values(operators: Sequence[Operator], readers: Mapping[int, Sequence[int]], softmax: int) -> Operator | None:
+def _values(
+    operators: Sequence[Operator], readers: Mapping[int, Sequence[int]], softmax: int, scores: Operator
+) -> Operator | None:
     """Return the product of a softmax's result with values."""
-    size = math.prod(operators[softmax].outputs[0])
+    sizes = (math.prod(operators[softmax].outputs[0]), math.prod(scores.outputs[0]))
     place = softmax
     for _ in range(_FURTHEST):
         moved: list[int] = []
         for reader in readers.get(place, ()):
             operator = operators[reader]
-            if all(math.prod(shape) != size for shape in operator.inputs):
+            if all(math.prod(shape) not in sizes for shape in operator.inputs):
                 continue
             if _between_activations(operator):
                 return operator

@@ -69,6 +69,27 @@ def test_windows_in_every_other_layer() -> None:
     assert _language_model("Gemma2", "eager", options).causal_macs == (_pairs(5) + CAUSAL) * 2 * 32
 
 
+def test_sinks_beside_the_scores_are_no_pairs() -> None:
+    options = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "num_local_experts": 2}
+    found = _language_model("GptOss", "eager", options | {"num_experts_per_tok": 1})
+    assert (found.macs, found.causal_macs) == (2 * TOKENS**2 * 64, (_pairs(5) + CAUSAL) * 64)
+
+
+@pytest.mark.parametrize("flag", [True, False], ids=["weights wanted", "fused"])
+def test_multi_head_attention_of_pytorch(flag: bool) -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+            return self.attention(x, x, x, attn_mask=mask, need_weights=flag)[0]
+
+    found = profile_module(Causal(), (torch.empty(2, TOKENS, 32),)).attention
+    assert (found.calls, found.macs, found.causal_macs) == (1, 2 * TOKENS**2 * 64, 2 * CAUSAL * 64)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_latent_attention_has_wider_keys_than_values(implementation: str) -> None:
     options = SMALL | LATENT | {"first_k_dense_replace": 2, "n_routed_experts": 4, "num_key_value_heads": 4}
