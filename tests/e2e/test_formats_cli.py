@@ -135,6 +135,17 @@ def test_rules_can_be_chosen(cli: Cli) -> None:
     assert strict(cli("format", "fp16", "0.1", "--rounding", "down", "--json").out)["specimens"][0]["hex"] == "0x2e66"
 
 
+def test_stochastic_rounding_draws_by_the_seed(cli: Cli) -> None:
+    def stored(*seed: str) -> float:
+        shown = cli("format", "e4m3fn", "3.3", "--rounding", "stochastic", *seed, "--json")
+        return strict(shown.out)["specimens"][0]["stored"]
+
+    drawn = [stored("--seed", str(seed)) for seed in range(8)]
+    assert {*drawn} == {3.25, 3.5}
+    assert stored("--seed", "5") == drawn[5]
+    assert stored() == 3.25  # the likelier way
+
+
 def test_codes_can_be_looked_at(cli: Cli) -> None:
     done = cli("format", "fp16", "--code", "0x3c01", "0b0111110000000001")
     assert done.code == 0, done.err
@@ -162,6 +173,9 @@ def test_a_format_alone_shows_what_it_is(cli: Cli) -> None:
         (["nf4", "--code", "16"], "16"),
         (["bf17", "1"], "'bf17'"),
         (["bf16", "1e99999999999"], "1e99999999999"),
+        (["fp16", "--code", "0x3c01", "--rounding", "up"], "--rounding up with --code"),
+        (["fp16", "--code", "0x3c01", "--seed", "0"], "--seed 0 with --code"),
+        (["fp16", "0.1", "--seed", "0"], "--seed 0 with rounding nearest_even"),
     ],
 )
 def test_errors_name_the_thing_and_exit_with_2(cli: Cli, arguments: list[str], message: str) -> None:

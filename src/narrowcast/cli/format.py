@@ -16,7 +16,7 @@ from narrowcast.cli.numbers import brief, count, dyadic, json_number, plain, pow
 from narrowcast.errors import FormatError
 from narrowcast.formats.facts import Facts, facts
 from narrowcast.formats.kinds import ElementFormat, Format
-from narrowcast.formats.microscope import Event, Point, Specimen, Standing, look, look_at_code
+from narrowcast.formats.microscope import Event, Point, Specimen, Standing, drawn, look, look_at_code
 from narrowcast.formats.order import code_at, places
 from narrowcast.formats.rules import Rounding, Rules
 from narrowcast.formats.table import element
@@ -52,6 +52,12 @@ def format_(
         str | None, typer.Option(help="What negative numbers become in an unsigned float: nan, magnitude or clamp.")
     ] = None,
     convention: Annotated[str | None, typer.Option(help="Choices of a system: onnx, torch, ml_dtypes or cuda.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Draw for stochastic rounding, as an array of VALUES does. Default: the likelier way."
+        ),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -65,7 +71,15 @@ def format_(
     for value in given:
         if value.startswith("--"):
             raise FormatError(f"unknown option {value}", next_step="run `narrowcast format --help` for those there are")
-    specimens = [look_at_code(value, format) if code else look(value, format, rules) for value in given]
+    if code:
+        _check_reading(rounding=rounding, overflow=overflow, nan=nan, below=below, convention=convention, seed=seed)
+        specimens = [look_at_code(value, format) for value in given]
+    elif seed is None:
+        specimens = [look(value, format, rules) for value in given]
+    else:
+        _check_drawing(rules, seed)
+        codes = drawn(given, format, rules, seed)
+        specimens = [look(value, format, rules, code) for value, code in zip(given, codes, strict=True)]
     if json:
         names = {"rounding", "overflow", "nan", "below"}
         print_json(
@@ -83,6 +97,24 @@ def format_(
     for specimen in specimens:
         screen.print()
         _show(screen, specimen)
+
+
+def _check_reading(**choices: str | int | None) -> None:
+    for name, choice in choices.items():
+        if choice is not None:
+            raise FormatError(
+                f"--{name} {choice} with --code: a code is read, nothing is rounded",
+                allowed=f"--{name} with numbers",
+                next_step="leave one of them out",
+            )
+
+
+def _check_drawing(rules: Rules, seed: int) -> None:
+    if rules.rounding is not Rounding.STOCHASTIC:
+        raise FormatError(
+            f"--seed {seed} with rounding {rules.rounding}, which draws nothing",
+            allowed="--seed with --rounding stochastic",
+        )
 
 
 # The format -----------------------------------------------------------------------------------------------------------

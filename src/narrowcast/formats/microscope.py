@@ -1,17 +1,23 @@
 """One value under the microscope: its bits in a format, what is stored, and what happened to it on the way.
 
-Everything is computed with the scalar reference codec on exact fractions: a decimal such as 0.1 is rounded once.
+Everything is computed with the scalar reference codec on exact fractions: a decimal such as 0.1 is rounded once. Only a draw
+of stochastic rounding is the array codec's, so that the same seed shows what it does.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
 
-from narrowcast.formats import reference, verdicts
+import numpy as np
+
+from narrowcast.formats import fast, reference, verdicts
+from narrowcast.formats.arrays import opened
 from narrowcast.formats.fields import Field, fields_of
 from narrowcast.formats.kinds import ElementFormat, Format
 from narrowcast.formats.literals import Value, exact_value, is_finite, parse_code, parse_value
@@ -19,7 +25,7 @@ from narrowcast.formats.order import code_at, floor_place, place_of, places, val
 from narrowcast.formats.rules import Rules
 from narrowcast.formats.verdicts import Event
 
-__all__ = ["Event", "Point", "Specimen", "Standing", "look", "look_at_code"]
+__all__ = ["Event", "Point", "Specimen", "Standing", "drawn", "look", "look_at_code"]
 
 
 class Standing(StrEnum):
@@ -102,7 +108,9 @@ class Specimen:
         return Fraction(self.stored) if math.isfinite(self.stored) else None
 
 
-def look(value: str | float | Fraction, format: ElementFormat, rules: Rules | None = None) -> Specimen:
+def look(
+    value: str | float | Fraction, format: ElementFormat, rules: Rules | None = None, code: int | None = None
+) -> Specimen:
     """Return what becomes of a value.
 
     Args:
@@ -110,13 +118,14 @@ def look(value: str | float | Fraction, format: ElementFormat, rules: Rules | No
         format: What it is stored in.
         rules: Rounding, overflow and the rest; the format's own defaults unless given. Stochastic rounding goes the likelier
             way.
+        code: What the value became, where that is known: one of what :func:`drawn` gives.
 
     Raises:
         FormatError: Text that is no number; NaN, and the format has none.
     """
     rules = rules or Rules.of(format)
     exact = parse_value(value) if isinstance(value, str) else exact_value(value)
-    code = reference.encode(exact, format, rules)
+    code = reference.encode(exact, format, rules) if code is None else code
     stored = reference.decode(code, format)
     around = _around(exact, format)
     event, words = verdicts.judge(verdicts.Case(exact, stored, code, format, rules, _values(around)))
@@ -136,6 +145,24 @@ def look(value: str | float | Fraction, format: ElementFormat, rules: Rules | No
         around=around,
         neighbours=_neighbours(code, format),
     )
+
+
+def drawn(values: Sequence[str], format: ElementFormat, rules: Rules, seed: int) -> list[int]:
+    """Return the codes that :func:`narrowcast.formats.encode` gives a float64 array of these values under that seed.
+
+    Beyond float64, where nothing is left to draw, the reference decides.
+
+    Raises:
+        FormatError: Text that is no number; NaN, and the format has none.
+    """
+    exact = [parse_value(value) for value in values]
+    beyond = [is_finite(value) and abs(value) > sys.float_info.max for value in exact]
+    numbers = np.array([0.0 if far else float(value) for value, far in zip(exact, beyond, strict=True)])
+    codes = fast.encode(opened(numbers), format, rules, seed).tolist()
+    return [
+        reference.encode(value, format, rules) if far else int(code)
+        for value, far, code in zip(exact, beyond, codes, strict=True)
+    ]
 
 
 def look_at_code(code: str | int, format: ElementFormat) -> Specimen:

@@ -160,7 +160,7 @@ CONVENTIONS: dict[str, dict[str, Rules]] = {
     | _same("e8m0", Rules(overflow=Overflow.IEEE, below=Below.MAGNITUDE)),
     "onnx": _same(_WIDE, _IEEE)
     | _same("e5m2 e4m3fn e4m3fnuz e5m2fnuz", _CLAMP)
-    | _same("e2m1", Rules(overflow=Overflow.CLAMP, nan=NanInput.ZERO))
+    | _same("e3m2 e2m3 e2m1", Rules(overflow=Overflow.CLAMP, nan=NanInput.ZERO))
     | _same("e8m0", Rules(Rounding.UP, Overflow.SATURATE, below=Below.MAGNITUDE))
     | _same(_INTEGERS, _CLAMP),
     "cuda": _same(_WIDE, _IEEE)

@@ -30,6 +30,8 @@ ONNX_FLOATS = {
     "e4m3fn": TensorProto.FLOAT8E4M3FN,
     "e4m3fnuz": TensorProto.FLOAT8E4M3FNUZ,
     "e5m2fnuz": TensorProto.FLOAT8E5M2FNUZ,
+    "e3m2": TensorProto.FLOAT6E3M2,
+    "e2m3": TensorProto.FLOAT6E2M3,
     "e2m1": TensorProto.FLOAT4E2M1,
     "e8m0": TensorProto.FLOAT8E8M0,
 }
