@@ -80,6 +80,36 @@ def test_the_terminal_shows_numbers_tree_and_operators(cli: Cli, gpt2: str, colu
         assert words in done.out
 
 
+def test_the_largest_batch_fits_and_one_more_does_not(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "narrowcast").mkdir()
+    (tmp_path / "narrowcast" / "devices.toml").write_text(
+        """[[device]]
+name = "tiny"
+title = "A tiny processor"
+vendor = "nobody"
+kind = "cpu"
+architecture = "none"
+year = 2026
+formats = ["fp32"]
+source = "made up for a test"
+memory = { size_gb = 0.002, stated_gbs = 10.0 }
+peaks = [{ dtype = "fp32", unit = "vector", tflops = 0.1 }]
+""",
+        encoding="utf-8",
+    )
+    arguments = (MODEL, "--device", "tiny", "--input", "1x1x8x8")
+    most = record(cli, *arguments, "--largest-batch")["largest_batch"]
+    size = round(0.002 * 2**30)
+    peaks = [
+        record(cli, MODEL, "--device", "tiny", "--input", f"{batch}x1x8x8")["memory"]["peak"]
+        for batch in (most, most + 1)
+    ]
+    assert peaks[0] <= size < peaks[1]
+
+
 def test_depth_limits_the_tree(cli: Cli, gpt2: str) -> None:
     deep, flat = (cli("profile", gpt2, "--depth", str(depth)).out for depth in (5, 0))
     assert "c_attn" in deep
@@ -162,6 +192,7 @@ def test_the_report_is_written_whole_or_not_at_all(cli: Cli, tmp_path: Path, mon
         ([MODEL, "--mode", "train", "--checkpoint", "nothing*"], "fits no module"),
         ([MODEL, "--optimizer", "sgd", "--accumulate", "4"], "--optimizer, --accumulate: an inference has none"),
         ([MODEL, "--device", "k80", "--precision", "bf16"], "does not multiply in bf16"),
+        ([MODEL, "--largest-batch"], "without a device"),
         ([MODEL, "--html", "."], "is a folder"),
         ([MODEL, "--html", "no/such/p.html"], "no such folder"),
         (["bundled:nothing"], "no bundled model"),

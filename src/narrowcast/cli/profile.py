@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from narrowcast.errors import ModelError, UserError
 if TYPE_CHECKING:
     from narrowcast.accounting.devices import Device
     from narrowcast.accounting.kv_cache import KVCache
-    from narrowcast.accounting.sources import Source
     from narrowcast.report.profile_costs import Costs
 
 __all__ = ["profile"]
@@ -63,6 +63,7 @@ class _Asked:
     train: bool
     policy: Policy
     device: Device | None
+    largest: bool
     training: dict[str, Any]
 
 
@@ -99,11 +100,18 @@ def profile(
     device: Annotated[
         str | None,
         typer.Option(
-            help="Estimate the time on a device of the catalogue (`narrowcast devices`).",
+            help="Estimate the time on a device of the catalogue (`narrowcast devices`), or on this machine once it is "
+            "measured: auto.",
             metavar="NAME",
             rich_help_panel=_FORMATS,
         ),
     ] = None,
+    largest_batch: Annotated[
+        bool,
+        typer.Option(
+            "--largest-batch", help="Find the most samples that the device's memory holds.", rich_help_panel=_FORMATS
+        ),
+    ] = False,
     optimizer: Annotated[
         str | None,
         typer.Option(
@@ -167,13 +175,17 @@ def profile(
     }
     if mode is Mode.INFER:
         _check_no_training(training)
+    chosen = None if device is None else find_device(device)
+    if largest_batch and (chosen is None or chosen.memory.bytes is None):
+        raise UserError("--largest-batch without a device whose memory is known", next_step="name one: --device NAME")
     asked = _Asked(
         inputs=inputs or [],
         tokens=tokens,
         batch=batch,
         train=mode is Mode.TRAIN,
         policy=policy(precision),
-        device=None if device is None else find_device(device),
+        device=chosen,
+        largest=largest_batch,
         training={name: value for name, value in training.items() if value is not None},
     )
     with _quiet(debug), errors_console().status("tracing", spinner="dots"):
@@ -222,9 +234,38 @@ def _costs(model: str, asked: _Asked) -> Costs:
     origin = source(model, inputs=asked.inputs, tokens=asked.tokens, batch=asked.batch)
     found = count(origin, train=asked.train)
     times = None if asked.device is None else estimate(found.operators, asked.device, asked.policy)
-    held = _memory(origin, asked) if isinstance(origin, Source) else None
+    held = largest = None
+    if isinstance(origin, Source):
+        from narrowcast.accounting.capacity import largest_batch
+        from narrowcast.accounting.memory import memory
+
+        setting = _setting(asked)
+        held = memory(origin, **setting)
+        if asked.largest and asked.device is not None and asked.device.memory.bytes is not None:
+            largest = largest_batch(lambda batch: _of_batch(model, asked, batch), asked.device.memory.bytes, **setting)
+    elif asked.largest:
+        raise ModelError(f"the memory of {model} cannot be followed", allowed="a PyTorch module with --largest-batch")
     kept = _cache(model, asked.policy) if found.attention.masked else None  # nothing is kept where all tokens see all
-    return Costs(found, asked.policy, asked.device, times, held, kept)
+    return Costs(found, asked.policy, asked.device, times, held, kept, largest)
+
+
+def _setting(asked: _Asked) -> dict[str, Any]:
+    """Return what memory depends on."""
+    device = asked.device
+    return asked.training | {
+        "policy": asked.policy.name,
+        "mode": "train" if asked.train else "infer",
+        "device": "cuda" if device is not None and device.kind == "gpu" else "cpu",
+        "capability": _CAPABILITIES.get(device.architecture, (8, 0)) if device is not None else (8, 0),
+    }
+
+
+def _of_batch(model: str, asked: _Asked, batch: int) -> Any:
+    """Return the model with inputs of so many samples: the first axis of each."""
+    from narrowcast.accounting.sources import source
+
+    inputs = [re.sub(r"(?:^|(?<==))\d+", str(batch), text, count=1) for text in asked.inputs]
+    return source(model, inputs=inputs, tokens=asked.tokens, batch=batch)
 
 
 def _cache(model: str, policy: Policy) -> KVCache | None:
@@ -240,20 +281,6 @@ def _cache(model: str, policy: Policy) -> KVCache | None:
         return kv_cache(config, format=policy.activations)
     except ModelError:  # no attention that the configuration describes
         return None
-
-
-def _memory(origin: Source, asked: _Asked) -> Any:
-    from narrowcast.accounting.memory import memory
-
-    device = asked.device
-    return memory(
-        origin,
-        policy=asked.policy.name,
-        mode="train" if asked.train else "infer",
-        device="cuda" if device is not None and device.kind == "gpu" else "cpu",
-        capability=_CAPABILITIES.get(device.architecture, (8, 0)) if device is not None else (8, 0),
-        **asked.training,
-    )
 
 
 def _record(found: list[Costs]) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class Costs:
         estimate: How long it takes there; None without a device.
         memory: The memory that it needs; None where it cannot be followed.
         cache: What a language model keeps of past tokens; None for other models.
+        largest_batch: The most samples that the device's memory holds; None unless asked for.
     """
 
     profile: Profile
@@ -73,6 +74,7 @@ class Costs:
     estimate: Estimate | None = None
     memory: Memory | None = None
     cache: KVCache | None = None
+    largest_batch: int | None = None
     tree: Node = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +90,7 @@ class Costs:
             "device": None if self.device is None else self.device.name,
             "estimate": None if self.estimate is None else self.estimate.model_dump(mode="json"),
             "memory": None if self.memory is None else self.memory.model_dump(mode="json", exclude={"timeline"}),
+            "largest_batch": self.largest_batch,
             "kv_cache": None if self.cache is None else _cache_as_json(self.cache),
         }
 
@@ -147,6 +150,10 @@ def rows(costs: Costs) -> list[Row]:
         made.append(Row("peak memory", found.peak_bytes, "bytes", "without what kernels allocate for themselves"))
     else:
         made.append(Row("peak memory", costs.memory.peak, "bytes", f"in {costs.policy.name}, at {costs.memory.when}"))
+    if costs.largest_batch is not None and costs.device is not None:
+        made.append(
+            Row("largest batch", costs.largest_batch, "", f"samples that the memory of {costs.device.name} holds")
+        )
     if costs.estimate is not None:
         made.append(Row("time", costs.estimate.seconds, "s", f"on {costs.estimate.device}, estimated"))
     return made
