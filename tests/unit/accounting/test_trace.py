@@ -202,6 +202,16 @@ def test_fourier_transforms_count_by_their_usual_estimate() -> None:
     assert not found.uncounted
 
 
+@pytest.mark.parametrize(
+    ("kind", "axes", "terms"),
+    [("nearest", 2, 0), ("linear", 1, 2), ("bilinear", 2, 4), ("bicubic", 2, 16), ("trilinear", 3, 8)],
+)
+def test_interpolation_is_a_weighted_sum(kind: str, axes: int, terms: int) -> None:
+    found = count(lambda: nn.Upsample(scale_factor=2, mode=kind), torch.empty(1, 3, *[4] * axes))
+    assert found.other_flops == 3 * 8**axes * max(2 * terms - 1, 0)
+    assert not found.uncounted
+
+
 def test_nested_inputs_and_outputs_are_followed_and_named() -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:
