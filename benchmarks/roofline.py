@@ -2,7 +2,12 @@
 
 python benchmarks/roofline.py cpu --threads 1 [--out benchmarks/results/roofline-cpu.json]
     `auto` first, then networks in FP32 with ONNX Runtime; exports them to a temporary folder if they are not there
-python benchmarks/roofline.py gpu [--device cpu --tiny]     measure networks in BF16 with PyTorch, and their kernels
+python benchmarks/roofline.py gpu [--device cpu --tiny]
+    networks in BF16 with eager PyTorch, their kernels, and probes, into $OUT/roofline-gpu-raw.json
+python benchmarks/roofline.py judge-gpu RAW
+    estimates beside what that measured
+python benchmarks/roofline.py pack
+    the rates and error bands of both, into the package
 """
 
 import argparse
@@ -11,12 +16,14 @@ import json
 import math
 import os
 import platform
+import re
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 
 HERE = Path(__file__).parent
 
@@ -386,6 +393,211 @@ def gpu(args):
         print(f"{name:26s} {times} {found['graph_error'] or ''}", flush=True)
 
 
+def sample_of(row):
+    from narrowcast.accounting.classes import OperatorClass, Shape
+    from narrowcast.measure.probes import Case, Sample
+
+    shape = Shape(**row["shape"]) if row["shape"] else None
+    case = Case(OperatorClass(row["kind"]), row["name"], tuple(row["sizes"]), shape, row["moved"], row["weights"])
+    return Sample(case, row["number_bytes"], row["seconds"], row["low"], row["high"])
+
+
+def operator_of(row):
+    from narrowcast.accounting.counting import Work
+    from narrowcast.accounting.kinds import Kind
+    from narrowcast.accounting.operators import Operator
+
+    def shapes(key):
+        return tuple(tuple(shape) for shape in row[key])
+
+    read, weights, written = row["bytes"]
+    return Operator(
+        name=row["name"],
+        path=row["path"],
+        phase="forward",
+        inputs=shapes("inputs"),
+        outputs=shapes("outputs"),
+        dtype=row["dtype"],
+        kind=Kind(row["kind"]),
+        attributes=row["attributes"],
+        work=Work(*row["work"]) if row["work"] else None,
+        bytes_read=read,
+        weight_bytes=weights,
+        bytes_written=written,
+        live_bytes=0,
+        producers=tuple(row["producers"]),
+    )
+
+
+def host_group(operator):
+    """Return the sort of operator that costs the host about the same as others of its sort."""
+    from narrowcast.accounting.kinds import Kind
+
+    groups = {
+        Kind.VIEW: "view",
+        Kind.CONVOLUTION: "convolution",
+        Kind.DEPTHWISE: "convolution",
+        Kind.PRODUCT: "product",
+        Kind.ATTENTION: "attention",
+        Kind.NORMALISATION: "normalisation",
+    }
+    return groups.get(operator.kind, "other")
+
+
+#: Where the fit of host costs begins, in those of one small operator, and how firmly it is held there.
+HOST = {"convolution": 4.0, "normalisation": 4.0, "product": 4.0, "attention": 6.0, "other": 3.0, "view": 0.3}
+RIDGE = 0.1
+
+
+def fit_host(networks, dispatch_us):
+    """Return what each sort of operator costs the host, in those of one small operator: a ridge regression."""
+    names = list(HOST)
+    usual = np.array([HOST[name] for name in names])
+    rows = np.array(
+        [[sum(host_group(one) == name for one in operators) for name in names] for operators, _ in networks]
+    )
+    hosts = np.array([host * 1e6 / dispatch_us for _, host in networks])
+    left = np.concatenate([rows / hosts[:, None], RIDGE * np.diag(1 / usual)])
+    right = np.concatenate([np.ones(len(hosts)), RIDGE * np.ones(len(names))])
+    return dict(zip(names, nnls(left, right)[0].tolist(), strict=True))
+
+
+def with_host(device, host):
+    """Return a device whose runtime has these host costs."""
+    from narrowcast.accounting.classes import OperatorClass
+
+    groups = {
+        OperatorClass.IMAGE: "convolution",
+        OperatorClass.CONVOLUTION: "convolution",
+        OperatorClass.POINTWISE: "convolution",
+        OperatorClass.GROUPED: "convolution",
+        OperatorClass.DEPTHWISE: "convolution",
+        OperatorClass.PRODUCT: "product",
+        OperatorClass.BATCHED: "product",
+        OperatorClass.ATTENTION: "attention",
+        OperatorClass.NORMALISATION: "normalisation",
+    }
+    runtime = device.runtimes[0]
+    classes = {
+        kind: rates.model_copy(update={"host": float(f"{host[groups.get(kind, 'other')]:.4g}")})
+        for kind, rates in runtime.classes.items()
+    }
+    update = {"classes": classes, "view": float(f"{host['view']:.4g}")}
+    return device.model_copy(update={"runtimes": (runtime.model_copy(update=update),)})
+
+
+def judge_gpu(args):
+    """Estimate the networks of a raw measurement, each with host costs fitted on the other networks."""
+    from narrowcast.accounting.policies import policy
+    from narrowcast.measure.machine import CudaNumbers, cuda_device
+
+    raw = json.loads(args.raw.read_text())
+    machine = raw["machine"]
+    products = {}
+    for key, rate in machine["products_tflops"].items():
+        dtype = key.split()[0]
+        products[dtype] = max(products.get(dtype, 0.0), rate * 1e12)
+    device = cuda_device(
+        CudaNumbers(
+            name=raw["device"],
+            memory_bytes=raw["properties"]["memory"],
+            cache_bytes=raw["properties"]["l2"],
+            bandwidth=list(machine["copy_gbs"].values())[-1] * 1e9,
+            products=products,
+            launch=machine["graph_launch_us"] * 1e-6,
+            dispatch=machine["dispatch_us"] * 1e-6,
+            samples=[sample_of(row) for row in raw["probes"]],
+            probed="bf16",
+            torch=raw["versions"]["torch"],
+        )
+    )
+    traces = {name: [operator_of(row) for row in found["operators"]] for name, found in raw["networks"].items()}
+    hosts = {name: found["host"]["median"] for name, found in raw["networks"].items()}
+
+    def family(name):
+        return re.split(r" \d| b\d| encoder", name)[0].split("-")[0].split(" ")[0]
+
+    rows, device_rows = {}, {}
+    for name, operators in traces.items():
+        others = [(traces[other], hosts[other]) for other in traces if family(other) != family(name)]
+        judged = with_host(device, fit_host(others, machine["dispatch_us"]))
+        rows[name] = row_of(estimate_of(operators, judged, policy("bf16")), raw["networks"][name]["wall"])
+        total = sum(row[4] for row in raw["networks"][name]["events"]) * 1e-6
+        alone = with_host(device, dict.fromkeys(HOST, 0.0))
+        found = estimate_of(operators, alone, policy("bf16"))
+        device_rows[name] = row_of(found, {"median": total, "p10": total, "p90": total})
+    host = fit_host([(traces[name], hosts[name]) for name in traces], machine["dispatch_us"])
+    report = {
+        "device": with_host(device, host).model_dump(mode="json", exclude_defaults=True),
+        "versions": raw["versions"],
+        "protocol": raw["protocol"]
+        + "; estimates: kernels from the rates of the probes alone, host costs of each network from the networks of "
+        "all other families (leave one family out); on_device: the sum of the kernels' times, host aside",
+        "machine": machine,
+        "host_costs": host,
+        "summary": summary(rows),
+        "on_device_summary": summary(device_rows),
+        "networks": rows,
+        "on_device": device_rows,
+        "probes": raw["probes"],
+    }
+    print_rows(rows, report["summary"])
+    print_rows(device_rows, report["on_device_summary"])
+    print(host)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+# What the package ships -------------------------------------------------------------------------------------------------
+
+
+def pack(args):
+    """Write the rates and error bands of both results into the package's data."""
+    from narrowcast.accounting.devices import device
+    from narrowcast.accounting.efficiencies import RuntimeModel
+    from narrowcast.measure.rates import fit
+
+    results = HERE / "results"
+    on_cpu = json.loads((results / "roofline-cpu.json").read_text())
+    on_gpu = json.loads((results / "roofline-gpu.json").read_text())
+    gpu_model = RuntimeModel.model_validate(on_gpu["device"]["runtimes"][0])
+    h100 = device("h100-sxm")
+    rates = fit(
+        [sample_of(row) for row in on_gpu["probes"]],
+        peak=h100.peak("bf16").tflops * 1e12,
+        bandwidth=h100.memory.bandwidth * 1e9,
+        cache=50 << 20,
+        parallel=True,
+    )
+    shared = {kind: one.model_copy(update={"host": gpu_model.rates(kind).host}) for kind, one in rates.items()}
+    tables = {
+        "cpu-onnxruntime": (RuntimeModel.model_validate(on_cpu["device"]["runtimes"][0]), on_cpu),
+        "gpu-torch": (gpu_model.model_copy(update={"classes": shared}), on_gpu),
+    }
+    lines = [
+        "# What runtimes reach of a device's peaks, by class of operators; the fields are those of",
+        "# narrowcast.accounting.efficiencies.Rates and RuntimeModel. Written by benchmarks/roofline.py pack from",
+        "# benchmarks/results/roofline-cpu.json and roofline-gpu.json, which say how everything was measured. The band",
+        "# (low, high) holds nine of ten networks that the rates were not fitted on.",
+    ]
+    for key, (model, report) in tables.items():
+        found = report["summary"]
+        fields = model.model_dump(mode="json") | {
+            "low": min(1.0, round(found["measured_over_estimate_p5"], 2)),
+            "high": max(1.0, round(found["measured_over_estimate_p95"], 2)),
+            "source": f"{model.source}; band: {found['networks']} networks in benchmarks/results",
+        }
+        classes = fields.pop("classes")
+        lines += ["", f"[{key}]", *(f"{name} = {json.dumps(value)}" for name, value in fields.items())]
+        lines += ["", f"[{key}.classes]"]
+        for kind, one in classes.items():
+            usual = type(model.rates("convolution"))().model_dump()
+            told = ", ".join(f"{name} = {json.dumps(value)}" for name, value in one.items() if value != usual[name])
+            lines.append(f"{json.dumps(kind)} = {{ {told} }}")
+    target = HERE.parent / "src" / "narrowcast" / "accounting" / "efficiencies.toml"
+    target.write_text("\n".join(lines) + "\n")
+    print(target.read_text())
+
+
 def main():
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__)
@@ -404,6 +616,11 @@ def main():
     on_gpu.add_argument("--limit", type=float, default=260.0)
     on_gpu.add_argument("--passes", type=int, default=4)
     on_gpu.set_defaults(run=gpu)
+    judge = commands.add_parser("judge-gpu")
+    judge.add_argument("raw", type=Path)
+    judge.add_argument("--out", type=Path, default=HERE / "results" / "roofline-gpu.json")
+    judge.set_defaults(run=judge_gpu)
+    commands.add_parser("pack").set_defaults(run=pack)
     args = parser.parse_args()
     args.run(args)
 

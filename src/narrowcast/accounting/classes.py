@@ -116,7 +116,8 @@ def shape_of(operator: Operator) -> Shape | None:
     depth = macs / outputs
     if operator.kind is Kind.ATTENTION:
         query, key = operator.inputs[0], operator.inputs[1]
-        return Shape(batch=math.prod(query[:-2]), rows=query[-2], columns=key[-2], depth=query[-1])
+        batch, rows, columns = math.prod(query[:-2]), query[-2], key[-2]
+        return Shape(batch=batch, rows=rows, columns=columns, depth=macs / (batch * rows * columns))
     if operator.kind is Kind.PRODUCT and len(operator.outputs[0]) > 2 and not operator.weight_bytes:
         batch = math.prod(operator.outputs[0][:-2])
         return Shape(batch=batch, rows=operator.outputs[0][-2], columns=columns, depth=depth)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from narrowcast.accounting.classes import class_of, shape_of
 from narrowcast.accounting.devices import Device
 from narrowcast.accounting.efficiencies import Load, RuntimeModel, runtime_model
-from narrowcast.accounting.fusion import fused
+from narrowcast.accounting.fusion import absorbed, recurrent_paths
 from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.operators import Operator
 from narrowcast.accounting.policies import POLICIES, Policy
@@ -131,15 +131,15 @@ def estimate(
         RuntimeMissingError: Nothing is known of that runtime on such devices.
     """
     machine = _machine(device, policy, runtime)
-    absorbed = fused(operators, machine.model.runtime)
-    weight_bytes = sum(operator.weight_bytes * _scale(operator, policy)[0] for operator in operators)
+    free = absorbed(operators, machine.model.runtime)
+    weights = _Weights(operators, policy)
     kernels = [
-        _Kernel(place) if place in absorbed else _kernel(place, operator, machine, policy, weight_bytes)
+        _Kernel(place) if place in free else _kernel(place, operator, machine, policy, weights)
         for place, operator in enumerate(operators)
     ]
     times = tuple(_queued(kernels) if machine.model.asynchronous else _serial(kernels))
     macs = sum(operator.work.macs for operator in operators if operator.work)
-    floor = max(2 * macs / machine.peak, max(weight_bytes - machine.cache, 0.0) / machine.bandwidth)
+    floor = max(2 * macs / machine.peak, max(weights.total - machine.cache, 0.0) / machine.bandwidth)
     seconds = max(math.fsum(time.seconds for time in times), floor)
     by_bound: dict[Bound, float] = {
         bound: math.fsum(time.seconds for time in times if time.bound == bound) for bound in BOUNDS
@@ -198,23 +198,52 @@ def _bits(format: str) -> float:
     return get(format).bits  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _kernel(place: int, operator: Operator, machine: _Machine, policy: Policy, weight_bytes: float) -> _Kernel:
-    host = machine.model.operator_us * 1e-6
-    if operator.kind is Kind.VIEW:
-        return _Kernel(place, host=host * machine.model.view)
+def _bytes(operator: Operator, policy: Policy) -> tuple[float, float, float]:
+    """Return the bytes of weights and of activations that an operator reads, and those that it writes."""
     scale_weights, scale = _scale(operator, policy)
     weights = operator.weight_bytes * scale_weights
     read = (operator.bytes_read - operator.weight_bytes) * scale
     written = operator.bytes_written * scale
     if operator.name.startswith(_LOOK_UPS):
-        weights, read = min(weights, written), min(read, written)
+        return min(weights, written), min(read, written), written
+    return weights, read, written
+
+
+class _Weights:
+    """What a run reads of weights, each once.
+
+    Attributes:
+        total: Bytes of all of them.
+        again: Places of the operators whose weights were read before in the same run, as recurrent layers do.
+    """
+
+    def __init__(self, operators: Sequence[Operator], policy: Policy) -> None:
+        recurrent = recurrent_paths(operators)
+        seen: set[tuple[str, tuple[tuple[int, ...], ...]]] = set()
+        self.total, self.again = 0.0, set[int]()
+        for place, operator in enumerate(operators):
+            if not operator.weight_bytes:
+                continue
+            if operator.path in recurrent:
+                if (operator.path, operator.inputs) in seen:
+                    self.again.add(place)
+                    continue
+                seen.add((operator.path, operator.inputs))
+            self.total += _bytes(operator, policy)[0]
+
+
+def _kernel(place: int, operator: Operator, machine: _Machine, policy: Policy, weights: _Weights) -> _Kernel:
+    host = machine.model.operator_us * 1e-6
+    if operator.kind is Kind.VIEW:
+        return _Kernel(place, host=host * machine.model.view)
+    own, read, written = _bytes(operator, policy)
     load = Load(
         flops=2.0 * operator.work.macs if operator.work else 0.0,
         shape=shape_of(operator),
         moved=read + written,
-        weights=weights,
+        weights=own,
         cached=read + written <= machine.cache,
-        weights_cached=weight_bytes <= machine.cache,
+        weights_cached=(own if place in weights.again else weights.total) <= machine.cache,
     )
     rates = machine.model.rates(class_of(operator))
     return _Kernel(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,9 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from narrowcast.accounting.devices import Device, device, memory_types
+from narrowcast.accounting.devices import Device, device, memory_types, save_device
 from narrowcast.accounting.devices import devices as catalogue
-from narrowcast.cli.console import Debug, Json, console, print_json
+from narrowcast.cli.console import Debug, Json, console, print_json, progress
 from narrowcast.cli.numbers import plain
 
 __all__ = ["HEADINGS", "KINDS", "NOTES", "cells", "devices"]
@@ -26,18 +28,40 @@ KINDS = {"gpu": "GPUs", "soc": "systems on a chip", "cpu": "CPUs, one socket", "
 _NONE = "–"
 
 
+class Measured(StrEnum):
+    """What of this machine is measured."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 def devices(
     name: Annotated[
         str | None,
         typer.Argument(help="Show everything about this device, and where each number comes from.", show_default=False),
+    ] = None,
+    measure: Annotated[
+        Measured | None,
+        typer.Option(help="Measure this machine and add it to your own catalogue, as auto (cpu) or auto-cuda (cuda)."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to measure the CPU with; all cores unless given.")
     ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """List the device catalogue: memory, bandwidth, and dense peaks of GPUs, CPUs and edge accelerators.
 
-    For example: narrowcast devices h100-sxm
+    For example: narrowcast devices h100-sxm, or: narrowcast devices --measure cpu --threads 1
     """
+    if measure is not None:
+        found, path = _measured(measure, threads, quiet=json)
+        if json:
+            print_json({"device": _as_json(found), "catalogue": str(path)})
+        else:
+            _print_card(found, console())
+            console().print(plain(f" written to {path}", console()), style="bright_black")
+        return
     if name is None:
         known = catalogue()
         if json:
@@ -50,6 +74,17 @@ def devices(
         print_json({"device": _as_json(found)})
     else:
         _print_card(found, console())
+
+
+def _measured(measure: Measured, threads: int | None, *, quiet: bool) -> tuple[Device, Path]:
+    from narrowcast.measure.machine import measure_cpu, measure_cuda
+
+    with progress(quiet=quiet) as shown:
+        if measure is Measured.CPU:
+            found = measure_cpu(threads=threads, progress=shown.stage)
+        else:
+            found = measure_cuda(progress=shown.stage)
+    return found, save_device(found)
 
 
 def cells(found: Device) -> tuple[str, ...]:
@@ -164,6 +199,9 @@ def _facts(found: Device) -> list[tuple[str, str]]:
     ridges = [f"{ridge:.3g} in {dtype}" for dtype in ("fp32", half, "fp8", "int8") if (ridge := found.ridge(dtype))]
     if ridges:
         rows.append(("ridge", f"{', '.join(ridges)} (FLOP per byte)"))
+    if memory.cache_mb is not None:
+        rows.append(("largest cache", f"{memory.cache_mb:g} MB"))
+    rows += [("measured with", f"{model.runtime}: {model.source}") for model in found.runtimes]
     if found.launch:
         rows.append(("kernel launch", f"{found.launch.microseconds:g} µs"))
         rows.append(("", found.launch.source))

@@ -8,21 +8,22 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from narrowcast.accounting.classes import OperatorClass
-from narrowcast.accounting.devices import Device, Memory, Peak
+from narrowcast.accounting.devices import FAMILIES, Accumulator, Device, Launch, Memory, Peak
 from narrowcast.accounting.efficiencies import RuntimeModel, runtime_model
+from narrowcast.errors import RuntimeMissingError
 from narrowcast.measure.environment import environment
 from narrowcast.measure.probes import Sample
 from narrowcast.measure.probes_onnx import blocks, node_seconds, options_of, run_block
 from narrowcast.measure.rates import fit
 
-__all__ = ["cpu_device", "measure_cpu"]
+__all__ = ["CudaNumbers", "cpu_device", "cuda_device", "measure_cpu", "measure_cuda"]
 
 #: Rows and columns of the square products that peaks are measured with.
 _SQUARE = 1024
@@ -33,6 +34,16 @@ _INSTRUCTIONS = {
     "bf16": ("avx512_bf16", "amx_bf16", "bf16"),
     "int8": ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm"),
     "fp16": ("avx512_fp16",),
+}
+
+#: Formats whose products are tried on CUDA, and what they sum in.
+_CUDA_FORMATS: dict[str, Accumulator] = {
+    "fp32": "fp32",
+    "tf32": "fp32",
+    "fp16": "fp32",
+    "bf16": "fp32",
+    "fp8": "fp32",
+    "int8": "int32",
 }
 
 Progress = Callable[[str, float], None]
@@ -125,6 +136,136 @@ def cpu_device(
             )
             for dtype, rate in rates.items()
         ),
+        runtimes=(runtime,),
+        source=source,
+        notes="The year is that of the measurement.",
+    )
+
+
+class CudaNumbers(NamedTuple):
+    """What was measured of a GPU.
+
+    Args:
+        name: As its driver gives it.
+        memory_bytes: Of its memory.
+        cache_bytes: Of its second-level cache.
+        bandwidth: Bytes per second of a copy, read and written.
+        products: FLOP/s of large products by format.
+        launch: Seconds from one kernel to the next where the host has no part.
+        dispatch: Seconds that the host needs for one small eager operator.
+        samples: What probes took, all in one format.
+        probed: That format.
+        torch: PyTorch's version.
+    """
+
+    name: str
+    memory_bytes: int
+    cache_bytes: int
+    bandwidth: float
+    products: dict[str, float]
+    launch: float
+    dispatch: float
+    samples: Sequence[Sample]
+    probed: str
+    torch: str
+
+
+def measure_cuda(*, progress: Progress = _silent) -> Device:
+    """Return this machine's first CUDA device as ``auto-cuda``, with what eager PyTorch reaches on it.
+
+    Raises:
+        RuntimeMissingError: PyTorch is not installed, or sees no CUDA device.
+    """
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError as error:
+        raise RuntimeMissingError(
+            "measuring a CUDA device needs PyTorch", next_step="install it with: pip install 'narrowcast[torch]'"
+        ) from error
+    if not torch.cuda.is_available():
+        raise RuntimeMissingError("PyTorch sees no CUDA device here", allowed="narrowcast devices --measure cpu")
+    probes: Any = importlib.import_module("narrowcast.measure.probes_torch")
+    progress("memory", 0.0)
+    bandwidth = max(probes.copy_bandwidth("cuda", numbers) for numbers in (1 << 26, 1 << 28))
+    progress("products", 0.05)
+    products = {
+        dtype: max(rates)
+        for dtype in _CUDA_FORMATS
+        if (rates := [rate for size in (4096, 8192) if (rate := probes.product_peak("cuda", dtype, size))])
+    }
+    progress("launches", 0.1)
+    launch, dispatch = probes.launch_seconds(), probes.dispatch_seconds("cuda")
+    probed = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cases, samples = list(probes.gpu_cases()), []
+    for place, case in enumerate(cases):
+        progress(f"{case.kind}", 0.1 + 0.8 * place / len(cases))
+        samples.append(probes.run_case(case, {"bf16": torch.bfloat16, "fp16": torch.float16}[probed], "cuda"))
+    progress("rates", 0.9)
+    about = torch.cuda.get_device_properties(0)
+    return cuda_device(
+        CudaNumbers(
+            about.name,
+            about.total_memory,
+            about.L2_cache_size,
+            bandwidth,
+            products,
+            launch,
+            dispatch,
+            samples,
+            probed,
+            torch.__version__,
+        )
+    )
+
+
+def cuda_device(found: CudaNumbers) -> Device:
+    """Return the device that measurements make; what each operator costs the host is scaled from ``gpu-torch``."""
+    packaged = runtime_model("gpu", "torch")
+    fastest = max(2.0 * sample.case.macs / sample.seconds for sample in found.samples)
+    products = found.products | {found.probed: max(found.products[found.probed], fastest)}
+    source = f"measured: {datetime.date.today().isoformat()}, PyTorch {found.torch}"
+    rates = fit(
+        found.samples,
+        peak=products[found.probed],
+        bandwidth=found.bandwidth,
+        cache=found.cache_bytes,
+        parallel=True,
+    )
+    runtime = packaged.model_copy(
+        update={
+            "operator_us": _rounded(found.dispatch * 1e6),
+            "classes": {
+                kind: one.model_copy(update={"host": packaged.rates(kind).host}) for kind, one in rates.items()
+            },
+            "source": f"{source}; {len(found.samples)} probes in {found.probed}, host costs scaled from the package's",
+        }
+    )
+    formats = [member for dtype in products for member in FAMILIES.get(dtype, (dtype,))[:2]]
+    return Device(
+        name="auto-cuda",
+        title=f"this machine, {found.name}",
+        vendor="NVIDIA",
+        kind="gpu",
+        architecture="not known",
+        year=datetime.date.today().year,
+        formats=tuple(formats),
+        memory=Memory(
+            size_gb=_rounded(found.memory_bytes / 2**30),
+            stated_gbs=_rounded(found.bandwidth / 1e9),
+            source=f"{source}: a copy, read and written",
+            cache_mb=_rounded(found.cache_bytes / 2**20),
+        ),
+        peaks=tuple(
+            Peak(
+                dtype=dtype,
+                accumulator=_CUDA_FORMATS[dtype],
+                unit="vector" if dtype == "fp32" else "tensor core",
+                tflops=_rounded(rate / 1e12),
+                source=f"{source}: the fastest product tried",
+            )
+            for dtype, rate in products.items()
+        ),
+        launch=Launch(microseconds=_rounded(found.launch * 1e6), source=f"{source}: kernels of a CUDA graph"),
         runtimes=(runtime,),
         source=source,
         notes="The year is that of the measurement.",
