@@ -197,13 +197,16 @@ def about() -> dict[str, Any]:
     """Return what the numbers depend on."""
     from importlib.metadata import version
 
+    from narrowcast.formats.engine import engine
+
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    packages = ("numpy", "ml_dtypes", "torch", "bitsandbytes", "torchao")
+    packages = ("numpy", "numba", "ml_dtypes", "torch", "bitsandbytes", "torchao")
     return {
         "cpu": cpu.partition(":")[2].strip(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
         "python": platform.python_version(),
+        "loops": engine().NAME,
         "versions": {name: version(name) for name in packages},
     }
 
