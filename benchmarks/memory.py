@@ -281,7 +281,8 @@ def measured_cpu(case: Case, mode: str) -> dict[str, Any]:
                     del out
             else:
                 train_step(model, optimizer, case, inputs, contextlib.nullcontext, note)
-    events = sorted(run.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    profiler: Any = run.profiler
+    events = sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns())
     total = peak = first = 0
     moments: dict[str, int] = {}
     for event in events:
@@ -334,15 +335,15 @@ def measured_cuda(case: Case, mode: str) -> dict[str, Any]:
 
 def allocations(model: nn.Module, optimizer: Any, case: Case, inputs: Any) -> list[Any]:
     """Return what was alive at the peak of one more step: sizes, counts and the innermost Python lines that asked."""
-    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    history: Any = torch.cuda.memory
+    history._record_memory_history(max_entries=1_000_000)
     train_step(model, optimizer, case, inputs, lambda: torch.autocast("cuda", dtype=torch.bfloat16), lambda name: None)
     torch.cuda.synchronize()
-    events = torch.cuda.memory._snapshot()["device_traces"][0]
-    torch.cuda.memory._record_memory_history(enabled=None)
+    events: list[Any] = list(history._snapshot()["device_traces"][0])
+    history._record_memory_history(enabled=None)
     alive: dict[int, tuple[int, str]] = {}
     total = peak = 0
-    at_peak: list[tuple[int, str]] = []
-    largest_at: int = 0
+    largest_at = 0
     log = [event for event in events if event["action"] in ("alloc", "free_completed")]
     for place, event in enumerate(log):
         if event["action"] == "alloc":
@@ -454,7 +455,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", nargs="*", default=[], metavar="MODEL")
     parser.add_argument("--out", type=Path)

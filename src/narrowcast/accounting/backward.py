@@ -19,6 +19,7 @@ import torch
 
 __all__ = ["Backward"]
 
+_ENGINE: Any = torch._C  # pyright: ignore[reportPrivateUsage]
 _ACCUMULATE = "AccumulateGrad"
 _FIRST = 1 << 64  # gradients of parameters are put away before anything else runs
 _GRAPH_TASK = 0  # what saved tensors are told of the run that asks for them
@@ -111,7 +112,7 @@ def _dependencies(start: Any) -> Counter[Any]:
 def _call(node: Any, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     if all(gradient is None for gradient in gradients):
         return [None] * len(node.next_functions)
-    if isinstance(node, torch.autograd.function.BackwardCFunction):  # written in Python
+    if _is_python(node):
         given = [  # zeros where no gradient comes, which functions get unless they ask for None
             torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if gradient is None else gradient
             for gradient, meta in zip(gradients, node._input_metadata, strict=True)
@@ -120,6 +121,10 @@ def _call(node: Any, gradients: list[torch.Tensor | None]) -> list[torch.Tensor 
     else:
         found = node(*gradients)
     return list(found) if isinstance(found, tuple | list) else [found]
+
+
+def _is_python(node: object) -> bool:
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def _fitted(gradient: torch.Tensor, meta: Any) -> torch.Tensor:
@@ -151,19 +156,22 @@ def _is_last_reference(gradients: list[torch.Tensor | None], place: int) -> bool
     """Tell whether nobody else holds a gradient or its storage, so that it may be added to in place."""
     held = gradients[place]
     assert held is not None
-    # The list and the name above hold the tensor, and getrefcount's own argument; the storage is held by the tensor
-    # and by the handle that is asked.
-    storage = held.untyped_storage()
-    alone = sys.getrefcount(held) <= 3 and torch._C._storage_Use_Count(storage._cdata) <= 2
+    # The list, the name above and getrefcount's own argument hold the tensor; the tensor and Python's handle of the
+    # storage hold the storage.
+    alone = sys.getrefcount(held) <= 3 and _ENGINE._storage_Use_Count(_handle(held)) <= 2
     return alone and held.is_contiguous()
+
+
+def _handle(tensor: Any) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 @contextmanager
 def _graph_task() -> Generator[None]:
     """Let checkpointed blocks see one backward pass: each is computed again once, not for every tensor it saved."""
-    asked = torch._C._current_graph_task_id
-    torch._C._current_graph_task_id = lambda: _GRAPH_TASK
+    asked = _ENGINE._current_graph_task_id
+    _ENGINE._current_graph_task_id = lambda: _GRAPH_TASK
     try:
         yield
     finally:
-        torch._C._current_graph_task_id = asked
+        _ENGINE._current_graph_task_id = asked

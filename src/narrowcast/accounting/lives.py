@@ -18,6 +18,7 @@ from narrowcast.accounting.workspace import Backend
 
 __all__ = ["Life", "LifeRecorder", "Lives", "Moment"]
 
+_AUTOGRAD: Any = torch._C  # pyright: ignore[reportPrivateUsage]
 _SCALAR = torch.ops.aten._local_scalar_dense.default
 
 
@@ -172,7 +173,7 @@ class LifeRecorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if self.phase == "forward":
-            number = torch._C._autograd._get_sequence_nr() - 1
+            number = _AUTOGRAD._autograd._get_sequence_nr() - 1
             self._forward_path.setdefault(number, self._paths[-1] if self._paths else "")
         if func.is_view or name in VIEWS:
             return out

@@ -29,7 +29,7 @@ class Adam8bit(torch.optim.Optimizer):
         super().__init__(params, {})
         self._maps: list[torch.Tensor] = []
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Allocate the states of parameters that have gradients and no states yet."""
         for parameter in (one for group in self.param_groups for one in group["params"] if one.grad is not None):
             state = self.state[parameter]

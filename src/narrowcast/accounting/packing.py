@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from narrowcast.accounting.policies import Policy
+from narrowcast.formats.blocks import BlockFormat
 from narrowcast.formats.table import get
 
 __all__ = ["Packing", "packed_sizes"]
@@ -33,17 +34,22 @@ class Packing:
 
     def bytes(self, format: str, rows: int, columns: int) -> int:
         """Return what ``rows * columns`` weights take, with their scales."""
-        elements = math.ceil(rows * columns * get(format).bits / 8)
+        elements = math.ceil(rows * columns * _bits(format) / 8)
         if self.block is None:
             scales = rows
         elif self.by_row:
             scales = rows * math.ceil(columns / self.block)
         else:
             scales = math.ceil(rows * columns / self.block)
-        scale_bytes = get(self.scale).bits // 8
+        scale_bytes = _bits(self.scale) // 8
         if self.scale_block is None:
             return elements + scales * scale_bytes
         return elements + scales + math.ceil(scales / self.scale_block) * scale_bytes
+
+
+def _bits(format: str) -> int:
+    found = get(format)
+    return found.element.bits if isinstance(found, BlockFormat) else found.bits
 
 
 #: INT8 as LLM.int8() and most runtimes keep it, INT4 as GPTQ and AWQ, NF4 as QLoRA (Dettmers et al. 2023, section 3), where

@@ -195,7 +195,7 @@ def _encoder_layer(args: Sequence[Any], out: Any) -> int:
     """Return what the fused encoder layer holds at most: projections twice, or them and all scores, or the wide layer."""
     x, _, heads = args[:3]
     wide = args[14].shape[0]
-    batch, tokens, width = x.shape
+    batch, tokens = x.shape[:2]
     scores = batch * heads * tokens * tokens
     numbers = max(5 * x.numel(), 2 * x.numel() + scores, x.numel() + batch * tokens * wide)
     return numbers * x.element_size()
