@@ -68,9 +68,8 @@ def measure_cpu(*, threads: int | None = None, progress: Progress = _silent) -> 
     progress("products", 0.1)
     products = _products(threads)
     samples: list[Sample] = []
-    probes = list(blocks())
-    for place, block in enumerate(probes):
-        progress(block.name, 0.2 + 0.6 * place / len(probes))
+    for place, block in enumerate(blocks()):
+        progress(block.name, min(0.8, 0.2 + 0.02 * place))
         samples += run_block(block, threads=threads)
     progress("small nodes", 0.8)
     node = node_seconds(threads=threads)
@@ -105,7 +104,7 @@ def cpu_device(
         low=band.low,
         high=band.high,
         classes=fit(samples, peak=peak, bandwidth=bandwidth, cache=cache),
-        source=f"{source}; probes of {len(samples)} operators in {len(list(blocks()))} blocks",
+        source=f"{source}; {len(samples)} operators in blocks of networks",
     )
     rates = {"fp32": peak} | {
         dtype: rate

@@ -308,7 +308,7 @@ def _samples(nodes: dict[str, _Node]) -> Iterator[Sample]:
     for name, node in nodes.items():
         if name.startswith("attention"):
             attention.append(node)
-        elif node.kind == "Conv":
+        elif node.kind in ("Conv", "FusedConv"):
             yield _sample(_convolution(node), node.seconds)
         elif node.kind in _KINDS:
             yield _sample(_case(node), node.seconds)
