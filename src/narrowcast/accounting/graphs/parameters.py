@@ -71,7 +71,7 @@ class Registry:
             return False
         tensor = self._stored[name].tensor
         if name in self._codes:
-            return True
+            return is_weight or tensor.size > 1
         floating = "float" in tensor.dtype or "complex" in tensor.dtype
         if is_weight and (floating or call.operator != "Gather"):
             return True

@@ -1,7 +1,7 @@
 """The shape of every tensor of an ONNX graph, from the shapes of its inputs.
 
 Several engines, the next one only where the ones before leave a shape open: ONNX's own inference, ONNX Runtime's symbolic
-inference (it knows the operators of ``com.microsoft``; needs sympy), what loops hand on, and ONNX Runtime itself, which
+inference (it knows the operators of ``com.microsoft``; needs sympy), rules of our own, and ONNX Runtime itself, which
 folds what shapes are computed from.
 """
 
@@ -10,15 +10,17 @@ from __future__ import annotations
 import importlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.shape_inference
 import onnxruntime as ort
 
-from narrowcast.accounting.graphs.files import element_of, graphs_in, known_shape, tensor_of
+from narrowcast.accounting.graphs.files import attributes_in, element_of, graphs_in, known_shape, tensor_of
 from narrowcast.accounting.graphs.rules import Tensor, entry_of
 from narrowcast.errors import ModelError
 
@@ -137,20 +139,61 @@ def _by_runtime(model: onnx.ModelProto) -> onnx.ModelProto:
             return model
 
 
-def _carried(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Give what a Loop hands from pass to pass the shape that it starts with, where nothing else says one."""
+def _by_hand(model: onnx.ModelProto) -> onnx.ModelProto:
+    """State shapes that no other engine knows: what a Loop hands from pass to pass, and operators on codes."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    for node in made.graph.node:
-        found = _tensors(made.graph)
-        starts = zip(node.input[2:], node.output, strict=False) if node.op_type == "Loop" else ()
-        for start, result in starts:
-            if result and result not in found and start in found:
-                tensor = found[start]
-                value = onnx.helper.make_tensor_value_info(result, element_of(tensor.dtype), tensor.shape)
-                _replace(made.graph, value)
-                made = _by_onnx(made)
-    return made
+    found = _tensors(made.graph)
+    for node in model.graph.node:
+        if node.op_type not in _BY_HAND or node.output[0] in found:
+            continue
+        if not all(name in found for name in node.input if name):
+            made = _by_onnx(made)  # what was stated so far may say it
+            found = _tensors(made.graph)
+        for name, tensor in _BY_HAND[node.op_type](node, found):
+            if name and name not in found:
+                found[name] = tensor
+                _replace(made.graph, onnx.helper.make_tensor_value_info(name, element_of(tensor.dtype), tensor.shape))
+    return _by_onnx(made)
+
+
+def _loop(node: onnx.NodeProto, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a Loop hands on, with the shapes that it starts with."""
+    for start, result in zip(node.input[2:], node.output, strict=False):
+        if start in found:
+            yield result, found[start]
+
+
+def _quantised_product(node: onnx.NodeProto, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the result of a QGemm: codes with the zero point's dtype, or floating numbers without one."""
+    a, b = (found.get(node.input[place]) for place in (0, 3))
+    if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
+        return
+    turned = attributes_in(node)
+    shape = a.shape[1 if turned.get("transA") else 0], b.shape[0 if turned.get("transB") else 1]
+    zero = found.get(node.input[8]) if len(node.input) > 8 else None
+    yield node.output[0], replace(zero, shape=shape) if zero else Tensor(shape)
+
+
+def _as_first(node: onnx.NodeProto, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the result of an operator that keeps the shape of its input."""
+    if node.input[0] in found:
+        yield node.output[0], found[node.input[0]]
+
+
+def _as_both(node: onnx.NodeProto, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the result of a quantised operator of two tensors that broadcast."""
+    a, b = (found.get(node.input[place]) for place in (0, 3))
+    if a is not None and b is not None:
+        yield node.output[0], replace(a, shape=np.broadcast_shapes(a.shape, b.shape))
+
+
+_BY_HAND = {
+    "Loop": _loop,
+    "QGemm": _quantised_product,
+    **dict.fromkeys(("QLinearSoftmax", "QLinearSigmoid", "QLinearLeakyRelu"), _as_first),
+    **dict.fromkeys(("QLinearAdd", "QLinearMul"), _as_both),
+}
 
 
 def _replace(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> None:
@@ -165,7 +208,7 @@ def _replace(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> None:
 _ENGINES: tuple[Callable[[onnx.ModelProto], onnx.ModelProto], ...] = (
     _by_onnx,
     _symbolic,
-    _carried,
+    _by_hand,
     _by_runtime,
 )
 
