@@ -41,6 +41,8 @@ __all__ = [
 TOKENS = (1024, 4096, 16_384, 65_536, 131_072)
 BATCHES = (1, 8, 32, 128)
 
+#: Units whose values are not written with decimal prefixes of their own.
+_UNITS = ("bytes", "s", "samples")
 _PART_NAMES = {
     "data": "inputs",
     "weights": "weights and buffers",
@@ -96,7 +98,7 @@ class Costs:
 
 
 class Row(NamedTuple):
-    """One number with its name: what it is called, its value, its unit (empty, ``bytes``, ``s``), and what it means."""
+    """One number with its name: what it is called, its value, its unit (may be empty), and what it means."""
 
     label: str
     value: float
@@ -133,7 +135,7 @@ def rows(costs: Costs) -> list[Row]:
         Row("bias additions", found.bias_adds),
         Row("additions, biases included", found.additions),
         Row("other operations", found.other_flops, hint="elementwise, normalisation, softmax, pooling"),
-        Row("weights and buffers", found.static_bytes, "bytes", "as the model is built"),
+        Row("weights as built", found.static_bytes, "bytes", "parameters and buffers in the constructor's dtypes"),
         Row(
             "bytes moved",
             round(costs.tree.bytes_moved),
@@ -152,7 +154,7 @@ def rows(costs: Costs) -> list[Row]:
         made.append(Row("peak memory", costs.memory.peak, "bytes", f"in {costs.policy.name}, at {costs.memory.when}"))
     if costs.largest_batch is not None and costs.device is not None:
         made.append(
-            Row("largest batch", costs.largest_batch, "", f"samples that the memory of {costs.device.name} holds")
+            Row("largest batch", costs.largest_batch, "samples", f"that the memory of {costs.device.name} holds")
         )
     if costs.estimate is not None:
         made.append(Row("time", costs.estimate.seconds, "s", f"on {costs.estimate.device}, estimated"))
