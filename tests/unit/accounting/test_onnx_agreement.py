@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 import torchvision
 import transformers
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 from torch import nn
 
 from narrowcast.accounting.profile import Profile, profile, profile_module
@@ -186,3 +189,40 @@ def test_bundled_models_cost_what_their_graphs_cost(name: str, tmp_path: Path) -
     if norms:
         folded = sum(part.num_features for part in norms) - graph.parameters.by_kind.get("BatchNormalization", 0) // 2
         assert graph.parameters.total == module.parameters.total - folded
+
+
+class Samples(CalibrationDataReader):
+    """One sample for calibration."""
+
+    def __init__(self) -> None:
+        self._left = [{"src": np.random.default_rng(0).normal(size=(2, 7, 32)).astype(np.float32)}]
+
+    def get_next(self) -> dict[str, Any] | None:
+        return self._left.pop() if self._left else None
+
+
+@pytest.mark.exhaustive
+def test_quantised_and_fused_graphs_have_the_work_and_the_parameters_of_the_module(tmp_path: Path) -> None:
+    plain, module, _ = both(encoder, tmp_path, optimize=True)
+    given, made = tmp_path / "model.onnx", tmp_path / "made.onnx"
+    assert plain.parameters.total == module.parameters.total
+
+    def fuse() -> None:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(made)
+        ort.InferenceSession(str(given), options, providers=["CPUExecutionProvider"])
+
+    for make in (
+        fuse,
+        lambda: quantize_dynamic(given, made),
+        lambda: quantize_static(given, made, Samples(), quant_format=QuantFormat.QDQ),
+    ):
+        make()
+        found = profile(source(str(made)))
+        assert not found.uncounted
+        assert found.macs == module.macs
+        assert found.parameters.total == module.parameters.total
+        assert (found.bias_adds, found.additions) == (module.bias_adds, module.additions)
+    quantize_static(given, made, Samples(), quant_format=QuantFormat.QOperator)
+    assert profile(source(str(made))).macs == module.macs
