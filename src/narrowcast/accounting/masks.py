@@ -44,13 +44,14 @@ class Positions:
         """
         tensors = _tensors([args, kwargs])
         known = all(map(self._is_known, tensors)) if tensors else func._schema.name in _FACTORIES
+        known = known and torch.Tag.nondeterministic_seeded not in func.tags
         if func._schema.is_mutable:
             written = kwargs.get("out", args[0] if args else None)
             if not known:
                 self._forget(written)
             if not isinstance(written, FakeTensor):
                 return  # somebody's real tensor: it is not ours to write to
-        if not known or not isinstance(out, FakeTensor):
+        if not known or not isinstance(out, FakeTensor) or out.device.type != "cpu":
             return
         if not func.is_view and out.numel() * out.element_size() > _LARGEST:
             return

@@ -154,6 +154,11 @@ def _in_place(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     return scores.float().softmax(-1).to(value.dtype) @ value
 
 
+def _at_random(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    shown = torch.rand_like(_triangle(query, key).float()) > 0.5
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=shown)
+
+
 def _relative(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     distance = torch.arange(query.shape[-2])[:, None] - torch.arange(key.shape[-2])
     return (query @ key.mT - 0.5 * distance.abs()).softmax(-1) @ value
@@ -180,6 +185,11 @@ def test_spellings_of_attention(spelling: str) -> None:
     assert (found.calls, found.unknown) == (1, 0)
     assert found.macs == 2 * 3 * TOKENS**2 * 32
     assert found.causal_macs == 2 * 3 * shown * 32
+
+
+def test_a_random_mask_is_unknown() -> None:
+    found = profile_module(Attention(_at_random), tuple(torch.empty(1, 1, TOKENS, 16) for _ in range(3))).attention
+    assert (found.unknown, found.causal_macs) == (1, found.macs)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 9), (9, 5)])
