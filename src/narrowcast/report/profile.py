@@ -356,8 +356,10 @@ def _memory(costs: Costs, mark: str) -> _Memory | None:
     limit = None
     if costs.device is not None and costs.device.memory.bytes is not None:
         limit = (costs.device.memory.bytes, f"memory of {costs.device.title}")
-    wide = timeline(steps, peak=found.when, name=f"{mark}-memory-wide", limit=limit)
-    narrow = timeline(steps, peak=found.when, name=f"{mark}-memory-narrow", limit=limit, width=400, height=300)
+    alive, whole = (text.quantity(size, "bytes") for size in (max(size for size, _ in steps), found.peak))
+    peak = f"{alive} at {found.when}" if alive == whole else f"{alive}; with workspaces {whole} at {found.when}"
+    wide = timeline(steps, peak=peak, name=f"{mark}-memory-wide", limit=limit)
+    narrow = timeline(steps, peak=peak, name=f"{mark}-memory-narrow", limit=limit, width=400, height=300)
     spread = f" on each of {found.devices} devices ({found.sharding})" if found.devices > 1 else ""
     return _Memory(
         f"The most is alive at {found.when}: {text.quantity(found.peak, 'bytes')}{spread}.",

@@ -191,7 +191,7 @@ def timeline(
 
     Args:
         steps: Live bytes and phase after each operator, in their order; at least one.
-        peak: What runs at the peak.
+        peak: What is written at the peak.
         name: Unique in the page.
         limit: Bytes of a device's memory and its name; drawn if it is not far above the peak.
         width: Of the picture, in pixels.
@@ -218,7 +218,7 @@ def timeline(
         parts.append(f'<text x="{across.stop - 4:.1f}" y="{y - 6:.1f}" class="e">{escape(near[1])}</text>')
     x, y = across.place(at + 0.5), up.place(most)
     side = "s" if x < width * 0.3 else "e" if x > width * 0.7 else "m"
-    label = escape(f"{text.quantity(most, 'bytes')} at {text.label(peak, 60 if width > 600 else 30)}")
+    label = escape(text.label(peak, 76 if width > 600 else 40))
     parts.append(f'<circle class="peak" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{label}</title></circle>')
     parts.append(f'<text x="{x:.1f}" y="{y - 11:.1f}" class="b {side}">{label}</text>')
     axis = f"{text.integer(len(steps))} steps of the run, in their order"
