@@ -70,7 +70,7 @@ def _profile(kind: str, options: dict[str, Any], tokens: int, experts: str | Non
     ("kind", "options", "parameters"),
     [
         ("GPT2", {}, 124_439_808),
-        ("Llama", LLAMA_3, 8_030_261_248),
+        pytest.param("Llama", LLAMA_3, 8_030_261_248, marks=pytest.mark.exhaustive),
         ("Llama", LLAMA_3_70B, 70_553_706_496),
         pytest.param("Mistral", {}, 7_241_732_096, marks=pytest.mark.exhaustive),
     ],

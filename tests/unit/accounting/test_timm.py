@@ -21,12 +21,9 @@ PUBLISHED = {
 QUICK = (
     "resnet50",
     "mobilenetv3_small_100",
-    "ghostnet_100",
     "repvgg_a0",
-    "tf_efficientnet_lite0",
     "convnext_atto",
     "vit_tiny_patch16_224",
-    "deit_tiny_distilled_patch16_224",
     "mixer_b16_224",
     "swin_tiny_patch4_window7_224",
     "xcit_nano_12_p16_224",
