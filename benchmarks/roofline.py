@@ -6,6 +6,8 @@ python benchmarks/roofline.py gpu [--device cpu --tiny]
     networks in BF16 with eager PyTorch, their kernels, and probes, into $OUT/roofline-gpu-raw.json
 python benchmarks/roofline.py judge-gpu RAW
     estimates beside what that measured
+python benchmarks/roofline.py public
+    estimates beside what others published of other devices
 python benchmarks/roofline.py pack
     the rates and error bands of both, into the package
 """
@@ -18,6 +20,7 @@ import os
 import platform
 import re
 import time
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -550,15 +553,52 @@ def judge_gpu(args):
 # What the package ships -------------------------------------------------------------------------------------------------
 
 
+def band_of(found):
+    low, high = found["measured_over_estimate_p5"], found["measured_over_estimate_p95"]
+    return {"low": min(1.0, round(low, 2)), "high": max(1.0, round(high, 2))}
+
+
+def public(args):
+    """Estimate what others measured and published, on devices that nothing was fitted on."""
+    import timm
+
+    from narrowcast.accounting.devices import device
+    from narrowcast.accounting.policies import policy
+    from narrowcast.accounting.trace import fake_module, trace
+
+    published = tomllib.loads((HERE / "roofline_public.toml").read_text())
+    batch = published["batch"]
+    rows = {}
+    for name in published["milliseconds"]:
+        module, mode = fake_module(lambda name=name: timm.create_model(name, pretrained=False))
+        operators = trace(module, (torch.empty(batch, 3, 224, 224),), mode=mode).operators
+        for place, other in enumerate(published["devices"]):
+            found = estimate_of(operators, device(other), policy("fp16"), samples=batch)
+            seconds = published["milliseconds"][name][place] / 1e3
+            rows[f"{name} on {other}"] = row_of(found, {"median": seconds, "p10": seconds, "p90": seconds})
+    report = {
+        "protocol": f"published by others: {published['source']}; FP16 under autocast, batch {batch}, eager PyTorch; "
+        "estimates from the package's rates, which were measured on an H100, and the catalogue's peaks",
+        "summary": summary(rows),
+        "by_device": {
+            other: summary({key: row for key, row in rows.items() if key.endswith(f"on {other}")})
+            for other in published["devices"]
+        },
+        "networks": rows,
+    }
+    print_rows(rows, report["by_device"])
+    print(json.dumps(report["summary"]))
+    (HERE / "results" / "roofline-public.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
 def pack(args):
     """Write the rates and error bands of both results into the package's data."""
     from narrowcast.accounting.devices import device
     from narrowcast.accounting.efficiencies import RuntimeModel
     from narrowcast.measure.rates import fit
 
-    results = HERE / "results"
-    on_cpu = json.loads((results / "roofline-cpu.json").read_text())
-    on_gpu = json.loads((results / "roofline-gpu.json").read_text())
+    on_cpu, on_gpu = (json.loads(path.read_text()) for path in (args.cpu, args.gpu))
+    elsewhere = HERE / "results" / "roofline-public.json"
     gpu_model = RuntimeModel.model_validate(on_gpu["device"]["runtimes"][0])
     h100 = device("h100-sxm")
     rates = fit(
@@ -569,9 +609,10 @@ def pack(args):
         parallel=True,
     )
     shared = {kind: one.model_copy(update={"host": gpu_model.rates(kind).host}) for kind, one in rates.items()}
+    ridge = round(h100.ridge("bf16"), 1)
     tables = {
         "cpu-onnxruntime": (RuntimeModel.model_validate(on_cpu["device"]["runtimes"][0]), on_cpu),
-        "gpu-torch": (gpu_model.model_copy(update={"classes": shared}), on_gpu),
+        "gpu-torch": (gpu_model.model_copy(update={"classes": shared, "ridge": ridge}), on_gpu),
     }
     lines = [
         "# What runtimes reach of a device's peaks, by class of operators; the fields are those of",
@@ -581,11 +622,13 @@ def pack(args):
     ]
     for key, (model, report) in tables.items():
         found = report["summary"]
-        fields = model.model_dump(mode="json") | {
-            "low": min(1.0, round(found["measured_over_estimate_p5"], 2)),
-            "high": max(1.0, round(found["measured_over_estimate_p95"], 2)),
+        fields = model.model_dump(mode="json", exclude_none=True) | {
+            **band_of(found),
             "source": f"{model.source}; band: {found['networks']} networks in benchmarks/results",
         }
+        if key == "gpu-torch" and elsewhere.exists():
+            band = band_of(json.loads(elsewhere.read_text())["summary"])
+            fields |= {f"elsewhere_{end}": value for end, value in band.items()}
         classes = fields.pop("classes")
         lines += ["", f"[{key}]", *(f"{name} = {json.dumps(value)}" for name, value in fields.items())]
         lines += ["", f"[{key}.classes]"]
@@ -620,7 +663,11 @@ def main():
     judge.add_argument("raw", type=Path)
     judge.add_argument("--out", type=Path, default=HERE / "results" / "roofline-gpu.json")
     judge.set_defaults(run=judge_gpu)
-    commands.add_parser("pack").set_defaults(run=pack)
+    commands.add_parser("public").set_defaults(run=public)
+    packing = commands.add_parser("pack")
+    packing.add_argument("--cpu", type=Path, default=HERE / "results" / "roofline-cpu.json")
+    packing.add_argument("--gpu", type=Path, default=HERE / "results" / "roofline-gpu.json")
+    packing.set_defaults(run=pack)
     args = parser.parse_args()
     args.run(args)
 

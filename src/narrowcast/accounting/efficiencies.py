@@ -107,6 +107,9 @@ class RuntimeModel(BaseModel):
         view: Times that a view costs, in those of an operator.
         low: The error band: measured times lie between ``low`` and ``high`` times the estimate.
         high: See above.
+        elsewhere_low: The same on devices of the kind that the rates were not measured on; None if nobody looked.
+        elsewhere_high: See above.
+        ridge: FLOP per byte of the device that the rates were measured on; None on that device itself.
         classes: Rates by class of operators.
         source: Where the numbers come from.
     """
@@ -119,12 +122,37 @@ class RuntimeModel(BaseModel):
     view: _NotNegative = 0.0
     low: Annotated[float, Field(gt=0, le=1)]
     high: Annotated[float, Field(ge=1)]
+    elsewhere_low: Annotated[float, Field(gt=0, le=1)] | None = None
+    elsewhere_high: Annotated[float, Field(ge=1)] | None = None
+    ridge: _Share | None = None
     classes: Mapping[OperatorClass, Rates]
     source: Annotated[str, Field(min_length=1)]
 
     def rates(self, kind: OperatorClass) -> Rates:
         """Return what a class reaches; that of the class most like it where nobody measured it."""
         return self.classes.get(kind) or self.classes.get(_ALIKE.get(kind, kind)) or Rates()
+
+    def elsewhere(self, ridge: float) -> RuntimeModel:
+        """Return the model for a device that the rates were not measured on, with the band that holds there.
+
+        Kernels that leave most of a peak unused wait for data, so their speed follows the bandwidth: on a device with fewer
+        FLOP per byte they reach a larger share of the peak, up to that of matrix products, and half of it at smaller sizes.
+
+        Args:
+            ridge: The other device's FLOP per byte.
+        """
+        most = self.rates(OperatorClass.PRODUCT).compute
+        factor = max(self.ridge / ridge, 1.0) if self.ridge else 1.0
+        halves = ("rows_half", "columns_half", "depth_half")
+        classes = {
+            kind: rates.model_copy(
+                update={"compute": max(min(rates.compute * factor, most), min(rates.compute, most))}
+                | {name: getattr(rates, name) / factor for name in halves}
+            )
+            for kind, rates in self.classes.items()
+        }
+        band = {"low": self.elsewhere_low or self.low, "high": self.elsewhere_high or self.high}
+        return self.model_copy(update={"classes": classes, **band})
 
 
 #: What a class is taken to be like, if it was not measured.

@@ -179,7 +179,10 @@ def _machine(device: Device, policy: Policy, runtime: str | None) -> _Machine:
         )
     own = {model.runtime: model for model in device.runtimes}
     name = runtime or next(iter(own), None)
-    model = own[name] if name in own else runtime_model(device.kind, name)
+    model = own.get(name or "")
+    if model is None:
+        ridge = peak.tflops * 1e12 / (device.memory.bandwidth * 1e9)
+        model = runtime_model(device.kind, name).elsewhere(ridge)
     cache = round((device.memory.cache_mb or 0.0) * 2**20)
     return _Machine(peak.tflops * 1e12, device.memory.bandwidth * 1e9, cache, model)
 

@@ -289,6 +289,17 @@ def test_a_runtime_that_nobody_fitted_is_an_error() -> None:
         runtime_model("cpu", "tflite")
 
 
+def test_a_device_of_another_ridge_gets_larger_shares_up_to_those_of_products_and_a_band_of_its_own() -> None:
+    packaged = runtime_model("gpu", "torch")
+    assert packaged.ridge is not None
+    slow = OperatorClass.DEPTHWISE
+    share = packaged.rates(slow).compute
+    assert packaged.elsewhere(packaged.ridge / 2).rates(slow).compute == pytest.approx(2 * share)
+    assert packaged.elsewhere(1.0).rates(slow).compute == packaged.rates(OperatorClass.PRODUCT).compute
+    assert packaged.elsewhere(2 * packaged.ridge).rates(slow) == packaged.rates(slow)
+    assert packaged.elsewhere(1.0).low == packaged.elsewhere_low < packaged.low
+
+
 def test_a_machine_that_is_not_measured_says_how() -> None:
     with pytest.raises(DeviceError, match="not measured") as caught:
         device("auto")
