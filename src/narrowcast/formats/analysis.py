@@ -99,7 +99,7 @@ class ErrorTotals:
             self._add(sums, below_normal is not None)
             lost += sums.not_finite
         if codes is not None and self.bits is not None:
-            used = np.bincount(codes[np.isfinite(x)] if lost else codes, minlength=1 << self.bits)
+            used = engine().counted(codes[np.isfinite(x)] if lost else codes, 1 << self.bits)
             self.codes = used if self.codes is None else self.codes + used
 
     def _add(self, sums: ErrorSums, with_subnormals: bool) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "codes_above_scaled",
     "codes_by_half",
     "codes_of_scaled",
+    "counted",
     "decoded",
     "decoded_floats",
     "decoded_nibbles",
@@ -213,6 +214,11 @@ def decoded_floats(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
     if nan.any():
         word[nan] |= 0x400000
     return True
+
+
+def counted(codes: np.ndarray, bins: int) -> np.ndarray:
+    """Return how often each code below ``bins`` occurs: shape [bins], int64. No code is ``bins`` or more."""
+    return np.bincount(codes, minlength=bins)
 
 
 def errors(x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, smallest: np.ndarray) -> ErrorSums:

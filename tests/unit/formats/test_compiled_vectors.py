@@ -10,6 +10,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+import torch
 from format_engines import running_on
 from format_values import all_codes, boundary_values, same_bits
 
@@ -183,6 +184,14 @@ def test_four_bit_tensors_dequantise_alike(name: str, dtype: str) -> None:
             found.append(nf.quantize(x, name).dequantize(dtype))
     assert found[0].dtype == dtype
     assert same_bits(found[1], found[0]).all()
+
+
+@pytest.mark.parametrize("name", ["nf4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_outputs_are_the_float32_ones_rounded(name: str, dtype: str) -> None:
+    x = torch.randn(3, 208 if name == "nvfp4" else 192, generator=torch.Generator().manual_seed(0))
+    q = nf.quantize(x.to(getattr(torch, dtype)), name)
+    assert torch.equal(q.dequantize(), q.dequantize("float32").to(getattr(torch, dtype)))
 
 
 CHILD = """

@@ -65,6 +65,18 @@ def test_squares_beyond_float64_and_numbers_that_became_nan() -> None:
             assert nf.error([1.0, 2.0], [np.nan, 2.0]).max_abs == math.inf
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(4, "uint8"), (8, "uint8"), (12, "uint16"), (16, "uint16")])
+@pytest.mark.parametrize("size", [0, 1, 6, 1001])
+def test_codes_are_counted(bits: int, dtype: str, size: int) -> None:
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, size).astype(dtype)
+    codes[: size // 2] = (1 << bits) - 1
+    for loops in (portable, compiled):
+        found = loops.counted(codes, 1 << bits)
+        assert found.shape == (1 << bits,)
+        assert found.sum() == size
+        assert all(found[code] == count for code, count in zip(*np.unique(codes, return_counts=True), strict=True))
+
+
 @pytest.mark.parametrize("name", ["nf4", "nvfp4", "mxfp8_e4m3", "int8", "int4"])
 @pytest.mark.parametrize("axis", [0, -1])
 def test_reports_do_not_depend_on_the_loops(name: str, axis: int) -> None:
