@@ -166,6 +166,12 @@ class _Run:
     def __init__(
         self, module: nn.Module, mode: FakeTensorMode, setting: Setting, sizes: Mapping[int, int] | None = None
     ) -> None:
+        recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+        if recurrent and setting.device == "cuda" and setting.policy.autocast:
+            raise ModelError(
+                f"recurrent layers in {setting.policy.name} on cuda: what cuDNN casts and keeps cannot be followed",
+                allowed="policies without autocast, or device cpu",
+            )
         self._module = module
         self._mode = mode
         self._setting = setting
@@ -185,6 +191,7 @@ class _Run:
                 stack.enter_context(context)
             if self._setting.device == "cuda":
                 stack.enter_context(_capability(self._setting.capability))
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # which recurrent layers ask of a card
                 stack.enter_context(CudaAttention(self._setting.capability))
             try:
                 yield
@@ -325,9 +332,13 @@ def _autocast(setting: Setting) -> Generator[None]:
 
 
 def _checkpointed(module: nn.Module, setting: Setting) -> None:
-    """Have blocks of a module computed again in backward."""
+    """Have blocks of a module computed again in backward, without a cache of keys and values that they would fill twice."""
     for block in _blocks(module, setting.checkpoint):
         block.forward = _again(block.forward, setting)
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if hasattr(config, "use_cache"):  # of transformers, which switches it off likewise
+            config.use_cache = False
 
 
 def _again(forward: Callable[..., Any], setting: Setting) -> Callable[..., Any]:

@@ -404,6 +404,13 @@ def test_an_unknown_policy_is_named() -> None:
         train(policy="bf17")
 
 
+def test_recurrent_layers_under_autocast_on_cuda_are_named() -> None:
+    source = Given(Recurrent, torch.empty(2, 3, 96))
+    assert find(source, device="cuda", mode="train").peak
+    with pytest.raises(ModelError, match="recurrent"):
+        find(source, device="cuda", policy="bf16-mixed")
+
+
 def test_inputs_that_do_not_fit_name_the_layer() -> None:
     with pytest.raises(ModelError, match="layer '0'"):
         train(rows=8, width=100)
