@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["MOVES", "REDUCTIONS", "VIEWS", "Work", "work_of"]
+__all__ = ["ALLOCATIONS", "LOOK_UPS", "MOVES", "REDUCTIONS", "VIEWS", "Work", "work_of"]
 
 COMPLEX = 4  # real multiplications in one complex one
 
@@ -133,7 +133,7 @@ _BY_HAND: dict[str, Rule] = {
     "_scaled_dot_product_efficient_attention_backward": _attention_backward,
     "_scaled_dot_product_cudnn_attention_backward": _attention_backward,
     # Normalisation: mean, variance, and scaling, in operations per element; folded statistics cost a scale and a shift.
-    "native_batch_norm": _each(8),
+    "native_batch_norm": lambda args, kwargs, out: _each(8 if args[5] else 2)(args, kwargs, out),
     "_native_batch_norm_legit_no_training": _each(2),
     "_native_batch_norm_legit": _each(8),
     "native_batch_norm_backward": _each(10),
@@ -203,6 +203,12 @@ resize_ set_ record_stream one_hot channel_shuffle native_channel_shuffle detach
 view_copy
 """.split()  # noqa: SIM905
 )
+
+#: Operators that make room for numbers and touch none.
+ALLOCATIONS = frozenset(["empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"])
+
+#: Operators that read as many numbers of a table as they write, however large it is.
+LOOK_UPS = frozenset(["embedding", "gather", "index", "index_select", "_unsafe_index"])
 
 # Views that their schema does not call so.
 VIEWS = frozenset(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from narrowcast.accounting.sources import GraphSource, Source
 
-__all__ = ["Counted", "Layer", "Parameters", "Part", "Profile", "profile", "profile_module"]
+__all__ = ["AttentionCost", "Counted", "Layer", "Parameters", "Part", "Profile", "profile", "profile_module"]
 
 
 class _Frozen(BaseModel):

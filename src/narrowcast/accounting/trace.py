@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from narrowcast.accounting.building import fake_copy, fake_module
-from narrowcast.accounting.counting import VIEWS, Work, work_of
+from narrowcast.accounting.counting import ALLOCATIONS, LOOK_UPS, VIEWS, Work, work_of
 from narrowcast.accounting.kinds import Kind, attributes_of, kind_of
 from narrowcast.accounting.masks import Positions
 from narrowcast.accounting.operators import Operator, Trace
@@ -197,14 +197,16 @@ class _Recorder(TorchDispatchMode):
         if not made:
             return out
         read = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, torch.Tensor)]
-        moved = not (func.is_view or name in VIEWS)
+        moved = not (func.is_view or name in VIEWS or name in ALLOCATIONS)
         self.watch(made)
         work = (self._bias(name, args, kwargs, out) or work_of(name, args, kwargs, out)) if moved else Work()
         attributes = attributes_of(name, args)
         if self.phase == "forward":
             attributes |= self._positions.mask(func, args, kwargs)
             self._positions.follow(func, args, kwargs, out)
-        sources = _distinct(read) if moved else []
+        written = sum(map(_bytes, made)) if moved else 0
+        most = written if name in LOOK_UPS else None
+        sources = {_storage_of(leaf): _bytes(leaf, most) for leaf in read} if moved else {}
         if work is None:
             self.trace.uncounted[name] += 1
         self.trace.operators.append(
@@ -218,9 +220,9 @@ class _Recorder(TorchDispatchMode):
                 kind=kind_of(name, attributes, view=not moved),
                 attributes=attributes,
                 work=work,
-                bytes_read=sum(_bytes(leaf) for leaf in sources),
-                weight_bytes=sum(_bytes(leaf) for leaf in sources if _storage_of(leaf) in self._static),
-                bytes_written=sum(_bytes(leaf) for leaf in made) if moved else 0,
+                bytes_read=sum(sources.values()),
+                weight_bytes=sum(size for storage, size in sources.items() if storage in self._static),
+                bytes_written=written,
                 live_bytes=self._total,
                 producers=tuple(self._writers.get(_storage_of(leaf), -1) for leaf in read),
             )
@@ -230,12 +232,10 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-def _distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return list({_storage_of(tensor): tensor for tensor in tensors}.values())
+def _bytes(tensor: torch.Tensor, most: int | None = None) -> int:
+    """Return the bytes of a tensor's own numbers, and no more than ``most``."""
+    own = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    return own if most is None else min(own, most)
 
 
 def _storage_of(tensor: torch.Tensor) -> int:
