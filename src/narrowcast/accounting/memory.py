@@ -61,7 +61,7 @@ class Memory(BaseModel):
         when: The operator at the peak, with its phase and module.
         most: The most bytes of each part at any moment, which need not be the peak.
         moments: Bytes alive at named points of the run on one device, what libraries keep included.
-        timeline: Bytes alive after each operator of the step, and its phase.
+        timeline: Bytes alive after each operator of the step, and its phase; no part of the JSON.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -88,7 +88,7 @@ class Memory(BaseModel):
     when: str
     most: dict[str, int]
     moments: dict[str, int]
-    timeline: tuple[tuple[int, str], ...] = Field(repr=False)
+    timeline: tuple[tuple[int, str], ...] = Field(exclude=True, repr=False)
 
     @property
     def parts(self) -> dict[str, int]:

@@ -336,7 +336,7 @@ def _checkpointed(module: nn.Module, setting: Setting) -> None:
     for block in _blocks(module, setting.checkpoint):
         block.forward = _again(block.forward, setting)
     for part in module.modules():
-        config = getattr(part, "config", None)
+        config: Any = getattr(part, "config", None)
         if hasattr(config, "use_cache"):  # of transformers, which switches it off likewise
             config.use_cache = False
 
