@@ -71,8 +71,8 @@ def cpu(args):
         "protocol": (
             f"ONNX Runtime in FP32, batch 1, {args.threads} threads, random weights; {args.rounds} rounds of "
             f"{args.runs} runs each, networks interleaved in random order; `auto` measured right before in "
-            f"{measured_in:.0f} s; estimates from traces of the PyTorch modules; none of the judged networks was "
-            "used to choose the form of the estimates or to fit them"
+            f"{measured_in:.0f} s; estimates from traces of the PyTorch modules; rates from `auto` alone; "
+            "three of the networks (lstm, regnet_y_400mf, resnext50_32x4d) were seen while the estimate's form was chosen"
         ),
         "load_after": os.getloadavg()[0],
         "summary": summary(rows),
@@ -335,7 +335,7 @@ def spread(times):
 def gpu(args):
     from roofline_gpu_models import zoo
 
-    target = Path(os.environ.get("OUT", "/tmp")) / "roofline-gpu-raw.json"
+    target = Path(os.environ.get("OUT", tempfile.gettempdir())) / "roofline-gpu-raw.json"
     began = time.perf_counter()
     result = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
@@ -618,7 +618,7 @@ def pack(args):
         "# What runtimes reach of a device's peaks, by class of operators; the fields are those of",
         "# narrowcast.accounting.efficiencies.Rates and RuntimeModel. Written by benchmarks/roofline.py pack from",
         "# benchmarks/results/roofline-cpu.json and roofline-gpu.json, which say how everything was measured. The band",
-        "# (low, high) holds nine of ten networks that the rates were not fitted on.",
+        "# (low, high) holds nine of ten of the networks that the estimates were judged by.",
     ]
     for key, (model, report) in tables.items():
         found = report["summary"]
@@ -648,7 +648,7 @@ def main():
     on_cpu = commands.add_parser("cpu")
     on_cpu.add_argument("--threads", type=int, default=1)
     on_cpu.add_argument("--networks", default="judged", choices=["judged", "development", "all"])
-    on_cpu.add_argument("--folder", type=Path, default=Path("/tmp/narrowcast-roofline"))
+    on_cpu.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "narrowcast-roofline")
     on_cpu.add_argument("--rounds", type=int, default=15)
     on_cpu.add_argument("--runs", type=int, default=3)
     on_cpu.add_argument("--out", type=Path)
