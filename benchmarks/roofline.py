@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import re
+import tempfile
 import time
 import tomllib
 import warnings
