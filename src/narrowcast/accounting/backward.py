@@ -11,13 +11,15 @@ from __future__ import annotations
 import heapq
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["Backward"]
+__all__ = ["Backward", "summed_loss", "tensors_of"]
 
 _ENGINE: Any = torch._C  # pyright: ignore[reportPrivateUsage]
 _ACCUMULATE = "AccumulateGrad"
@@ -175,3 +177,28 @@ def _graph_task() -> Generator[None]:
         yield
     finally:
         _ENGINE._current_graph_task_id = asked
+
+
+def tensors_of(out: Any) -> list[torch.Tensor]:
+    """Return the tensors of an output, also those in attributes of objects, such as a cache of keys and values."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    waiting = [out]
+    while waiting:
+        for leaf in tree_leaves(waiting.pop()):
+            if isinstance(leaf, torch.Tensor):
+                found.append(leaf)
+            elif id(leaf) not in seen and hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+                seen.add(id(leaf))
+                waiting.append(list(vars(leaf).values()))
+    return found
+
+
+def summed_loss(out: Any) -> torch.Tensor:
+    """Return the loss that a model gives itself, else the sum of all its outputs."""
+    if isinstance(out, Mapping) and isinstance(out.get("loss"), torch.Tensor):
+        return out["loss"]
+    floating = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if not floating:
+        raise ValueError("no output depends on a parameter that is trained")
+    return torch.stack([leaf.float().sum() for leaf in floating]).sum()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from narrowcast.accounting.counting import VIEWS
+from narrowcast.accounting.running import Running
 from narrowcast.accounting.workspace import Backend
 
 __all__ = ["Life", "LifeRecorder", "Lives", "Moment"]
 
-_AUTOGRAD: Any = torch._C  # pyright: ignore[reportPrivateUsage]
 _SCALAR = torch.ops.aten._local_scalar_dense.default
 
 
@@ -91,49 +90,19 @@ class LifeRecorder(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.lives = Lives()
+        self.running = Running(module)
         self.phase = "forward"
         self._backend = backend
         self._total = 0
         self._follow_casts = follow_casts
-        self._names = {id(part): name for name, part in reversed(list(module.named_modules(remove_duplicate=False)))}
-        self._paths: list[str] = []
-        self._forward_path: dict[int, str] = {}  # by the autograd sequence number of the operator's node
         self._open: dict[int, Life] = {}
         for tensor in (*module.parameters(), *module.buffers()):
             self.watch([tensor], "weights", size=(sizes or {}).get(id(tensor)))
         self._parameters = frozenset(map(_storage_of, module.parameters()))
 
-    def where(self) -> str:
-        """Return the innermost module that was running, for an error."""
-        return f"layer {self._paths[-1]!r}" if self._paths and self._paths[-1] else "the model"
-
     def mark(self, name: str) -> None:
         """Give the present point in the run a name."""
         self.lives.marks.append((name, len(self.lives.moments), self._total))
-
-    @contextmanager
-    def paths(self) -> Generator[None]:
-        """Follow which module is running."""
-
-        def enter(part: nn.Module, args: Any) -> None:
-            self._paths.append(self._names.get(id(part), ""))
-
-        def leave(part: nn.Module, args: Any, out: Any) -> None:
-            self._paths.pop()
-
-        handles = [
-            nn.modules.module.register_module_forward_pre_hook(enter),
-            nn.modules.module.register_module_forward_hook(leave),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def enter_node(self, number: int | None) -> None:
-        """Say that the node of autograd with this sequence number runs next."""
-        self._paths = [self._forward_path.get(number, "")] if number is not None else [""]
 
     def watch(self, tensors: Iterable[Any], role: str = "", *, size: int | None = None) -> None:
         """Follow storages of tensors, new ones from now on, and say what they hold.
@@ -173,8 +142,7 @@ class LifeRecorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if self.phase == "forward":
-            number = _AUTOGRAD._autograd._get_sequence_nr() - 1
-            self._forward_path.setdefault(number, self._paths[-1] if self._paths else "")
+            self.running.note()
         if func.is_view or name in VIEWS:
             return out
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
@@ -183,9 +151,7 @@ class LifeRecorder(TorchDispatchMode):
         self.watch(made)
         if self._follow_casts and name == "_to_copy" and self.phase == "forward":
             self._cast(args[0], made[0])
-        self.lives.moments.append(
-            Moment(name, self._paths[-1] if self._paths else "", self.phase, self._backend.hidden(name, args, out))
-        )
+        self.lives.moments.append(Moment(name, self.running.path, self.phase, self._backend.hidden(name, args, out)))
         return out
 
     def _cast(self, source: torch.Tensor, copy: torch.Tensor) -> None:

@@ -22,7 +22,8 @@ class Operator:
 
     Args:
         name: Its ATen name, or its ONNX operator type.
-        path: The module that it ran in, by its name in the model; empty outside all modules.
+        path: The module that it, or the operator whose gradient it computes, ran in, by its name in the model; empty
+            outside all modules.
         phase: ``forward`` or ``backward``.
         inputs: Shapes of the tensors that it read.
         outputs: Shapes of the tensors that it made.

@@ -47,7 +47,7 @@ class Parameters(_Frozen):
 
 
 class Part(_Frozen):
-    """What one module (everything inside it) costs.
+    """What one module (everything inside it) costs; in training with its share of the backward pass.
 
     Args:
         path: Its name in the model; empty for the whole.
@@ -249,8 +249,6 @@ def _most_macs(item: tuple[str, list[int]]) -> tuple[int, int]:
 def _parts(layers: Sequence[Layer], run: Trace) -> Iterator[Part]:
     work: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0, 0])
     for operator in run.operators:
-        if operator.phase != "forward":
-            continue
         names = operator.path.split(".") if operator.path else []
         computed = operator.work or Work()
         moved = operator.bytes_read + operator.bytes_written

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from narrowcast.accounting.backward import Backward
+from narrowcast.accounting.backward import Backward, summed_loss, tensors_of
 from narrowcast.accounting.building import fake_copy
 from narrowcast.accounting.lives import LifeRecorder, Lives
 from narrowcast.accounting.optimizers import optimizer
@@ -128,7 +128,7 @@ def training(
         args: Inputs; only shapes and dtypes matter.
         kwargs: Inputs by name.
         setting: How it runs.
-        loss: What backward starts from; see :func:`_loss` for what it is unless given.
+        loss: What backward starts from; see :func:`narrowcast.accounting.backward.summed_loss` for what it is unless given.
 
     Raises:
         ModelError: The inputs do not fit, or the run depends on numbers.
@@ -146,7 +146,7 @@ def training(
             for micro in range(min(setting.accumulate, 2)):  # from the second on all are alike
                 name = f"{number} micro {micro}"
                 run.recorder.phase = "forward"
-                kept, backward = run.forward_with_loss(inputs, loss or _loss)
+                kept, backward = run.forward_with_loss(inputs, loss or summed_loss)
                 run.recorder.mark(f"{name} forward")
                 run.recorder.phase = "backward"
                 backward.run()
@@ -154,7 +154,7 @@ def training(
                 run.recorder.mark(f"{name} backward")
                 del kept, backward
             run.recorder.phase = "optimizer"
-            run.recorder.enter_node(None)
+            run.recorder.running.enter_node(None)
             update()
             run.recorder.mark(f"{number} step")
     return run.recorder.lives
@@ -187,7 +187,7 @@ class _Run:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of a card that is missing
-            for context in (_quiet(), self._mode, self.recorder.paths(), self.recorder):
+            for context in (_quiet(), self._mode, self.recorder.running.following(), self.recorder):
                 stack.enter_context(context)
             if self._setting.device == "cuda":
                 stack.enter_context(_capability(self._setting.capability))
@@ -197,13 +197,13 @@ class _Run:
                 yield
             except DataDependentOutputException as error:
                 raise ModelError(
-                    f"the run depends on numbers at {self.recorder.where()}: {error.func}",
+                    f"the run depends on numbers at {self.recorder.running.where()}: {error.func}",
                     next_step="count a run that takes fixed branches",
                 ) from error
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise ModelError(
-                    f"the inputs do not fit at {self.recorder.where()}: {first}",
+                    f"the inputs do not fit at {self.recorder.running.where()}: {first}",
                     next_step="give inputs of the right shapes",
                 ) from error
 
@@ -231,7 +231,7 @@ class _Run:
         with _autocast(self._setting):
             out = self._module(*args, **kwargs)
             value = loss(out)
-        return [tensor.detach() for tensor in _tensors(out)], Backward(value, self.recorder.enter_node)
+        return [tensor.detach() for tensor in tensors_of(out)], Backward(value, self.recorder.running.enter_node)
 
 
 class _Update:
@@ -262,31 +262,6 @@ class _Update:
                 master.grad = None
         for parameter in self._parameters:
             parameter.grad = None
-
-
-def _tensors(out: Any) -> list[torch.Tensor]:
-    """Return the tensors of an output, also those in attributes of objects, such as a cache of keys and values."""
-    found: list[torch.Tensor] = []
-    seen: set[int] = set()
-    waiting = [out]
-    while waiting:
-        for leaf in tree_leaves(waiting.pop()):
-            if isinstance(leaf, torch.Tensor):
-                found.append(leaf)
-            elif id(leaf) not in seen and hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
-                seen.add(id(leaf))
-                waiting.append(list(vars(leaf).values()))
-    return found
-
-
-def _loss(out: Any) -> torch.Tensor:
-    """Return the loss that a model gives itself, else the sum of all its outputs."""
-    if isinstance(out, Mapping) and isinstance(out.get("loss"), torch.Tensor):
-        return out["loss"]
-    floating = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    if not floating:
-        raise ValueError("no output depends on a parameter that is trained")
-    return torch.stack([leaf.float().sum() for leaf in floating]).sum()
 
 
 @contextmanager

@@ -20,16 +20,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from narrowcast.accounting.backward import Backward, summed_loss, tensors_of
 from narrowcast.accounting.building import fake_copy, fake_module
 from narrowcast.accounting.counting import ALLOCATIONS, LOOK_UPS, VIEWS, Work, work_of
 from narrowcast.accounting.kinds import Kind, attributes_of, kind_of
 from narrowcast.accounting.masks import Positions
 from narrowcast.accounting.operators import Operator, Trace
+from narrowcast.accounting.running import Running
 from narrowcast.errors import ModelError
 
 __all__ = ["Operator", "Trace", "fake_module", "trace"]
-
-_BACKWARD = "(backward)"
 
 
 def trace(
@@ -49,7 +49,8 @@ def trace(
         kwargs: Likewise, by name.
         mode: The mode that fake parameters live in; a new one unless given.
         train: Whether to run backward too, in training mode; else inference without gradients, in evaluation mode.
-        loss: What backward starts from; the sum of all floating outputs unless given.
+        loss: What backward starts from; see :func:`narrowcast.accounting.backward.summed_loss` for what it is unless
+            given.
 
     Raises:
         ModelError: The inputs do not fit (the layer is named), or the run depends on numbers.
@@ -58,25 +59,30 @@ def trace(
     module = module if _is_fake(module) else fake_copy(module, mode)
     module.train(train)
     recorder = _Recorder(module)
+    running = recorder.running
     fake = lambda value: tree_map_only(torch.Tensor, mode.from_tensor, value)  # noqa: E731
-    with _plain_kernels(), mode, recorder.paths(), torch.set_grad_enabled(train):
+    with _plain_kernels(), mode, running.following(), torch.set_grad_enabled(train):
         inputs, named = fake(tuple(args)), fake(dict(kwargs or {}))
         recorder.watch([*tree_leaves(inputs), *tree_leaves(named)])
         try:
             with recorder:
                 out = module(*inputs, **named)
                 if train:
+                    value = (loss or summed_loss)(out)
                     recorder.phase = "backward"
-                    (loss or _sum)(out).backward()
+                    backward = Backward(value, running.enter_node)
+                    out = [tensor.detach() for tensor in tensors_of(out)]  # kept, but not the graph that made them
+                    del value
+                    backward.run()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ModelError(
-                f"the run depends on numbers at {recorder.where()}: {error.func}",
+                f"the run depends on numbers at {running.where()}: {error.func}",
                 next_step="count a run that takes fixed branches, or export the model to ONNX and count that",
             ) from error
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(
-                f"the inputs do not fit at {recorder.where()}: {first}", next_step="give inputs of the right shapes"
+                f"the inputs do not fit at {running.where()}: {first}", next_step="give inputs of the right shapes"
             ) from error
     return recorder.trace
 
@@ -84,13 +90,6 @@ def trace(
 def _is_fake(module: nn.Module) -> bool:
     tensors = [*module.parameters(), *module.buffers()]
     return bool(tensors) and all(type(tensor.data).__name__ == "FakeTensor" for tensor in tensors)
-
-
-def _sum(out: Any) -> torch.Tensor:
-    floating = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    if not floating:
-        raise ValueError("no output depends on a parameter that is trained")
-    return torch.stack([leaf.float().sum() for leaf in floating]).sum()
 
 
 @contextmanager
@@ -113,9 +112,8 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.trace = Trace()
+        self.running = Running(module)
         self.phase = "forward"
-        self._names = {id(part): name for name, part in reversed(list(module.named_modules(remove_duplicate=False)))}
-        self._stack: list[str] = []
         self._positions = Positions()
         self._live: dict[int, int] = {}
         self._writers: dict[int, int] = {}  # the operator that last wrote a storage, by its place
@@ -123,30 +121,6 @@ class _Recorder(TorchDispatchMode):
         self.watch([*module.parameters(), *module.buffers()])
         self._static = frozenset(self._live)
         self.trace.static_bytes = self._total
-
-    def where(self) -> str:
-        """Return the innermost module that was running, for an error."""
-        return f"layer {self._stack[-1]!r}" if self._stack and self._stack[-1] else "the model"
-
-    @contextmanager
-    def paths(self) -> Generator[None]:
-        """Follow which module is running."""
-
-        def enter(part: nn.Module, args: Any) -> None:
-            self._stack.append(self._names.get(id(part), ""))
-
-        def leave(part: nn.Module, args: Any, out: Any) -> None:
-            self._stack.pop()
-
-        handles = [
-            nn.modules.module.register_module_forward_pre_hook(enter),
-            nn.modules.module.register_module_forward_hook(leave),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def watch(self, tensors: Sequence[Any]) -> None:
         """Count the storages of tensors as alive until they die."""
@@ -193,6 +167,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
+        if self.phase == "forward":
+            self.running.note()
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         if not made:
             return out
@@ -212,7 +188,7 @@ class _Recorder(TorchDispatchMode):
         self.trace.operators.append(
             Operator(
                 name=name,
-                path=(self._stack[-1] if self._stack else "") if self.phase == "forward" else _BACKWARD,
+                path=self.running.path,
                 phase=self.phase,
                 inputs=tuple(tuple(leaf.shape) for leaf in read),
                 outputs=tuple(tuple(leaf.shape) for leaf in made),

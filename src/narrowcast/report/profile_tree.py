@@ -14,10 +14,8 @@ from dataclasses import dataclass, replace
 from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.profile import Part, Profile
 
-__all__ = ["BACKWARD", "ITSELF", "Node", "fold", "leaves", "ranges"]
+__all__ = ["ITSELF", "Node", "fold", "leaves", "ranges"]
 
-#: Where the operators of a backward pass are found, which belong to no module.
-BACKWARD = "(backward)"
 #: How what a module computes outside the modules in it is called.
 ITSELF = "itself"
 
@@ -149,43 +147,20 @@ class _Folder:
             self.shapes[path] = self._shape(path)
 
     def root(self) -> Node:
-        """Return the whole model, with the backward pass as a part of it."""
-        found = self.found
-        forward = self._node("", [""])
-        whole = Node(
-            label=found.model,
-            kind=forward.kind,
-            paths=("",),
-            parameters=found.parameters.total,
-            macs=found.macs,
-            flops=2 * found.macs + found.bias_adds + found.other_flops,
-            bytes_moved=self.moved[""] + self.moved.get(BACKWARD, 0.0),
-            operators=sum(bool(operator.bytes_read + operator.bytes_written) for operator in found.operators),
-            seconds=None if self.seconds is None else self.seconds.get("", 0.0) + self.seconds.get(BACKWARD, 0.0),
-            children=forward.children or tuple(self._by_operator()),
-        )
-        if BACKWARD not in self.moved:
-            return whole
-        backward = replace(
+        """Return the whole model."""
+        whole = self._node("", [""])
+        return replace(
             whole,
-            label=BACKWARD,
-            kind="gradients",
-            paths=(BACKWARD,),
-            parameters=0,
-            macs=whole.macs - forward.macs,
-            flops=whole.flops - forward.flops,
-            bytes_moved=self.moved[BACKWARD],
-            operators=whole.operators - forward.operators,
-            seconds=None if self.seconds is None else self.seconds.get(BACKWARD, 0.0),
-            children=(),
+            label=self.found.model,
+            parameters=self.found.parameters.total,
+            children=whole.children or tuple(self._by_operator()),
         )
-        return replace(whole, children=(*whole.children, backward))
 
     def _by_operator(self) -> Iterator[Node]:
         """Yield the operators by name, for graphs that know no modules; what they own is not known."""
         places: dict[tuple[str, Kind], list[int]] = defaultdict(list)
         for place, operator in enumerate(self.found.operators):
-            if operator.phase == "forward" and operator.bytes_read + operator.bytes_written:
+            if operator.bytes_read + operator.bytes_written:
                 places[operator.name, operator.kind].append(place)
         for (name, kind), members in places.items():
             works = [work for place in members if (work := self.found.operators[place].work) is not None]
@@ -272,9 +247,6 @@ def _by_path(found: Profile, amounts: Sequence[float]) -> dict[str, float]:
     """Return the sum over every module's operators, with everything inside it."""
     total: dict[str, float] = defaultdict(float, {"": 0.0})
     for operator, amount in zip(found.operators, amounts, strict=True):
-        if operator.phase == "backward":
-            total[BACKWARD] += amount
-            continue
         names = operator.path.split(".") if operator.path else []
         for depth in range(len(names) + 1):
             total[".".join(names[:depth])] += amount

@@ -286,6 +286,18 @@ def test_backward_costs_twice_the_forward() -> None:
     assert trained == 3 * once - 10 * 32 * 64  # nobody asks for the gradient of the input
 
 
+def test_gradients_belong_to_the_modules_that_they_are_of() -> None:
+    build = lambda: nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))  # noqa: E731
+    x = torch.empty(10, 32)
+    once, trained = count(build, x), count(build, x, train=True)
+    factors = [after.macs / before.macs for before, after in zip(once.parts, trained.parts, strict=True) if before.macs]
+    assert factors[1:] == [2, 3]  # nobody asks for the gradient of the input
+    assert trained.parts[0].macs == trained.macs
+    assert {operator.name for operator in trained.operators if operator.path == "1"} == {"gelu", "gelu_backward"}
+    forward = [operator for operator in trained.operators if operator.phase == "forward" and operator.path]
+    assert sum(operator.work.macs for operator in forward if operator.work) == once.macs
+
+
 def test_constructors_that_look_at_numbers_are_built_for_real() -> None:
     class Looks(nn.Module):
         def __init__(self) -> None:
