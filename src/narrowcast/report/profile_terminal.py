@@ -98,9 +98,7 @@ def _sayer(console: Console) -> Say:
     plain = console.options.ascii_only
 
     def say(words: str, style: str = "") -> Text:
-        clean = "".join(
-            mark if mark.isprintable() or mark in "\n\xa0" else "\N{REPLACEMENT CHARACTER}" for mark in words
-        )
+        clean = text.printable(words, keep="\n\xa0")
         return Text(text.ascii_of(clean) if plain else clean, style=style)
 
     return say

@@ -46,9 +46,7 @@ def render_terminal(evidence: Evidence, console: Console) -> None:
     plain = console.options.ascii_only
 
     def say(words: str, style: str = "") -> Text:
-        clean = "".join(
-            mark if mark.isprintable() or mark in "\n\xa0" else "\N{REPLACEMENT CHARACTER}" for mark in words
-        )
+        clean = text.printable(words, keep="\n\xa0")
         return Text(text.ascii_of(clean) if plain else clean, style=style)
 
     wide = console.width >= WIDE

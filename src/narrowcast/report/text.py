@@ -34,6 +34,7 @@ __all__ = [
     "number",
     "part",
     "portion",
+    "printable",
     "quantity",
     "ratio",
     "share",
@@ -286,13 +287,18 @@ def format_name(name: str) -> str:
     return name.upper()
 
 
+def printable(words: str, keep: str = "\xa0") -> str:
+    """Return words with a sign in place of each letter that cannot be printed and is not to be kept."""
+    return "".join(mark if mark.isprintable() or mark in keep else "\N{REPLACEMENT CHARACTER}" for mark in words)
+
+
 def label(name: str, width: int = 36) -> str:
     """Return a name that fits: what cannot be printed is replaced, the middle of a long one left out.
 
     >>> label("/features/features.12/conv/conv.0/Conv_output_0", 24)
     '/features/f…onv_output_0'
     """
-    clean = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+    clean = printable(name)
     if len(clean) <= width:
         return clean
     tail = width // 2
