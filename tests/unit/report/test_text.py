@@ -89,7 +89,7 @@ def test_times_are_for_people():
 def test_a_label_is_printable_and_fits():
     assert text.label("a\x00b\nc") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c"
     assert len(text.label("x" * 500, 30)) == 30
-    assert label("67.5\xa0GB") == "67.5\xa0GB"
+    assert text.label("67.5\xa0GB") == "67.5\xa0GB"
 
 
 def test_a_terminal_without_unicode_gets_ascii():
