@@ -199,7 +199,6 @@ def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
         (object(), "object"),
         ([[1.0], [1.0, 2.0]], "list"),
     ],
-    ids=str,
 )
 def test_what_is_no_real_number_is_refused(x: object, named: str) -> None:
     for call in (codec.encode, codec.cast):
