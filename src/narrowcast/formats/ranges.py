@@ -94,7 +94,7 @@ def _covering(low: np.ndarray, high: np.ndarray, scheme: Scheme, tensor_scale: f
         scales = rounded_scales(high, scheme, tensor_scale)
         return Chosen(scales, np.full(scales.shape, 1 << (element.bits - 1), np.int32))
     with np.errstate(invalid="ignore", over="ignore"):
-        scales = ((high.astype(np.float64) - low) / (highest - lowest)).astype(np.float32)
+        scales = rounded_scales(high.astype(np.float64) - low, scheme, tensor_scale)
         zero = lowest - np.rint(low / safe(scales))
         zero_points = np.clip(np.nan_to_num(zero), lowest, highest).astype(np.int32)
     return Chosen(scales, zero_points)
@@ -103,20 +103,20 @@ def _covering(low: np.ndarray, high: np.ndarray, scheme: Scheme, tensor_scale: f
 def _candidates(
     low: np.ndarray, high: np.ndarray, first: Chosen, scheme: Scheme, tensor_scale: float
 ) -> Iterator[Chosen]:
-    if scheme.scale == ELEMENTS["e8m0"]:
-        for exponent in _EXPONENTS:
-            moved = np.clip(first.scales.astype(np.float64) * 2.0**exponent, 2.0**-127, 2.0**127)
-            yield Chosen(moved.astype(np.float32), None)
-    elif scheme.scale.bits == 8:
-        yield from (Chosen(scales, None) for scales in _neighbouring(first.scales, scheme.scale))
-    elif scheme.symmetric:
-        for shrink in _SHRINKS.astype(high.dtype):
-            yield _covering(low * shrink, high * shrink, scheme, tensor_scale)
-    else:
+    if not scheme.symmetric:  # zero points move with the scales
         for shrink in _SHRINKS.astype(high.dtype):
             yield _covering(low * shrink, high * shrink, scheme, tensor_scale)
             yield _covering(low * shrink, high, scheme, tensor_scale)
             yield _covering(low, high * shrink, scheme, tensor_scale)
+    elif scheme.scale == ELEMENTS["e8m0"]:
+        for exponent in _EXPONENTS:
+            moved = np.clip(first.scales.astype(np.float64) * 2.0**exponent, 2.0**-127, 2.0**127)
+            yield first._replace(scales=moved.astype(np.float32))
+    elif scheme.scale.bits == 8:
+        yield from (first._replace(scales=scales) for scales in _neighbouring(first.scales, scheme.scale))
+    else:
+        for shrink in _SHRINKS.astype(high.dtype):
+            yield _covering(low * shrink, high * shrink, scheme, tensor_scale)
 
 
 def _neighbouring(scales: np.ndarray, format: Format) -> Iterator[np.ndarray]:
@@ -162,7 +162,8 @@ def element_codes(
     divisors = safe(scales)
     rules = Rules(Rounding.parse(scheme.rounding), Overflow.CLAMP, NanInput.ZERO)
     if not _fused(part, divisors, zero_points, scheme, rules, codes):
-        scaled = part / divisors.astype(part.dtype)[:, None]
+        with np.errstate(over="ignore"):  # infinity is clamped like any other number
+            scaled = part / divisors.astype(part.dtype)[:, None]
         if zero_points is None:
             fast.encode_part(scaled.reshape(-1), scheme.element, rules, codes.reshape(-1), start, seed)
         else:

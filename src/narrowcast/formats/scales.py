@@ -28,19 +28,19 @@ def absmax(rows: np.ndarray) -> np.ndarray:
 
 
 def element_max(scheme: Scheme) -> float:
-    """Return the magnitude that the row's largest element is scaled to."""
+    """Return what a row's largest magnitude is scaled to; with zero points, what its whole range is."""
     match scheme.element:
         case Codebook():
             return max(abs(scheme.element.min), scheme.element.max)
         case Integer():
-            half = 1 << (scheme.element.bits - 1)
-            return (half - 1) * scheme.element.step
+            bits = scheme.element.bits - scheme.symmetric
+            return ((1 << bits) - 1) * scheme.element.step
         case Format():
             return scheme.element.max
 
 
 def rounded_scales(largest: np.ndarray, scheme: Scheme, tensor_scale: float) -> np.ndarray:
-    """Return each row's scale, as it will be stored (and read back), for rows of these largest magnitudes.
+    """Return each row's scale, as it will be stored (and read back), for rows of these largest magnitudes, or ranges.
 
     A row of zeros gets the smallest scale that its format has (0 in FP32). NaN or infinity in a row gives a NaN scale.
     """

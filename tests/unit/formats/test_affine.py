@@ -49,6 +49,34 @@ def test_asymmetric_integers_agree_with_torch(name: str, engine: str) -> None:
     assert ((found.zero_points >= lowest) & (found.zero_points <= highest)).all()
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("scale", ["fp16", "bf16", "e8m0", "e5m2"])
+@pytest.mark.parametrize("name", ["int8", "uint4"])
+def test_zero_points_belong_to_the_scales_that_are_stored(name: str, scale: str, engine: str) -> None:
+    x = np.abs(weights(8, 64)) + np.float32(0.3)
+    with running_on(engine):
+        found = nf.quantize(x, name, granularity=nf.PerChannel(0), symmetric=False, scale=scale)
+    element = nf.get(name)
+    assert isinstance(element, nf.Integer)
+    scales, zeros = found.scales[:, None], np.asarray(found.zero_points)[:, None]
+    assert (nf.cast(found.scales, scale) == found.scales).all()
+    reached = (x >= (element.min - zeros - 0.5) * scales) & (x <= (element.max - zeros + 0.5) * scales)
+    assert reached.mean() > 0.75
+    assert (np.abs(found.dequantize() - x)[reached] <= np.broadcast_to(scales, x.shape)[reached] * 0.5001).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scale", ["fp16", "e8m0", "e5m2", "e4m3fn"])
+@pytest.mark.parametrize("name", ["uint8", "int4", "uint4"])
+def test_mse_is_never_worse_than_minmax_with_narrow_scales(name: str, scale: str, symmetric: bool) -> None:
+    x = weights(8, 64) + np.float32(1)
+    error = {}
+    for range in ("minmax", "mse"):
+        found = nf.quantize(x, name, block=32, symmetric=symmetric, scale=scale, range=range)
+        error[range] = ((found.dequantize().astype(np.float64) - x) ** 2).sum()
+    assert error["mse"] <= error["minmax"] * (1 + 1e-6)
+
+
 def test_zero_is_always_exact() -> None:
     x = np.linspace(3, 9, 64, dtype=np.float32).reshape(1, 64)
     x[0, 0] = 0
