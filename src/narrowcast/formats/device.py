@@ -19,8 +19,8 @@ import numpy as np
 from narrowcast.errors import FormatError
 from narrowcast.formats import bits, fast
 from narrowcast.formats.arrays import CODED, EXACT_WHOLE, FLOATS, WHOLE, Opened, code_dtype, refused, torch_loaded
-from narrowcast.formats.granularity import Rows
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format
+from narrowcast.formats.rows import Rows
 from narrowcast.formats.rules import NanInput, Rounding, Rules
 from narrowcast.formats.scheme import Scheme
 from narrowcast.formats.table import ELEMENTS

@@ -7,9 +7,8 @@ the two ways of cutting a 4-bit table's tails: ``1 - (1/(2*15) + 1/(2*16)) / 2``
 
 from __future__ import annotations
 
+import struct
 from statistics import NormalDist
-
-import numpy as np
 
 __all__ = ["normal_float"]
 
@@ -25,8 +24,8 @@ def normal_float(bits: int) -> tuple[float, ...]:
     half = 2 ** (bits - 1)
     upper = [_quantile(p) for p in _spaced(outer, half + 1)[:-1]]
     lower = [-_quantile(p) for p in _spaced(outer, half)[:-1]]
-    values = np.sort(np.array([*lower, 0.0, *upper], np.float32))
-    return tuple(float(value) for value in values / values[-1])
+    values = sorted(_float32(value) for value in (*lower, 0.0, *upper))
+    return tuple(_float32(value / values[-1]) for value in values)
 
 
 def _quantile(probability: float) -> float:
@@ -35,8 +34,12 @@ def _quantile(probability: float) -> float:
 
 def _spaced(start: float, count: int) -> list[float]:
     """Return ``count`` float32 numbers from ``start`` to 1/2, each counted from the nearer end."""
-    first, last = np.float32(start), np.float32(0.5)
-    step = (last - first) / np.float32(count - 1)
-    places = np.arange(count, dtype=np.float32)
-    spaced = np.where(places < count // 2, first + step * places, last - step * (count - 1 - places))
-    return [float(value) for value in spaced]
+    first, last = _float32(start), 0.5
+    step = _float32(_float32(last - first) / (count - 1))
+    near = [_float32(first + _float32(step * place)) for place in range(count // 2)]
+    return near + [_float32(last - _float32(step * (count - 1 - place))) for place in range(count // 2, count)]
+
+
+def _float32(value: float) -> float:
+    """Return the nearest float32 number; one operation on two of them, rounded so, is float32's own."""
+    return struct.unpack("f", struct.pack("f", value))[0]

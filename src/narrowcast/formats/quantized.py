@@ -12,10 +12,11 @@ from narrowcast.formats import device, fast, ranges
 from narrowcast.formats.arrays import code_dtype, on_device, opened
 from narrowcast.formats.blocks import BlockFormat
 from narrowcast.formats.engine import engine
-from narrowcast.formats.granularity import Granularity, PerBlock, Rows
+from narrowcast.formats.granularity import Granularity, PerBlock
 from narrowcast.formats.kinds import ElementFormat
 from narrowcast.formats.packing import pack_known
 from narrowcast.formats.ranges import Chosen
+from narrowcast.formats.rows import Rows
 from narrowcast.formats.rules import Overflow, Rules
 from narrowcast.formats.scales import absmax, element_max
 from narrowcast.formats.scheme import DOUBLE_BLOCK, Scheme

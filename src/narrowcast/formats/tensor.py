@@ -14,9 +14,9 @@ from narrowcast.errors import FormatError
 from narrowcast.formats import device, fast, storage
 from narrowcast.formats.arrays import Array, on_device, torch_loaded
 from narrowcast.formats.engine import engine
-from narrowcast.formats.granularity import Rows
 from narrowcast.formats.packing import pack_known, packed_size, unpack
 from narrowcast.formats.portable import Values
+from narrowcast.formats.rows import Rows
 from narrowcast.formats.scheme import Scheme
 from narrowcast.formats.tables import values_of
 

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from narrowcast.formats import fast
-from narrowcast.formats.granularity import Rows
 from narrowcast.formats.kinds import ElementFormat, Format
+from narrowcast.formats.rows import Rows
 from narrowcast.formats.scheme import Scheme
 from narrowcast.formats.triton_codec import on, value_of
 from narrowcast.formats.triton_specs import LONGEST_BLOCK, Values, fits, has_values, scale_kind

@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from narrowcast.formats.granularity import Rows
 from narrowcast.formats.kinds import Codebook
+from narrowcast.formats.rows import Rows
 from narrowcast.formats.scales import element_max
 from narrowcast.formats.scheme import Scheme
 from narrowcast.formats.triton_codec import magnitude_code, on, readable, word_of

@@ -11,8 +11,8 @@ import numpy as np
 
 from narrowcast.formats import fast
 from narrowcast.formats.arrays import code_dtype
-from narrowcast.formats.granularity import Rows
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer, Nan
+from narrowcast.formats.rows import Rows
 from narrowcast.formats.rules import NanInput, Overflow, Rules
 from narrowcast.formats.scales import element_max
 from narrowcast.formats.scheme import Scheme

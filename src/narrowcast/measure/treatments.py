@@ -23,9 +23,9 @@ from narrowcast.formats import (
     get,
     quantize,
 )
-from narrowcast.formats.granularity import Rows
 from narrowcast.formats.packing import packed_size
 from narrowcast.formats.ranges import has_zero_points
+from narrowcast.formats.rows import Rows
 
 __all__ = ["DEFAULT_FORMATS", "Treatment", "treatments"]
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import narrowcast.formats as nf
 
 
 def test_what_is_exported_is_there_and_explained() -> None:
     assert list(nf.__all__) == sorted(nf.__all__, key=str)
+    assert dir(nf) == sorted(nf.__all__)
     for name in nf.__all__:
-        assert vars(nf)[name] is not None
+        assert getattr(nf, name) is vars(nf)[name]
         assert name == "ElementFormat" or name == "Granularity" or vars(nf)[name].__doc__
-    public = {name for name, value in vars(nf).items() if not name.startswith("_") and not _is_module(value)}
-    assert public == set(nf.__all__)
 
 
-def _is_module(value: object) -> bool:
-    return type(value).__name__ == "module"
+def test_a_name_that_is_not_exported_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        _ = nf.quantise  # type: ignore[attr-defined]
 
 
 def test_no_other_large_library_is_loaded() -> None:

@@ -383,6 +383,22 @@ def test_importing_the_formats_imports_no_torch() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_the_scalar_reference_needs_no_numpy() -> None:
+    script = (
+        "import sys; sys.modules['numpy'] = None\n"
+        "from narrowcast.formats import reference, reference_blocks\n"
+        "from narrowcast.formats.granularity import PerBlock\n"
+        "from narrowcast.formats.scheme import Scheme\n"
+        "from narrowcast.formats.table import ELEMENTS\n"
+        "assert reference.encode(0.1, ELEMENTS['bf16']) == 0x3DCD\n"
+        "assert reference.decode(0, ELEMENTS['nf4']) == -1.0\n"
+        "scheme = Scheme(ELEMENTS['e2m1'], PerBlock(32), ELEMENTS['e8m0'])\n"
+        "assert reference_blocks.block_scale([3.0, -0.1], scheme) == 0.5\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_format_of_one_s_own_may_bear_a_known_name() -> None:
     own = nf.Format(4, 3, 7, name="fp16")
     known = nf.Format(4, 3, 7, name="e4m3")

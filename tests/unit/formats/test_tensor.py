@@ -102,6 +102,18 @@ def test_empty_and_zero_dimensional_tensors(name: str, shape: tuple[int, ...]) -
     assert (found.dequantize() == x).all()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("range", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
+def test_channels_without_elements(shape: tuple[int, ...], axis: int, range: str, symmetric: bool) -> None:
+    found = nf.quantize(
+        np.ones(shape, np.float32), "int8", granularity=nf.PerChannel(axis), range=range, symmetric=symmetric
+    )
+    assert found.scales.tolist() == [0.0] * shape[axis]
+    assert found.dequantize().shape == shape
+
+
 def test_many_pieces_and_odd_lengths() -> None:
     x = np.random.default_rng(0).standard_normal((3, 300_001)).astype(np.float32)
     for name in ("int8", "int4", "int3"):
