@@ -64,6 +64,8 @@ class Format:
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("exponent_bits", "mantissa_bits", "bias"):
+            _check_whole(name, getattr(self, name))
         if not 1 <= self.exponent_bits <= 11:
             raise FormatError(f"exponent_bits = {self.exponent_bits}", allowed="1 to 11")
         if not 0 <= self.mantissa_bits <= 52:
@@ -232,6 +234,8 @@ class Integer:
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        _check_whole("bits", self.bits)
+        _check_whole("fraction_bits", self.fraction_bits)
         if not 1 + self.signed <= self.bits <= 16:
             raise FormatError(f"bits = {self.bits} of an integer", allowed="2 to 16 signed, 1 to 16 unsigned")
         if not 0 <= self.fraction_bits <= 64:
@@ -283,7 +287,10 @@ class Codebook:
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", tuple(float(value) for value in self.values))
+        try:
+            object.__setattr__(self, "values", tuple(float(value) for value in self.values))
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"codebook {self.name!r}: {error}", allowed="numbers") from None
         if not 2 <= len(self.values) <= 65_536:
             raise FormatError(f"codebook {self.name!r} has {len(self.values)} values", allowed="2 to 65,536")
         for before, after in zip(self.values, self.values[1:], strict=False):
@@ -320,6 +327,11 @@ class Codebook:
 
 
 ElementFormat = Format | Integer | Codebook
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, int):
+        raise FormatError(f"{name} = {value!r}", allowed="a whole number, as Python's int")
 
 
 def _nan(value: Nan | str) -> Nan:

@@ -68,10 +68,12 @@ def unpack(packed: np.ndarray, bits: int, count: int, *, order: str = "low_first
     """Return ``count`` codes from bytes that :func:`pack` gave: shape [count], uint8 (uint16 for 16 bits).
 
     Raises:
-        FormatError: A width or order that there is not, or fewer bytes than the codes take.
+        FormatError: A width or order that there is not, no bytes, or fewer than the codes take.
     """
     _check(bits, order)
     packed = np.ascontiguousarray(packed).reshape(-1)
+    if packed.dtype != np.uint8 or count < 0:
+        raise FormatError(f"{count} codes from an array of {packed.dtype.name}", allowed="0 codes or more, from uint8")
     if packed.size < packed_size(count, bits):
         raise FormatError(
             f"{packed.size} bytes for {count} codes of {bits} bits", allowed=f"{packed_size(count, bits)} bytes"

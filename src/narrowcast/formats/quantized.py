@@ -57,7 +57,7 @@ def quantize(
         symmetric: Integers: whether zero is code zero (the middle code of an unsigned one); else a zero point per scale.
         range: ``minmax``, ``percentile`` or ``mse`` (the scale of least squared error among a fixed set).
         percentile: Share of the elements, in percent, that ``range="percentile"`` covers.
-        importance: For ``mse``: weight of each element's squared error, broadcast to ``x``'s shape.
+        importance: With ``mse`` alone: weight of each element's squared error, broadcast to ``x``'s shape.
         scale: Format of the scales, where the format does not say: ``fp32`` unless given, ``fp16``, ``bf16``, ``e8m0`` ...
         scale_rule: Formats with power-of-two scales: ``floor`` (OCP's), ``ceil``, ``even`` or ``round_up``.
         double_quant: Whether FP32 scales are themselves quantised: less their mean, to int8 in blocks of 256.
@@ -88,6 +88,8 @@ def quantize(
     )
     if not symmetric and rounding != "nearest_even":
         raise FormatError(f"rounding = {rounding!r} with symmetric=False", allowed="nearest_even")
+    if importance is not None and scheme.range != "mse":
+        raise FormatError(f"importance with range = {range!r}, which weighs nothing", allowed="range='mse'")
     if tensor_max is not None:
         _check_tensor_max(tensor_max, scheme, x)
     if on_device(x):
@@ -97,6 +99,8 @@ def quantize(
 
 def _on_device(x: Any, scheme: Scheme, importance: Any, seed: int) -> QuantizedTensor:
     """Quantise by a kernel, or through main memory where there is none for the scheme; the result is on the device."""
+    if x.device.type == "meta":
+        raise FormatError("a tensor on the meta device, which holds no numbers", allowed="tensors with numbers")
     shape = tuple(x.shape)
     layout = Rows.of(shape, scheme.granularity, pad=scheme.pad)
     made = device.quantize(x, scheme, layout) if importance is None else None
@@ -151,8 +155,8 @@ def _weights(importance: Any, shape: tuple[int, ...]) -> np.ndarray:
             f"importance of shape {list(weights.shape)} for a tensor of shape {list(shape)}",
             allowed="a shape that broadcasts to the tensor's",
         ) from None
-    if not (weights >= 0).all():
-        raise FormatError("importance below zero, or NaN", allowed="weights of 0 or more")
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise FormatError("importance below zero, infinite or NaN", allowed="finite weights of 0 or more")
     return weights
 
 

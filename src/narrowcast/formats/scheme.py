@@ -99,7 +99,7 @@ class Scheme:
                 raise FormatError(f"granularity = {granularity} with {found.name}", allowed="axis, and block")
             if scale is not None:
                 raise FormatError(f"scale = {scale!r} with {found.name}, which says {found.scale.name}")
-            where = PerBlock(block or found.block, axis)
+            where = PerBlock(found.block if block is None else block, axis)
             return Scheme(found.element, where, found.scale, found.tensor_scale, name=found.name, **options)
         if granularity is None:
             if block is None and isinstance(found, Codebook):

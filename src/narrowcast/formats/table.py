@@ -66,21 +66,26 @@ BLOCKS: dict[str, BlockFormat] = {
 # What people type, after lower-casing and dropping "_", "-" and a leading "torch." or "np.".
 ALIASES: dict[str, str] = {
     "float64": "fp64",
+    "f64": "fp64",
     "double": "fp64",
     "float32": "fp32",
+    "f32": "fp32",
     "float": "fp32",
     "single": "fp32",
     "tensorfloat32": "tf32",
     "float16": "fp16",
+    "f16": "fp16",
     "half": "fp16",
     "bfloat16": "bf16",
     "bfloat": "bf16",
     "brainfloat16": "bf16",
     "fp8e5m2": "e5m2",
+    "f8e5m2": "e5m2",
     "float8e5m2": "e5m2",
     "fp8": "e4m3fn",
     "fp8e4m3": "e4m3fn",
     "fp8e4m3fn": "e4m3fn",
+    "f8e4m3fn": "e4m3fn",
     "float8e4m3fn": "e4m3fn",
     "float8e4m3": "e4m3",
     "float8e3m4": "e3m4",
@@ -105,11 +110,7 @@ ALIASES: dict[str, str] = {
     "e8m0fnu": "e8m0",
     "ue8m0": "e8m0",
     "fp8e8m0": "e8m0",
-    "i2": "int2",
-    "i4": "int4",
-    "i8": "int8",
-    "u4": "uint4",
-    "u8": "uint8",
+    **{f"{sign[0]}{bits}": f"{sign}{bits}" for sign in ("int", "uint") for bits in (2, 3, 4, 8, 16)},
     "normalfloat4": "nf4",
     "mxfp8": "mxfp8_e4m3",
     "mxfp6": "mxfp6_e2m3",
@@ -117,6 +118,7 @@ ALIASES: dict[str, str] = {
     "fp4nv": "nvfp4",
 }
 
+_NEXT = "run `narrowcast formats` for the table, or build one: Format(exponent_bits, mantissa_bits, bias)"
 _PLAIN = {re.sub("[_-]", "", name): name for name in (*ELEMENTS, *BLOCKS)}
 
 
@@ -124,17 +126,21 @@ def get(name: str | ElementFormat | BlockFormat) -> ElementFormat | BlockFormat:
     """Return the format of that name or alias; a format object is returned as it is.
 
     Raises:
-        FormatError: No format has that name; the nearest names are suggested.
+        FormatError: No format has that name, and the nearest one is suggested; or what is neither name nor format.
     """
-    if not isinstance(name, str):
+    if isinstance(name, ElementFormat | BlockFormat):
         return name
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise FormatError(
+            f"{name!r} is no number format", allowed="a name such as 'bf16', or a format object", next_step=_NEXT
+        )
     plain = re.sub("[_-]", "", name.strip().lower()).removeprefix("torch.").removeprefix("np.").removeprefix("numpy.")
     known = _PLAIN.get(plain) or ALIASES.get(plain)
     if known is None:
         raise FormatError(
             f"unknown number format {name!r}",
             allowed=choices(plain, [*ELEMENTS, *BLOCKS]),
-            next_step="run `narrowcast formats` for the table, or build one: Format(exponent_bits, mantissa_bits, bias)",
+            next_step=_NEXT,
         )
     return ELEMENTS.get(known) or BLOCKS[known]
 

@@ -153,10 +153,27 @@ def test_importance_moves_the_error_to_where_it_counts_less() -> None:
     assert nf.error(x, weighed).mse >= nf.error(x, plain).mse
 
 
-@pytest.mark.parametrize("importance", [np.ones(7), np.full(256, -1.0), np.full(256, np.nan)])
+@pytest.mark.parametrize("importance", [np.ones(7), np.full(256, -1.0), np.full(256, np.nan), np.full(256, np.inf)])
 def test_importance_that_cannot_be_is_refused(importance: np.ndarray) -> None:
     with pytest.raises(FormatError, match="importance"):
         nf.quantize(np.ones((8, 256)), "int8", range="mse", importance=importance)
+
+
+@pytest.mark.parametrize("range", ["minmax", "percentile"])
+def test_importance_that_nothing_reads_is_refused(range: str) -> None:
+    with pytest.raises(FormatError, match=f"importance with range = '{range}'"):
+        nf.quantize(np.ones((8, 256)), "int8", range=range, importance=np.ones(256))
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "mxfp4"])
+def test_a_block_of_nothing_is_refused(format: str) -> None:
+    with pytest.raises(FormatError, match="a block of 0 elements"):
+        nf.quantize(np.ones((8, 256)), format, block=0)
+
+
+def test_a_tensor_without_numbers_is_refused() -> None:
+    with pytest.raises(FormatError, match="meta device"):
+        nf.quantize(torch.empty(2, 64, device="meta"), "nf4")
 
 
 def test_a_percentile_leaves_outliers_out() -> None:

@@ -309,6 +309,21 @@ def test_overflow_to_nan_needs_nan(name: str) -> None:
         Rules.of(SMALL[name], overflow="nan")
 
 
+@pytest.mark.parametrize("name", [None, 8, np.float16, np.dtype("float32"), torch.bfloat16], ids=str)
+def test_what_is_neither_a_name_nor_a_format_is_refused(name: object) -> None:
+    for call in (nf.get, lambda format: nf.encode([1.0], format), lambda format: nf.quantize([1.0], format)):
+        with pytest.raises(FormatError, match="is no number format"):
+            call(name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [("f16", "fp16"), ("F8_E5M2", "e5m2"), ("i16", "int16"), ("u3", "uint3"), ("Half", "fp16"), ("fp4", "e2m1")],
+)
+def test_what_people_type_is_understood(alias: str, name: str) -> None:
+    assert nf.get(alias) is nf.get(name)
+
+
 def test_below_to_nan_needs_nan() -> None:
     with pytest.raises(FormatError, match="below = 'nan'"):
         codec.encode([1.0], Format(5, 3, signed=False, nan="none"), below="nan")
@@ -328,6 +343,10 @@ def test_below_to_nan_needs_nan() -> None:
         (lambda: Format(4, 3, 1100), "smallest exponent -1099"),
         (lambda: Format(4, 3, -1100), "largest exponent 1114"),
         (lambda: Format(1, 2), "no normal number"),
+        (lambda: Format("4", 3), "exponent_bits = '4'"),  # type: ignore[arg-type]
+        (lambda: Format(4, 3, 7.5), "bias = 7.5"),  # type: ignore[arg-type]
+        (lambda: Integer(8.0), "bits = 8.0"),  # type: ignore[arg-type]
+        (lambda: Codebook("words", ("a", "b")), "could not convert"),  # type: ignore[arg-type]
         (lambda: Integer(1), "bits = 1"),
         (lambda: Integer(17), "bits = 17"),
         (lambda: Integer(0, signed=False), "bits = 0"),

@@ -48,3 +48,9 @@ def test_a_code_out_of_range_is_named() -> None:
         pack(np.array([1], np.uint8), 4, order="middle_first")
     with pytest.raises(FormatError, match="1 bytes for 3 codes of 4 bits"):
         unpack(np.array([1], np.uint8), 4, 3)
+
+
+@pytest.mark.parametrize(("packed", "count"), [([300, 1], 4), (np.zeros(4, np.int64), 4), (np.zeros(4, np.uint8), -1)])
+def test_what_is_no_row_of_bytes_is_not_unpacked(packed: object, count: int) -> None:
+    with pytest.raises(FormatError, match=f"{count} codes from an array of"):
+        unpack(packed, 4, count)  # type: ignore[arg-type]
