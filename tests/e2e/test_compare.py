@@ -141,7 +141,7 @@ def test_nan_in_a_tensor_is_said_and_stops_nothing(cli: Cli, tmp_path: Path) -> 
     save_file({"w": broken}, tmp_path / "m.safetensors")
     done = cli("compare", "m.safetensors", "--formats", "int8,mxfp4")
     assert done.code == 0, done.err
-    assert "w: 1 numbers are NaN or infinite" in done.out
+    assert "w: 1 number is NaN or infinite" in done.out
 
 
 @pytest.mark.slow

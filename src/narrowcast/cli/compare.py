@@ -190,7 +190,8 @@ def _notes(found: Comparison) -> list[str]:
         size = text.quantity(sum(item.nbytes for item in found.left_out), "bytes").replace("\N{NO-BREAK SPACE}", " ")
         notes.append(f"left as they are, {size}: {counted}")
     for tensor in [tensor for tensor in found.tensors if tensor.not_finite][:5]:
-        notes.append(f"{tensor.name}: {tensor.not_finite:,} numbers are NaN or infinite; the others were judged")
+        are = "1 number is" if tensor.not_finite == 1 else f"{tensor.not_finite:,} numbers are"
+        notes.append(f"{tensor.name}: {are} NaN or infinite; the others were judged")
     for tensor in found.tensors:
         failed = [(name, result.failure) for name, result in tensor.formats.items() if result.failure]
         notes += [f"{tensor.name} cannot be {name}: {why}" for name, why in failed[:2]]
