@@ -283,6 +283,55 @@ def test_a_graph_that_reads_what_nobody_makes_is_refused(save: Callable[..., str
         count(save([node("Add", "x ghost", "y")], {"x": [2]}, ["y"]))
 
 
+def bare(values: Sequence[onnx.ValueInfoProto]) -> list[str]:
+    """Return the names of the values without a type or without a shape."""
+    return [
+        value.name
+        for value in values
+        if not value.type.WhichOneof("value")
+        or (value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"))
+    ]
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_results_may_lack_types_and_shapes_whatever_the_checker_asks(
+    save: Callable[..., str], monkeypatch: pytest.MonkeyPatch, typed: bool
+) -> None:
+    result = lambda name: helper.make_tensor_value_info(name, FLOAT, None) if typed else onnx.ValueInfoProto(name=name)  # noqa: E731
+    then = helper.make_graph([node("MatMul", "x w", "a")], "then", [], [result("a")])
+    other = helper.make_graph([node("Relu", "x", "r"), node("MatMul", "r w", "b")], "else", [], [result("b")])
+    path = save(
+        [node("If", "c", "y", then_branch=then, else_branch=other)],
+        {"x": [2, 16], "c": []},
+        ["y"],
+        {"w": ones(16, 8)},
+        types={"c": TensorProto.BOOL},
+    )
+    model = onnx.load(path)
+    model.graph.output[0].CopyFrom(result("y"))
+    onnx.save(model, path)
+    check = onnx.checker.check_model
+
+    def strict(checked: onnx.ModelProto) -> None:
+        inner = [entry.g for entry in checked.graph.node[0].attribute]
+        for graph in (checked.graph, *inner):
+            if missing := bare([*graph.input, *graph.output, *graph.value_info]):
+                raise onnx.checker.ValidationError(f"Field 'shape' of 'type' is required but missing: {missing}")
+        check(checked)
+
+    monkeypatch.setattr(onnx.checker, "check_model", strict)
+    assert count(path).macs == 2 * 16 * 8
+
+
+def test_an_input_without_a_type_is_refused(save: Callable[..., str]) -> None:
+    path = save(LINEAR, {"x": ["batch", 16]}, ["y"], WEIGHTS)
+    model = onnx.load(path)
+    model.graph.input[0].ClearField("type")
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match=r"cannot be read as an ONNX model.*type"):
+        count(path)
+
+
 def test_a_graph_cannot_be_trained(save: Callable[..., str]) -> None:
     path = save(LINEAR, {"x": ["batch", 16]}, ["y"], WEIGHTS)
     with pytest.raises(ModelError, match="no backward"):

@@ -151,13 +151,28 @@ def read_graph(path: Path, name: str = "") -> File:
 
 
 def _check(model: onnx.ModelProto) -> None:
-    """Check a graph against the specification, but for inputs and outputs without a shape: these may be given later."""
-    shaped = onnx.ModelProto()
-    shaped.CopyFrom(model)
-    for value in (*shaped.graph.input, *shaped.graph.output):
+    """Check a graph against the specification, but for types and shapes that it leaves out.
+
+    Inference finds those of results, and users may give the shapes of inputs; onnx.checker asks for them in some versions
+    more than in others. The types of the model's inputs must be there.
+    """
+    described = onnx.ModelProto()
+    described.CopyFrom(model)
+    _describe(described.graph, main=True)
+    onnx.checker.check_model(described)
+
+
+def _describe(graph: onnx.GraphProto, *, main: bool = False) -> None:
+    """Give a type and a shape to what has none in a graph and in its subgraphs."""
+    for value in (*graph.output, *graph.value_info, *(() if main else graph.input)):
+        if value.type.WhichOneof("value") is None:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    for value in (*graph.input, *graph.output, *graph.value_info):
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.shape.SetInParent()
-    onnx.checker.check_model(shaped)
+    for node in graph.node:
+        for _, inner in graphs_in(node):
+            _describe(inner)
 
 
 def attributes_in(node: onnx.NodeProto) -> dict[str, Any]:
