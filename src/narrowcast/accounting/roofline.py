@@ -25,17 +25,13 @@ from narrowcast.accounting.fusion import absorbed, recurrent_paths
 from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.operators import Operator
 from narrowcast.accounting.policies import POLICIES, Policy
+from narrowcast.accounting.traffic import traffic
 from narrowcast.errors import DeviceError
-from narrowcast.formats.table import get
 
 __all__ = ["Bound", "Estimate", "OperatorTime", "estimate"]
 
 Bound = Literal["compute", "memory", "overhead", "none"]
 BOUNDS: tuple[Bound, ...] = ("compute", "memory", "overhead", "none")
-
-#: Operators that read as many numbers of their first input as they write, however large it is.
-_LOOK_UPS = ("embedding", "index", "gather", "slice", "Gather", "Slice")
-_FLOATING = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
 
 
 class OperatorTime(NamedTuple):
@@ -187,31 +183,6 @@ def _machine(device: Device, policy: Policy, runtime: str | None) -> _Machine:
     return _Machine(peak.tflops * 1e12, device.memory.bandwidth * 1e9, cache, model)
 
 
-def _scale(operator: Operator, policy: Policy) -> tuple[float, float]:
-    """Return the policy's bytes over the counted ones, for weights and for activations."""
-    bits = _FLOATING.get(operator.dtype)
-    if bits is None:
-        return 1.0, 1.0
-    heavy = operator.kind in (Kind.CONVOLUTION, Kind.DEPTHWISE, Kind.PRODUCT, Kind.RECURRENT)
-    weights = _bits(policy.weights if heavy else policy.rest)
-    return weights / bits, _bits(policy.activations) / bits
-
-
-def _bits(format: str) -> float:
-    return get(format).bits  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _bytes(operator: Operator, policy: Policy) -> tuple[float, float, float]:
-    """Return the bytes of weights and of activations that an operator reads, and those that it writes."""
-    scale_weights, scale = _scale(operator, policy)
-    weights = operator.weight_bytes * scale_weights
-    read = (operator.bytes_read - operator.weight_bytes) * scale
-    written = operator.bytes_written * scale
-    if operator.name.startswith(_LOOK_UPS):
-        return min(weights, written), min(read, written), written
-    return weights, read, written
-
-
 class _Weights:
     """What a run reads of weights, each once.
 
@@ -232,14 +203,14 @@ class _Weights:
                     self.again.add(place)
                     continue
                 seen.add((operator.path, operator.inputs))
-            self.total += _bytes(operator, policy)[0]
+            self.total += traffic(operator, policy).weights
 
 
 def _kernel(place: int, operator: Operator, machine: _Machine, policy: Policy, weights: _Weights) -> _Kernel:
     host = machine.model.operator_us * 1e-6
     if operator.kind is Kind.VIEW:
         return _Kernel(place, host=host * machine.model.view)
-    own, read, written = _bytes(operator, policy)
+    own, read, written = traffic(operator, policy)
     load = Load(
         flops=2.0 * operator.work.macs if operator.work else 0.0,
         shape=shape_of(operator),

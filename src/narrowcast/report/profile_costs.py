@@ -15,8 +15,7 @@ from narrowcast.accounting.operators import Operator
 from narrowcast.accounting.policies import Policy
 from narrowcast.accounting.profile import Profile
 from narrowcast.accounting.roofline import Estimate
-from narrowcast.formats.blocks import BlockFormat
-from narrowcast.formats.table import get
+from narrowcast.accounting.traffic import traffic
 from narrowcast.report import text
 from narrowcast.report.profile_tree import Node, fold
 
@@ -31,7 +30,6 @@ __all__ = [
     "compared",
     "differences",
     "groups",
-    "moved_bytes",
     "part_name",
     "rows",
     "title",
@@ -52,8 +50,6 @@ _PART_NAMES = {
     "temporary": "temporary results",
     "kv_cache": "keys and values of past tokens",
 }
-_FLOATING = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
-_HEAVY = frozenset({Kind.CONVOLUTION, Kind.DEPTHWISE, Kind.PRODUCT, Kind.RECURRENT})
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class Costs:
     def __post_init__(self) -> None:
         """Fold the modules once: terminal and page show the same tree."""
         times = None if self.estimate is None else [time.seconds for time in self.estimate.operators]
-        moved = [moved_bytes(operator, self.policy) for operator in self.profile.operators]
+        moved = [traffic(operator, self.policy).total for operator in self.profile.operators]
         object.__setattr__(self, "tree", fold(self.profile, moved=moved, seconds=times))
 
     def as_json(self) -> dict[str, Any]:
@@ -343,7 +339,7 @@ def _group(costs: Costs, places: Sequence[int]) -> Group:
         count=len(places),
         macs=sum(operator.work.macs for operator in operators if operator.work),
         flops=sum(2 * work.macs + work.bias_adds + work.other for work in _works(operators)),
-        bytes=math.fsum(moved_bytes(operator, costs.policy) for operator in operators),
+        bytes=math.fsum(traffic(operator, costs.policy).total for operator in operators),
         seconds=seconds,
         bound=bound,
     )
@@ -358,18 +354,3 @@ def _shapes(operator: Operator) -> str:
     inputs = ", ".join("×".join(map(str, shape)) or "1" for shape in operator.inputs[:2])
     output = "×".join(map(str, operator.outputs[0])) or "1" if operator.outputs else ""
     return f"{inputs} → {output}" if inputs else output
-
-
-def moved_bytes(operator: Operator, policy: Policy) -> float:
-    """Return the bytes that an operator moves if floating tensors are in the policy's formats."""
-    bits = _FLOATING.get(operator.dtype)
-    activations = operator.bytes_read - operator.weight_bytes + operator.bytes_written
-    if bits is None:
-        return operator.weight_bytes + activations
-    weights = policy.weights if operator.kind in _HEAVY else policy.rest
-    return (operator.weight_bytes * _bits(weights) + activations * _bits(policy.activations)) / bits
-
-
-def _bits(name: str) -> float:
-    found = get(name)
-    return found.bits_per_element if isinstance(found, BlockFormat) else found.bits

@@ -12,6 +12,7 @@ import numpy as np
 from narrowcast.formats import BlockFormat, Codebook, Integer, decode, get
 from narrowcast.measure.comparison import FormatTotals, InFormat, TensorErrors
 from narrowcast.report import text
+from narrowcast.report.picture import svg
 
 __all__ = ["colour_of", "histogram", "scatter", "spark"]
 
@@ -75,7 +76,7 @@ def scatter(formats: Sequence[FormatTotals], own: int, *, width: int = 860, heig
     points = [(x_of(size), y_of(item.sqnr_db), item) for size, item in zip(sizes, formats, strict=True)]
     parts += _points(points, (left, top, right, bottom), (x_of(own) - 94, top, x_of(own) + 3, top + 20))
     words = "; ".join(f"{item.name} {_bytes(item.nbytes)}, {text.decibels(item.sqnr_db)} dB" for item in formats)
-    return _svg(width, height, parts, f"Size against SQNR of {len(formats)} formats: {words}")
+    return svg(width, height, parts, f"Size against SQNR of {len(formats)} formats: {words}")
 
 
 def _sizes(low: float, high: float, most: int) -> list[float]:
@@ -139,7 +140,7 @@ def _beyond(box: Box, frame: Box) -> float:
 def spark(counts: Sequence[int], *, width: int = 88, height: int = 24) -> str:
     """Return a distribution small enough for a row of a table: counts on a log scale, as SVG."""
     pairs = [a + b for a, b in zip(counts[::2], counts[1::2], strict=True)]
-    return _svg(width, height, [f'<path class="area" d="{_area(pairs, 0, width, 1, height)}"/>'], "")
+    return svg(width, height, [f'<path class="area" d="{_area(pairs, 0, width, 1, height)}"/>'], "")
 
 
 def _area(counts: Sequence[int], left: float, right: float, top: float, bottom: float) -> str:
@@ -192,7 +193,7 @@ def histogram(tensor: TensorErrors, names: Sequence[str], *, name: str, width: i
         parts += _strip(format, tensor.formats[format], (low, high), (left, right), y)
     span = f"{text.number(tensor.low)} to {text.number(tensor.high)}"
     words = f"Histogram of {text.label(tensor.name, 200)}, counts on a log scale, values from {span}"
-    return _svg(width, round(height), parts, f"{words}, with the levels of {', '.join(names)}", name)
+    return svg(width, round(height), parts, f"{words}, with the levels of {', '.join(names)}", name)
 
 
 def _span(tensor: TensorErrors) -> tuple[float, float]:
@@ -263,9 +264,3 @@ def _marks(values: np.ndarray, span: tuple[float, float], ends: tuple[float, flo
             start, stop = run[0] / _STEP - 0.7, run[-1] / _STEP + 0.7
             path += f"M{start:.1f} {y:g}H{stop:.1f}v{height}H{start:.1f}z"
     return path
-
-
-def _svg(width: int, height: int, parts: Sequence[str], words: str, name: str = "") -> str:
-    spoken = f'role="img" aria-label="{escape(words)}"' if words else 'aria-hidden="true"'
-    identity = f' id="{name}"' if name else ""
-    return f'<svg{identity} class="made" viewBox="0 0 {width} {height}" {spoken}>{"".join(parts)}</svg>'
