@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from narrowcast.accounting import grouped
 from narrowcast.accounting.counting import VIEWS
 from narrowcast.accounting.running import Running
 from narrowcast.accounting.workspace import Backend
@@ -139,7 +140,7 @@ class LifeRecorder(TorchDispatchMode):
     ) -> Any:
         if func is _SCALAR and self.phase == "optimizer":
             return 1.0  # a learning rate or a norm: no size depends on it
-        out = func(*args, **(kwargs or {}))
+        out = grouped.call(func, args, kwargs or {})
         name = func._schema.name.partition("::")[2]
         if self.phase == "forward":
             self.running.note()

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from narrowcast.accounting import grouped
 from narrowcast.accounting.backward import Backward, summed_loss, tensors_of
 from narrowcast.accounting.building import fake_copy, fake_module
 from narrowcast.accounting.counting import ALLOCATIONS, LOOK_UPS, VIEWS, Work, work_of
@@ -165,7 +166,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = grouped.call(func, args, kwargs)
         name = func._schema.name.partition("::")[2]
         if self.phase == "forward":
             self.running.note()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from narrowcast.accounting import formulas
 from narrowcast.accounting.formulas import Cost
@@ -383,3 +384,41 @@ def test_additions_of_attention_count_scores_and_results() -> None:
     tokens, width = 10, 16
     found = count(Fused, *[torch.empty(1, 1, tokens, width) for _ in range(3)])
     assert found.additions == tokens * tokens * (width - 1) + tokens * width * (tokens - 1)
+
+
+class OldFake(FakeTensorMode):
+    """A mode that knows grouped products of BF16 alone, as PyTorch 2.11 does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            raise RuntimeError(f"Expected inputs of BF16 type but got mat_a.dtype={args[0].dtype}")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, 16, 32))
+
+    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return torch._grouped_mm(x, self.weight, offs=ends)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_grouped_products_are_followed_where_pytorch_refuses_their_format(train: bool) -> None:
+    inputs = (torch.empty(24, 16), torch.empty(4, dtype=torch.int32))
+    new, old = (
+        profile_module(Experts(), inputs, mode=mode(allow_non_fake_inputs=True), train=train)
+        for mode in (FakeTensorMode, OldFake)
+    )
+    assert (old.macs, old.bytes_moved) == (new.macs, new.bytes_moved)
+    assert old.macs == 24 * 16 * 32 * (2 if train else 1)  # nobody asks for the gradient of the input
+
+
+def test_grouped_products_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ModelError, match="do not fit"):
+        profile_module(
+            Experts(),
+            (torch.empty(24, 17), torch.empty(4, dtype=torch.int32)),
+            mode=OldFake(allow_non_fake_inputs=True),
+        )
