@@ -23,6 +23,7 @@ from narrowcast.accounting.policies import POLICIES
 from narrowcast.accounting.policies import policy as named_policy
 from narrowcast.accounting.sharding import Sharding, communication, largest_unit
 from narrowcast.accounting.sharding import sharding as named_sharding
+from narrowcast.accounting.sources import GraphSource
 from narrowcast.accounting.step import DTYPES, Setting, inference, placed, training
 from narrowcast.errors import ModelError
 
@@ -146,9 +147,16 @@ def memory(
         loss: What backward starts from; the model's own loss or the sum of its outputs unless given.
 
     Raises:
-        ModelError: The inputs do not fit, the run depends on numbers, or a name or number cannot be used.
+        ModelError: The source is an ONNX graph, the inputs do not fit, the run depends on numbers, or a name or number
+            cannot be used.
         FormatError: There is no such policy.
     """
+    if isinstance(source, GraphSource):
+        raise ModelError(
+            f"memory of {source.name} cannot be followed: an ONNX graph says nothing of a runtime's allocator",
+            allowed="PyTorch modules: timm:, torchvision:, py:, bundled:, hf:",
+            next_step="give the module that it was exported from, or take peak_bytes of its profile",
+        )
     setting = _setting(policy, mode, device, capability, optimizer, accumulate, checkpoint)
     spread = _spread(devices, sharding)
     before = torch.get_default_dtype()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from narrowcast.accounting.capacity import largest_batch
 from narrowcast.accounting.memory import memory
+from narrowcast.accounting.sources import GraphSource
 from narrowcast.errors import ModelError
 
 MIB = 1 << 20
@@ -59,3 +61,11 @@ def test_a_model_may_fit_with_one_sample_only_or_not_at_all() -> None:
 def test_a_source_that_ignores_the_batch_is_named() -> None:
     with pytest.raises(ModelError, match="still fit"):
         largest_batch(lambda batch: Given(lambda: nn.Linear(4, 4), (1, 4)), MIB)
+
+
+def test_graphs_are_refused() -> None:
+    graph: Any = GraphSource("model.onnx", Path("model.onnx"))
+    with pytest.raises(ModelError, match=r"model\.onnx cannot be followed.*\nAllowed: PyTorch modules"):
+        memory(graph)
+    with pytest.raises(ModelError, match="cannot be followed"):
+        largest_batch(lambda batch: graph, 60 * MIB)
