@@ -59,7 +59,8 @@ def attentions(operators: Sequence[Operator]) -> Iterator[Attention]:
         if operator.phase != "forward" or operator.work is None:
             continue
         if operator.kind is Kind.ATTENTION:
-            yield _attention(operator.path, operator.work.macs, [operator])
+            macs = operator.work.macs - operator.attributes.get("projected", 0)  # by the same kernel
+            yield _attention(operator.path, macs, [operator])
         elif operator.kind is Kind.SOFTMAX and operator.producers:
             before = _scores(operators, operator)
             after = _values(operators, readers, place, before[0]) if before else None

@@ -94,8 +94,9 @@ def encoder() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), (torch.zeros(2, 7, 32),)
 
 
-def gpt2() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+def gpt2(written: str = "sdpa") -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     config = transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=32, use_cache=False)
+    config._attn_implementation = written
     return transformers.GPT2LMHeadModel(config), (torch.ones(2, 9, dtype=torch.int64),)
 
 
@@ -137,6 +138,15 @@ LARGE: dict[str, Build] = {
 def test_a_graph_as_it_is_exported_costs_what_its_module_costs(name: str, tmp_path: Path) -> None:
     graph, module, _ = both(SMALL[name], tmp_path, optimize=False)
     the_same(graph, module)
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("written", ["eager", pytest.param("sdpa", marks=pytest.mark.exhaustive)])
+def test_masks_of_a_graph_hide_what_those_of_its_module_hide(written: str, optimize: bool, tmp_path: Path) -> None:
+    graph, module, _ = both(lambda: gpt2(written), tmp_path, optimize=optimize)
+    assert graph.attention == module.attention
+    assert module.attention.masked == module.attention.calls == 2
+    assert module.attention.unknown == 0
 
 
 def test_folding_a_batch_norm_trades_its_parameters_for_biases(tmp_path: Path) -> None:

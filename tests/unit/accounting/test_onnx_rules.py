@@ -279,6 +279,48 @@ def test_grouped_query_attention_meets_past_keys(tmp_path: Path) -> None:
         out_shape=(BATCH, TOKENS, HEADS * WIDTH),
     )
     holds(found, Cost(0, 2 * BATCH * HEADS * TOKENS * (TOKENS + past) * WIDTH), Kind.ATTENTION)
+    pairs = TOKENS * past + TOKENS * (TOKENS + 1) // 2
+    assert found.attention.causal_macs == 2 * BATCH * HEADS * pairs * WIDTH
+
+
+CAUSAL = PAIRS * (TOKENS + 1) // (2 * TOKENS)
+
+
+def test_attention_of_the_standard_is_causal_by_attribute_or_mask(tmp_path: Path) -> None:
+    shape = (BATCH, HEADS, TOKENS, WIDTH)
+    inputs = {"q": shape, "k": shape, "v": shape}
+    lower = np.tril(np.ones((TOKENS, TOKENS), bool))
+    by_attribute = one(tmp_path, "Attention", inputs, {}, opset=23, is_causal=1)
+    by_mask = one(tmp_path, "Attention", inputs, {"m": lower}, opset=23)
+    by_sum = one(tmp_path, "Attention", inputs, {"m": np.where(lower, 0, -np.inf).astype(np.float32)}, opset=23)
+    for found in (by_attribute, by_mask, by_sum):
+        assert found.attention.macs == PAIRS
+        assert found.attention.causal_macs == CAUSAL
+        assert (found.attention.masked, found.attention.unknown) == (1, 0)
+
+
+def test_a_mask_that_is_an_input_is_unknown(tmp_path: Path) -> None:
+    shape = (BATCH, HEADS, TOKENS, WIDTH)
+    found = one(
+        tmp_path, "Attention", {"q": shape, "k": shape, "v": shape, "m": (TOKENS, TOKENS)}, {}, opset=23, is_causal=1
+    )
+    assert (found.attention.causal_macs, found.attention.masked, found.attention.unknown) == (PAIRS, 0, 1)
+
+
+def test_unidirectional_attention_hides_pairs_and_no_projection(tmp_path: Path) -> None:
+    width = HEADS * WIDTH
+    found = one(
+        tmp_path,
+        "Attention",
+        {"x": (BATCH, TOKENS, width)},
+        {"w": (width, 3 * width)},
+        domain=MICROSOFT,
+        num_heads=HEADS,
+        unidirectional=1,
+        out_shape=(BATCH, TOKENS, width),
+    )
+    assert (found.attention.macs, found.attention.causal_macs) == (PAIRS, CAUSAL)
+    assert found.macs == PAIRS + BATCH * TOKENS * width * 3 * width
 
 
 # Quantised ------------------------------------------------------------------------------------------------------------

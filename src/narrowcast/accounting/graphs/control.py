@@ -15,7 +15,9 @@ from onnx import numpy_helper
 from narrowcast.accounting.graphs.files import attributes_in, element_of, graphs_in
 from narrowcast.accounting.graphs.rules import Tensor
 
-__all__ = ["Passes", "captured", "closed_graph", "loop_of", "scan_of", "value_of"]
+__all__ = ["Numbers", "Passes", "captured", "closed_graph", "loop_of", "scan_of"]
+
+_LARGEST = 1 << 25  # numbers of a tensor that is worth computing
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,14 @@ def _trips(
     limit, condition = [*node.input, "", ""][:2]
     if not limit or not _goes_on(body):
         return None
+    numbers = Numbers(model, tensors)
     if condition:
-        runs = value_of(model, condition, tensors)
+        runs = numbers.of(condition)
         if runs is None:
             return None
         if not runs.all():
             return 0
-    found = value_of(model, limit, tensors)
+    found = numbers.of(limit)
     return None if found is None else max(0, int(found.reshape(-1)[0]))
 
 
@@ -148,36 +151,39 @@ def _described(name: str, tensor: Tensor) -> onnx.ValueInfoProto:
 # Numbers --------------------------------------------------------------------------------------------------------------
 
 
-def value_of(model: onnx.ModelProto, name: str, tensors: Mapping[str, Tensor]) -> np.ndarray[Any, Any] | None:
-    """Return a tensor that follows from small constants and shapes alone; None if it does not.
+class Numbers:
+    """The tensors of a graph that follow from small constants and shapes alone.
 
     Args:
-        model: The graph that it is in.
-        name: Its name.
-        tensors: Tensors of the graph, as far as they have shapes.
+        model: The graph.
+        tensors: Its tensors, as far as they have shapes.
     """
-    makers = {made: node for node in model.graph.node for made in node.output}
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    known: dict[str, Any] = {}
 
-    def value(wanted: str) -> Any:
-        if wanted not in known:
-            known[wanted] = None  # a cycle would end here
-            known[wanted] = numpy_helper.to_array(constants[wanted]) if wanted in constants else computed(wanted)
-        return known[wanted]
+    def __init__(self, model: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._tensors = tensors
+        self._makers = {made: node for node in model.graph.node for made in node.output}
+        self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._known: dict[str, Any] = {}
 
-    def computed(wanted: str) -> Any:
-        node = makers.get(wanted)
-        if node is None or any(graphs_in(node)):
+    def of(self, name: str) -> np.ndarray[Any, Any] | None:
+        """Return the numbers of a tensor; None if they are not known, or too many."""
+        if name not in self._known:
+            self._known[name] = None  # a cycle would end here
+            constant = self._constants.get(name)
+            self._known[name] = self._computed(name) if constant is None else numpy_helper.to_array(constant)
+        return self._known[name]
+
+    def _computed(self, name: str) -> Any:
+        node, tensor = self._makers.get(name), self._tensors.get(name)
+        if node is None or any(graphs_in(node)) or (tensor is not None and tensor.size > _LARGEST):
             return None
         if node.op_type in ("Shape", "Size"):
-            return _of_shape(node, tensors.get(node.input[0]))
-        read = {given: value(given) for given in node.input if given}
+            return _of_shape(node, self._tensors.get(node.input[0]))
+        read = {given: self.of(given) for given in node.input if given}
         if any(given is None for given in read.values()):
             return None
-        return _run(node, read, wanted, model)
-
-    return value(name)
+        return _run(node, read, name, self._model)
 
 
 def _of_shape(node: onnx.NodeProto, tensor: Tensor | None) -> Any:

@@ -37,6 +37,8 @@ __all__ = [
 
 #: Constants of at most so many numbers are kept: shape inference may need them.
 _KEPT = 1024
+#: Masks of attention of at most so many numbers are kept, to see what they hide.
+_LARGEST_MASK = 1 << 22
 
 _DTYPES = {"FLOAT": "float32", "DOUBLE": "float64", "FLOAT8E4M3FN": "float8_e4m3fn", "FLOAT8E5M2": "float8_e5m2"}
 _BITS = {"BOOL": 8, "STRING": 0, "UNDEFINED": 0}
@@ -204,7 +206,7 @@ def _strip(graph: onnx.GraphProto, stored: dict[str, Stored], main: onnx.GraphPr
             kept.append(tensor)
             continue
         stored[tensor.name] = found
-        if not outside and found.tensor.size <= _KEPT:
+        if not outside and (found.tensor.size <= _KEPT or _may_mask(found.tensor)):
             kept.append(tensor)
         elif graph is not main or tensor.name not in inputs:
             shape = list(found.tensor.shape)
@@ -214,6 +216,12 @@ def _strip(graph: onnx.GraphProto, stored: dict[str, Stored], main: onnx.GraphPr
     for node in graph.node:
         for _, inner in graphs_in(node):
             _strip(inner, stored, main)
+
+
+def _may_mask(tensor: Tensor) -> bool:
+    """Return whether a constant may be a mask of attention: truths, or numbers for pairs of tokens that all heads share."""
+    pairs = len(tensor.shape) == 4 and tensor.shape[1] == 1
+    return tensor.size <= _LARGEST_MASK and (tensor.dtype == "bool" or pairs)
 
 
 def stored_of(tensor: onnx.TensorProto) -> Stored:

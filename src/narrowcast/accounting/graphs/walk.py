@@ -16,9 +16,10 @@ from typing import Any
 import onnx
 
 from narrowcast.accounting.counting import Work
-from narrowcast.accounting.graphs.control import captured, closed_graph, loop_of, scan_of
+from narrowcast.accounting.graphs.control import Numbers, captured, closed_graph, loop_of, scan_of
 from narrowcast.accounting.graphs.files import File, Stored, attributes_in, graphs_in, read_graph, stored_of
 from narrowcast.accounting.graphs.inputs import Given, bind
+from narrowcast.accounting.graphs.masks import mask_of
 from narrowcast.accounting.graphs.parameters import Registry
 from narrowcast.accounting.graphs.paths import scope_of
 from narrowcast.accounting.graphs.rules import Call, Entry, ShapeError, Tensor, attributes_of, entry_of
@@ -101,6 +102,7 @@ class _Walk:
         }
         constant = constants_of(graph, (name for name, value in values.items() if value.constant))
         shapes = shapes_of(model, constant, self.name)
+        numbers = Numbers(model, shapes)
         dies = _deaths(graph)
         for place, node in enumerate(graph.node):
             scope = scope_of(node)
@@ -112,7 +114,7 @@ class _Walk:
             elif all(name in constant for name in node.output if name):
                 self._fold(node, values, shapes)
             else:
-                self._node(node, values, shapes, path)
+                self._node(node, values, shapes, numbers, path)
             for name in dies.get(place, ()):
                 if name in values:
                     self.memory.release(values[name].storage)
@@ -130,8 +132,11 @@ class _Walk:
             if name in shapes:
                 values[name] = Value(shapes[name], name, constant=True, sources=sources)
 
-    def _node(self, node: onnx.NodeProto, values: dict[str, Value], shapes: Mapping[str, Tensor], path: str) -> None:
+    def _node(
+        self, node: onnx.NodeProto, values: dict[str, Value], shapes: Mapping[str, Tensor], numbers: Numbers, path: str
+    ) -> None:
         """Count a node."""
+        known = lambda name: numbers.of(name) if name in values and values[name].constant else None  # noqa: E731
         entry = entry_of(node.domain, node.op_type)
         read = [values.get(name) for name in node.input]
         if entry is not None:
@@ -146,7 +151,7 @@ class _Walk:
         )
         try:
             work = self._work(call, entry, read)
-            attributes = attributes_of(call) if entry else {}
+            attributes = attributes_of(call) | mask_of(node, call, known) if entry else {}
         except (ShapeError, KeyError, IndexError, ZeroDivisionError) as error:
             raise ModelError(
                 f"{self.name}: the inputs do not fit at {node_name(node)}: {error}",
