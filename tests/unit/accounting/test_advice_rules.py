@@ -107,7 +107,7 @@ def saves(item: Advice | None, before: Context, after: Context, *, within: float
 
 
 def pointwise(inputs: int, outputs: int) -> Profile:
-    return counted(nn.Sequential(conv(16, inputs), conv(inputs, outputs, 1), conv(outputs, 16)), 1, 16, 256, 256)
+    return counted(nn.Sequential(conv(16, inputs), conv(inputs, outputs, 1), conv(outputs, 16)), 16, 16, 256, 256)
 
 
 def test_equal_widths_saves_what_equal_widths_move_less() -> None:
@@ -118,7 +118,7 @@ def test_equal_widths_saves_what_equal_widths_move_less() -> None:
     assert item.gain is not None
     # Per position 32 + 128 numbers go over memory, and would be 64 + 64; the weights are 32 * 128 = 64 * 64.
     time = next(time for time in before.times if before.operators[time.operator].path == "1")
-    activations, weights = 256 * 256, 32 * 128
+    activations, weights = 16 * 256 * 256, 32 * 128
     share = activations * (160 - 128) / (activations * 160 + weights)
     assert time.bound == "memory"
     assert item.gain.seconds == pytest.approx(time.memory * share, rel=0.02)
@@ -130,7 +130,7 @@ def test_equal_widths_has_nothing_to_say_of_equal_ones_or_of_the_last_layer() ->
 
 
 def grouped(channels: int, groups: int) -> Profile:
-    return counted(nn.Sequential(conv(16, channels), conv(channels, channels, groups=groups)), 8, 16, 128, 128)
+    return counted(nn.Sequential(conv(16, channels), conv(channels, channels, groups=groups)), 64, 16, 128, 128)
 
 
 def test_groups_saves_the_memory_access_of_the_wider_tensors() -> None:
@@ -160,7 +160,7 @@ def rep_block() -> nn.Module:
 
 
 def stacked(block: nn.Module) -> Profile:
-    return counted(nn.Sequential(conv(3, 64), nn.ReLU(), block, nn.ReLU()), 4, 3, 56, 56)
+    return counted(nn.Sequential(conv(3, 64), nn.ReLU(), block, nn.ReLU()), 64, 3, 56, 56)
 
 
 def test_branches_saves_all_but_one_convolution() -> None:
@@ -343,7 +343,7 @@ def test_multiples_saves_the_padding() -> None:
     assert item.operators == ("0", "1")
     assert "(1020)" in item.seen
     compute = sum(time.compute for time in padded.times) - sum(time.compute for time in before.times)
-    assert item.gain.seconds == pytest.approx(compute, rel=0.02)
+    assert item.gain.seconds == pytest.approx(compute, rel=0.05)  # sizes change the speed a little, too
     assert found("multiples", padded) is None
 
 
@@ -364,7 +364,7 @@ def test_multiples_on_a_h100_counts_with_the_slower_kernels_that_were_measured_t
         assert item is not None
         assert item.gain is not None
         compute = sum(time.compute for time in where.times)
-        assert item.gain.seconds == pytest.approx((factor - 1) * compute, rel=0.02)
+        assert item.gain.seconds == pytest.approx((factor - 1) * compute, rel=0.05)  # waits for the host aside
         assert "alignment-gpu.json" in item.source
 
 
