@@ -430,7 +430,8 @@ def main():
         | {name: version(name) for name in ("triton", "bitsandbytes")},
         "protocol": f"CUDA events around each call; median of {ROUNDS} rounds, each running every operation once; "
         f"{BUFFERS} inputs taken in turn; bytes are those an operation must read and write (NVFP4 and a scale for the "
-        "tensor read their input twice); calls of the public API, waits for a result included; the device is kept busy for half a millisecond before each",
+        "tensor read their input twice); calls of the public API, waits for a result included; the device is kept "
+        "busy for half a millisecond before each",
     }
     if options.check or both:
         report["bits"] = run_checks()
