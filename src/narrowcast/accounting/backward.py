@@ -55,11 +55,11 @@ class Backward:
 
     def _push(self, node: Any) -> None:
         self._pushed += 1
-        order = _FIRST if node.name().endswith(_ACCUMULATE) else node._sequence_nr()
+        order = _FIRST if _accumulates(node) else node._sequence_nr()
         heapq.heappush(self._ready, (-order, self._pushed, node))
 
     def _run(self, node: Any, gradients: list[torch.Tensor | None]) -> None:
-        if node.name().endswith(_ACCUMULATE):
+        if _accumulates(node):
             self._enter(None)
             _accumulate(node.variable, gradients.pop())
             return
@@ -72,7 +72,7 @@ class Backward:
                 continue
             if gradient is not None:
                 gradient = _fitted(gradient, after._input_metadata[place])
-                if id(gradient) in shared and after.name().endswith(_ACCUMULATE):
+                if id(gradient) in shared and _accumulates(after):
                     gradient = gradient.clone()
                 self._add(after, place, gradient)
             self._waiting[after] -= 1
@@ -95,6 +95,11 @@ class Backward:
         """Pass on that no gradient comes to a node: it runs with none, as the engine runs it."""
         self._gradients[node] = [None] * len(node._input_metadata)
         self._push(node)
+
+
+def _accumulates(node: Any) -> bool:
+    """Return whether a node puts away the gradient of a parameter; nodes of autograd functions refuse ``name()`` in 2.11."""
+    return type(node).__name__.endswith(_ACCUMULATE)
 
 
 def _dependencies(start: Any) -> Counter[Any]:
