@@ -13,6 +13,7 @@ from narrowcast.accounting.operators import Operator, Trace
 __all__ = ["idle_parameters"]
 
 _GROUPED = ("_grouped_mm", "_scaled_grouped_mm")
+_GATHERS = ("index", "index_select")
 
 
 class _Routed(NamedTuple):
@@ -77,8 +78,12 @@ def _routed(run: Trace) -> Iterator[_Routed]:
 
 
 def _tokens(operators: list[Operator], product: Operator, place: int) -> int:
-    """Return how many tokens the rows of a product were gathered or repeated from."""
-    producer = product.producers[place]
-    if producer >= 0 and operators[producer].inputs:
-        return operators[producer].inputs[0][0]
-    return product.inputs[place][0]
+    """Return how many tokens the rows of a product were gathered or repeated from; several gathers may follow each other."""
+    rows, producer = product.inputs[place][0], product.producers[place]
+    while producer >= 0 and operators[producer].inputs:
+        maker = operators[producer]
+        rows, producer = maker.inputs[0][0], maker.producers[0]
+        before = operators[producer] if producer >= 0 else None
+        if before is None or before.name not in _GATHERS or before.weight_bytes:
+            break
+    return rows

@@ -238,3 +238,24 @@ def test_experts_that_every_token_meets_are_all_active() -> None:
     module, mode = fake_module(Dense)
     found = profile_module(module, (torch.empty(5, 16),), mode=mode)
     assert found.parameters.active == found.parameters.total == 4 * 16 + 4 * 16 * 16
+
+
+class _GatheredTwice(nn.Module):
+    """Rows are repeated for each expert chosen, then sorted by expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(8, 16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        rows = x[torch.arange(2 * len(x), device=x.device) // 2]
+        rows = rows[torch.randperm(len(rows), device=x.device)]
+        ends = torch.linspace(0, len(rows), 9, device=x.device)[1:].to(torch.int32)
+        return torch._grouped_mm(rows, self.weight, offs=ends)
+
+
+def test_rows_that_are_gathered_twice_are_those_of_their_tokens() -> None:
+    with torch.device("cpu"):
+        found = profile_module(_GatheredTwice().bfloat16(), (torch.empty(32, 16, dtype=torch.bfloat16),))
+    assert found.parameters.active == 2 * 16 * 16
