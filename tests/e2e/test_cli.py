@@ -31,6 +31,7 @@ from narrowcast.search import optimize as search
 CLASSES = 5
 TESTS = Path(__file__).parents[1]
 LAUNCHER = """
+import os, time
 from hurry import hurry
 from narrowcast.cli import main
 from narrowcast.search import trial
@@ -38,6 +39,8 @@ hurry()
 apply = trial.apply_recipe
 def logged(recipe, *rest, **named):
     print(recipe.name, file=open("built.log", "a"))
+    if recipe.name == os.environ.get("WAIT_AT"):
+        time.sleep(120)  # until the test interrupts it
     return apply(recipe, *rest, **named)
 trial.apply_recipe = logged
 main()
@@ -597,7 +600,7 @@ def test_an_interrupted_run_leaves_no_artifact_and_goes_on_where_it_stopped(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"COLUMNS": "400", "PYTHONPATH": python_path()},
+        env=os.environ | {"COLUMNS": "400", "PYTHONPATH": python_path(), "WAIT_AT": "fp16-weights"},
     )
     while process.poll() is None and not (state.exists() and '"name":"int8-weights"' in state.read_text()):
         time.sleep(0.02)

@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from narrowcast.errors import NarrowcastError
+from narrowcast.errors import ModelError, NarrowcastError
 
-__all__ = ["fake_copy", "fake_module"]
+__all__ = ["failed", "fake_copy", "fake_module"]
 
 _SMALL = 4096  # elements
 _KNOWN = frozenset(
@@ -47,8 +47,43 @@ def fake_module(build: Callable[[], nn.Module]) -> tuple[nn.Module, FakeTensorMo
         raise
     except Exception:
         # Constructors fail in many ways on tensors without numbers; a real one tells whether the fault is theirs.
-        built = build()
+        built = _really(build)
     return fake_copy(built, mode), mode
+
+
+def _really(build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except NarrowcastError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be built: {type(error).__name__}: {_first_line(error)}",
+            next_step="mend the configuration or the function that builds it; --debug shows where it fails",
+        ) from error
+
+
+def failed(error: Exception, where: str) -> ModelError:
+    """Return the typed error for what a module raised while its run was traced.
+
+    Args:
+        error: What it raised.
+        where: The layer.
+    """
+    if isinstance(error, RuntimeError | TypeError | ValueError | IndexError):
+        return ModelError(
+            f"the inputs do not fit at {where}: {_first_line(error)}",
+            next_step="give inputs of the right shapes and dtypes; --debug shows where it fails",
+        )
+    return ModelError(
+        f"the model fails at {where}: {type(error).__name__}: {_first_line(error)}",
+        next_step="see that it runs on such inputs; --debug shows where it fails",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error says, in one line; its class if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -40,15 +40,20 @@ def largest_batch(source_of: Callable[[int], Buildable], device_bytes: int, **se
 
     if peak(_FIRST) > device_bytes:
         return int(_fits_one(peak, device_bytes))
-    fits, too_many = _FIRST, _MOST
-    step = 2 * _FIRST
+    before, fits, too_many, turn = 0, _FIRST, _MOST, 0
     while fits + 1 < too_many:
-        guess = min(max(step, fits + 1), too_many - 1)
+        if too_many == _MOST:
+            line = _crossing(found, device_bytes, before, fits)
+            guess = min(max(line, 2 * fits), _MOST - 1)
+        elif turn % 3 == 2:  # where memory bends, lines would creep
+            guess = (fits + too_many) // 2
+        else:
+            guess = min(max(_crossing(found, device_bytes, fits, too_many), fits + 1), too_many - 1)
         if peak(guess) <= device_bytes:
-            fits = guess
+            before, fits = fits, guess
         else:
             too_many = guess
-        step = _crossing(found, device_bytes, fits, too_many)
+        turn += 1
     if too_many == _MOST:
         raise ModelError(
             f"{_MOST} samples still fit {device_bytes} bytes",
@@ -64,10 +69,8 @@ def _fits_one(peak: Callable[[int], int], device_bytes: int) -> bool:
         return False
 
 
-def _crossing(found: dict[int, int], device_bytes: int, fits: int, too_many: int) -> int:
-    """Return where the line through the two runs nearest to the limit crosses it."""
-    low, high = sorted(sorted(found, key=lambda batch: abs(found[batch] - device_bytes))[:2])
-    slope = (found[high] - found[low]) / (high - low) if high > low else 0
-    if slope <= 0:
-        return (fits + too_many) // 2
-    return int(low + (device_bytes - found[low]) / slope)
+def _crossing(found: dict[int, int], device_bytes: int, low: int, high: int) -> int:
+    """Return where the line through two batches crosses the limit; the lower one if it is flat or unknown."""
+    if low not in found or found[high] <= found[low]:
+        return low
+    return low + int((device_bytes - found[low]) * (high - low) / (found[high] - found[low]))

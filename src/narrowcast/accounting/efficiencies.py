@@ -109,6 +109,7 @@ class RuntimeModel(BaseModel):
         high: See above.
         elsewhere_low: The same on devices of the kind that the rates were not measured on; None if nobody looked.
         elsewhere_high: See above.
+        elsewhere_source: Where the numbers come from on such devices.
         ridge: FLOP per byte of the device that the rates were measured on; None on that device itself.
         classes: Rates by class of operators.
         source: Where the numbers come from.
@@ -124,6 +125,7 @@ class RuntimeModel(BaseModel):
     high: Annotated[float, Field(ge=1)]
     elsewhere_low: Annotated[float, Field(gt=0, le=1)] | None = None
     elsewhere_high: Annotated[float, Field(ge=1)] | None = None
+    elsewhere_source: str = ""
     ridge: _Share | None = None
     classes: Mapping[OperatorClass, Rates]
     source: Annotated[str, Field(min_length=1)]
@@ -152,7 +154,7 @@ class RuntimeModel(BaseModel):
             for kind, rates in self.classes.items()
         }
         band = {"low": self.elsewhere_low or self.low, "high": self.elsewhere_high or self.high}
-        return self.model_copy(update={"classes": classes, **band})
+        return self.model_copy(update={"classes": classes, "source": self.elsewhere_source or self.source, **band})
 
 
 #: What a class is taken to be like, if it was not measured.

@@ -126,6 +126,7 @@ def estimate(
         DeviceError: The device does not multiply in the policy's format, or its peak or bandwidth is not known.
         RuntimeMissingError: Nothing is known of that runtime on such devices.
     """
+    policy = _computed(device, policy)
     machine = _machine(device, policy, runtime)
     free = absorbed(operators, machine.model.runtime)
     weights = _Weights(operators, policy)
@@ -153,6 +154,14 @@ def estimate(
         operators=times,
         source=machine.model.source,
     )
+
+
+def _computed(device: Device, policy: Policy) -> Policy:
+    """Return the policy with products in a format that the device has, if only its weights are narrow."""
+    if policy.trains or device.supports(policy.compute):
+        return policy
+    wide = next((name for name in ("fp16", "fp32") if device.supports(name)), policy.compute)
+    return policy._replace(compute=wide, activations=wide, rest=wide)
 
 
 def _machine(device: Device, policy: Policy, runtime: str | None) -> _Machine:

@@ -19,13 +19,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from narrowcast.accounting.backward import Backward, summed_loss, tensors_of
-from narrowcast.accounting.building import fake_copy
+from narrowcast.accounting.building import failed, fake_copy
 from narrowcast.accounting.lives import LifeRecorder, Lives
 from narrowcast.accounting.optimizers import optimizer
 from narrowcast.accounting.policies import Policy
 from narrowcast.accounting.sdpa import CudaAttention
 from narrowcast.accounting.workspace import Backend, backend, eight_bit_products
-from narrowcast.errors import ModelError
+from narrowcast.errors import ModelError, NarrowcastError
 
 __all__ = ["DTYPES", "Setting", "inference", "placed", "training"]
 
@@ -200,12 +200,10 @@ class _Run:
                     f"the run depends on numbers at {self.recorder.running.where()}: {error.func}",
                     next_step="count a run that takes fixed branches",
                 ) from error
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise ModelError(
-                    f"the inputs do not fit at {self.recorder.running.where()}: {first}",
-                    next_step="give inputs of the right shapes",
-                ) from error
+            except NarrowcastError:
+                raise
+            except Exception as error:  # a model may raise anything
+                raise failed(error, self.recorder.running.where()) from error
 
     def inputs(self, given: Any) -> Any:
         """Return inputs on the device, in the dtype that the module is built in."""

@@ -22,13 +22,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from narrowcast.accounting import grouped
 from narrowcast.accounting.backward import Backward, summed_loss, tensors_of
-from narrowcast.accounting.building import fake_copy, fake_module
+from narrowcast.accounting.building import failed, fake_copy, fake_module
 from narrowcast.accounting.counting import ALLOCATIONS, LOOK_UPS, VIEWS, Work, work_of
 from narrowcast.accounting.kinds import Kind, attributes_of, kind_of
 from narrowcast.accounting.masks import Positions
 from narrowcast.accounting.operators import Operator, Trace
 from narrowcast.accounting.running import Running
-from narrowcast.errors import ModelError
+from narrowcast.errors import ModelError, NarrowcastError
 
 __all__ = ["Operator", "Trace", "fake_module", "trace"]
 
@@ -80,11 +80,10 @@ def trace(
                 f"the run depends on numbers at {running.where()}: {error.func}",
                 next_step="count a run that takes fixed branches, or export the model to ONNX and count that",
             ) from error
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(
-                f"the inputs do not fit at {running.where()}: {first}", next_step="give inputs of the right shapes"
-            ) from error
+        except NarrowcastError:
+            raise
+        except Exception as error:  # a model may raise anything
+            raise failed(error, running.where()) from error
     return recorder.trace
 
 

@@ -153,7 +153,11 @@ def rows(costs: Costs) -> list[Row]:
             Row("largest batch", costs.largest_batch, "samples", f"that the memory of {costs.device.name} holds")
         )
     if costs.estimate is not None:
-        made.append(Row("time", costs.estimate.seconds, "s", f"on {costs.estimate.device}, estimated"))
+        found = costs.estimate
+        made.append(Row("time", found.seconds, "s", f"on {found.device}, estimated"))
+        made.append(Row("time, at least", found.low, "s", "the error band's lower end"))
+        made.append(Row("time, at most", found.high, "s", "the error band's upper end"))
+        made.append(Row("time, by physics", found.floor, "s", "no runtime takes less"))
     return made
 
 
