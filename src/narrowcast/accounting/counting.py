@@ -113,6 +113,7 @@ _BY_HAND: dict[str, Rule] = {
     "addmm": _addmm,
     "bmm": lambda args, kwargs, out: Work(_bmm(args[0], args[1]), sums=out.numel()),
     "baddbmm": _baddbmm,
+    "addbmm": lambda args, kwargs, out: Work(_bmm(args[1], args[2]), out.numel(), sums=out.numel()),
     "mv": lambda args, kwargs, out: Work(args[0].numel(), sums=out.numel()),
     "dot": lambda args, kwargs, out: Work(args[0].numel(), sums=out.numel()),
     "vdot": lambda args, kwargs, out: Work(args[0].numel(), sums=out.numel()),
@@ -220,6 +221,11 @@ VIEWS = frozenset(
         "lift_fresh",
         "_reshape_alias",
         "as_strided_",
+        "squeeze_",
+        "swapaxes_",
+        "t_",
+        "transpose_",
+        "unsqueeze_",
     ]
 )
 

@@ -42,7 +42,7 @@ _NAMES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     (Kind.MOVE, ("embedding", "im2col", "col2im", "grid_sampler", "upsample")),
 )
 _PRODUCTS = frozenset(
-    "mm addmm bmm baddbmm mv dot vdot addmv _int_mm _scaled_mm _grouped_mm _scaled_grouped_mm".split()  # noqa: SIM905
+    "mm addmm bmm baddbmm addbmm mv dot vdot addmv _int_mm _scaled_mm _grouped_mm _scaled_grouped_mm".split()  # noqa: SIM905
 )
 
 

@@ -137,7 +137,13 @@ class KVCache:
             tokens: Tokens of each sequence, prompt and answer.
             batch: Sequences.
             source_tokens: Tokens of the encoder, in an encoder-decoder model.
+
+        Raises:
+            ModelError: A number is negative.
         """
+        for name, value in (("tokens", tokens), ("batch", batch), ("source_tokens", source_tokens)):
+            if value < 0:
+                raise ModelError(f"{name} = {value}", allowed="0 or more")
         kept = ((layer, layer.kept(source_tokens if layer.source else tokens, self.page)) for layer in self.layers)
         return batch * sum(count * self._token_bytes(layer) for layer, count in kept)
 
@@ -147,7 +153,13 @@ class KVCache:
         return sum(self._token_bytes(layer) for layer in self.layers if not layer.source)
 
     def sequences(self, tokens: int, memory: int, *, source_tokens: int = 0) -> int:
-        """Return how many sequences of ``tokens`` fit into ``memory`` bytes."""
+        """Return how many sequences of ``tokens`` fit into ``memory`` bytes.
+
+        Raises:
+            ModelError: A sequence without tokens, of which any number fits.
+        """
+        if tokens < 1:
+            raise ModelError(f"tokens = {tokens}", allowed="1 or more")
         return memory // self.bytes(tokens, source_tokens=source_tokens)
 
     def _token_bytes(self, layer: CachedLayer) -> int:

@@ -171,3 +171,10 @@ def test_what_cannot_be_used_is_said() -> None:
         kv_cache(transformers.ResNetConfig())
     with pytest.raises(ModelError, match="page"):
         KVCache((), page=0)
+
+
+def test_numbers_that_mean_nothing_are_refused() -> None:
+    cache = KVCache.uniform(2, heads=1, width=64)
+    for call in (lambda: cache.bytes(-1), lambda: cache.bytes(5, -2), lambda: cache.sequences(0, 1 << 30)):
+        with pytest.raises(ModelError, match=r"= (-1|-2|0)"):
+            call()

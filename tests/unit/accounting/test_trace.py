@@ -422,3 +422,12 @@ def test_grouped_products_that_do_not_fit_are_refused() -> None:
             (torch.empty(24, 17), torch.empty(4, dtype=torch.int32)),
             mode=OldFake(allow_non_fake_inputs=True),
         )
+
+
+def test_a_sum_of_products_of_a_batch_and_views_in_place_are_known() -> None:
+    class Sums(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.addbmm(torch.zeros(4, 5), x, y).transpose_(0, 1).unsqueeze_(0).squeeze_(0)
+
+    found = profile_module(Sums(), (torch.empty(3, 4, 2), torch.empty(3, 2, 5)))
+    assert (found.macs, found.bias_adds, found.uncounted) == (3 * 4 * 2 * 5, 20, {})
