@@ -106,13 +106,13 @@ class RuntimeFailedError(NarrowcastError):
     """A runtime refused a graph, or failed while running it."""
 
 
-def choices(given: str, known: Iterable[str]) -> str:
-    """Return the allowed names as a sentence part, with the nearest one first if there is one.
+def choices(given: str, known: Iterable[str], nearest: int = 1) -> str:
+    """Return the allowed names as a sentence part, and those nearest to what was given, if there are any.
 
     >>> choices("onxruntime", ["onnxruntime", "openvino"])
     'onnxruntime, openvino (did you mean onnxruntime?)'
     """
     names = sorted(known)
-    near = difflib.get_close_matches(given, names, n=1)
+    near = difflib.get_close_matches(given, names, n=nearest)
     text = ", ".join(names)
-    return f"{text} (did you mean {near[0]}?)" if near else text
+    return f"{text} (did you mean {' or '.join(near)}?)" if near else text

@@ -101,9 +101,14 @@ class Scheme:
                 raise FormatError(f"scale = {scale!r} with {found.name}, which says {found.scale.name}")
             where = PerBlock(found.block if block is None else block, axis)
             return Scheme(found.element, where, found.scale, found.tensor_scale, name=found.name, **options)
+        if block is None and granularity is None and isinstance(found, Codebook):
+            block = _NF_BLOCK
+        if axis != -1 and block is None:
+            raise FormatError(
+                f"axis = {axis} without blocks",
+                allowed="axis with block; or granularity=PerChannel(axis) for one scale per channel",
+            )
         if granularity is None:
-            if block is None and isinstance(found, Codebook):
-                block = _NF_BLOCK
             granularity = PerTensor() if block is None else PerBlock(block, axis)
         kept = get("fp32" if scale is None else scale)
         if not isinstance(kept, Format):

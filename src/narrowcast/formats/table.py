@@ -139,7 +139,7 @@ def get(name: str | ElementFormat | BlockFormat) -> ElementFormat | BlockFormat:
     if known is None:
         raise FormatError(
             f"unknown number format {name!r}",
-            allowed=choices(plain, [*ELEMENTS, *BLOCKS]),
+            allowed=choices(plain, [*ELEMENTS, *BLOCKS], nearest=3),
             next_step=_NEXT,
         )
     return ELEMENTS.get(known) or BLOCKS[known]

@@ -220,6 +220,7 @@ def test_elements_are_rounded_as_asked(rounding: str, engine: str) -> None:
         ({"format": "int8", "block": 4, "granularity": nf.PerTensor()}, "block = 4 and granularity"),
         ({"format": "mxfp4", "granularity": nf.PerTensor()}, "granularity = PerTensor"),
         ({"format": "nf4", "symmetric": False}, "symmetric=False with nf4"),
+        ({"format": "int8", "axis": 0}, "axis = 0 without blocks"),
         ({"format": "int8", "range": "minmx"}, "did you mean minmax"),
         ({"format": "int8", "range": "percentile", "percentile": 0}, "percentile = 0"),
         ({"format": "mxfp4", "scale_rule": "flor"}, "did you mean floor"),
