@@ -31,7 +31,8 @@ from narrowcast.search import optimize as search
 CLASSES = 5
 TESTS = Path(__file__).parents[1]
 LAUNCHER = """
-import os, time
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs have switched off
 from hurry import hurry
 from narrowcast.cli import main
 from narrowcast.search import trial
