@@ -90,7 +90,7 @@ def test_what_a_constructor_says_comes_through() -> None:
 
     with pytest.raises(ModelError, match="no such model"):
         fake_module(refuse)
-    with pytest.raises(ModelError, match="cannot be built: ValueError: .*divisible"):
+    with pytest.raises(ModelError, match=r"cannot be built: ValueError: .*divisible"):
         fake_module(lambda: nn.Conv2d(3, 4, 1, groups=2))
 
 
