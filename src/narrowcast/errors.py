@@ -10,6 +10,8 @@ The tree::
     │   ├── FormatError           a number format is unknown, or cannot hold or encode what was given
     │   ├── DeviceError           a device is unknown, or the user's catalogue of devices cannot be read
     │   ├── BudgetError           the budget cannot be parsed or contradicts itself
+    │   ├── ConfigError           a training config has an unknown key or a value that is not allowed
+    │   ├── TrainingError         training cannot start or go on with what was given (batch, checkpoint, loss, ranks)
     │   ├── OutputError           the output folder cannot be used
     │   ├── ArtifactError         a folder is not an artifact, is damaged, or was built by an incompatible version
     │   └── RuntimeMissingError   the runtime (or an extra that is needed) is unknown or not installed
@@ -27,6 +29,7 @@ from collections.abc import Iterable
 __all__ = [
     "ArtifactError",
     "BudgetError",
+    "ConfigError",
     "DataError",
     "DeviceError",
     "FormatError",
@@ -36,6 +39,7 @@ __all__ = [
     "OutputError",
     "RuntimeFailedError",
     "RuntimeMissingError",
+    "TrainingError",
     "UserError",
     "choices",
 ]
@@ -88,6 +92,14 @@ class DeviceError(UserError):
 
 class BudgetError(UserError):
     """A budget cannot be parsed, or contradicts itself."""
+
+
+class ConfigError(UserError):
+    """A training config has a key that nothing reads, or a value that is not allowed."""
+
+
+class TrainingError(UserError):
+    """Training cannot start or go on with what was given: the batch, the checkpoint, the loss or the ranks."""
 
 
 class OutputError(UserError):
