@@ -73,7 +73,7 @@ def test_the_report_is_written_whole_or_not_at_all(cli: Cli, tmp_path: Path, mon
     assert whole.endswith("</html>\n") or whole.endswith("</html>")
     again = cli("compare", DIGITS, "--formats", "int4", "--out", str(page))
     assert again.code == 2
-    assert "exists" in again.err
+    assert "already exists" in again.words
     assert page.read_text(encoding="utf-8") == whole
     monkeypatch.setattr(Path, "replace", _interrupted)
     assert cli("compare", DIGITS, "--formats", "int4", "--out", str(page), "--force").code == 130

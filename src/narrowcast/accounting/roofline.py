@@ -13,7 +13,7 @@ has to wait for the host is overhead-bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -112,6 +112,7 @@ def estimate(
     *,
     runtime: str | None = None,
     samples: int = 1,
+    slower: Mapping[int, float] | None = None,
 ) -> Estimate:
     """Return how long a run takes.
 
@@ -121,6 +122,7 @@ def estimate(
         policy: Formats of weights, activations and products.
         runtime: ``onnxruntime`` or ``torch``; by the device's kind unless given.
         samples: Samples in the run's batch, for the throughput.
+        slower: How many times longer the arithmetic of an operator takes than that of its class, by the operator's place.
 
     Raises:
         DeviceError: The device does not multiply in the policy's format, or its peak or bandwidth is not known.
@@ -131,7 +133,9 @@ def estimate(
     free = absorbed(operators, machine.model.runtime)
     weights = _Weights(operators, policy)
     kernels = [
-        _Kernel(place) if place in free else _kernel(place, operator, machine, policy, weights)
+        _Kernel(place)
+        if place in free
+        else _kernel(place, operator, machine, policy, weights, (slower or {}).get(place, 1.0))
         for place, operator in enumerate(operators)
     ]
     times = tuple(_queued(kernels) if machine.model.asynchronous else _serial(kernels))
@@ -215,7 +219,9 @@ class _Weights:
             self.total += traffic(operator, policy).weights
 
 
-def _kernel(place: int, operator: Operator, machine: _Machine, policy: Policy, weights: _Weights) -> _Kernel:
+def _kernel(
+    place: int, operator: Operator, machine: _Machine, policy: Policy, weights: _Weights, slower: float
+) -> _Kernel:
     host = machine.model.operator_us * 1e-6
     if operator.kind is Kind.VIEW:
         return _Kernel(place, host=host * machine.model.view)
@@ -231,7 +237,7 @@ def _kernel(place: int, operator: Operator, machine: _Machine, policy: Policy, w
     rates = machine.model.rates(class_of(operator))
     return _Kernel(
         place,
-        compute=rates.compute_seconds(load, machine.peak),
+        compute=slower * rates.compute_seconds(load, machine.peak),
         memory=rates.memory_seconds(load, machine.bandwidth),
         fixed=rates.fixed_us * 1e-6,
         host=host * rates.host,

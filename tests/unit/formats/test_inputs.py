@@ -177,7 +177,7 @@ def test_aliases(alias: str) -> None:
 def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(FormatError, match="'e4m3fnn'") as caught:
         codec.encode([1.0], "e4m3fnn")
-    assert "did you mean e4m3fn or e4m3fnuz or e4m3" in caught.value.allowed
+    assert "did you mean e4m3fn or e4m3fnuz or e4m3?" in caught.value.allowed
     with pytest.raises(FormatError, match="mxfp8_e4m3 is a block format") as caught:
         codec.encode([1.0], "mxfp8_e4m3")
     assert "e4m3fn" in caught.value.allowed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -51,9 +51,11 @@ class Context:
         """How long the run takes as it is."""
         return self.estimate_of(self.operators)
 
-    def estimate_of(self, operators: Sequence[Operator], policy: Policy | None = None) -> Estimate:
-        """Return how long another run takes on the same device, or in other formats."""
-        return estimate(operators, self.device, policy or self.policy, runtime=self.runtime)
+    def estimate_of(
+        self, operators: Sequence[Operator], policy: Policy | None = None, *, slower: Mapping[int, float] | None = None
+    ) -> Estimate:
+        """Return how long another run takes on the same device, in other formats, or with slower kernels for some."""
+        return estimate(operators, self.device, policy or self.policy, runtime=self.runtime, slower=slower)
 
     @property
     def compiled(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from narrowcast.accounting.advice.context import Context
 from narrowcast.accounting.advice.items import Advice, Gain, Multiple, Slower, counted, multiple_for, source_of
@@ -61,6 +62,7 @@ def multiples(context: Context) -> Iterator[Advice]:
         return
     up = lambda width: -(-width // liked.multiple) * liked.multiple  # noqa: E731
     padded: dict[int, tuple[Operator, ...]] = {}
+    slower: dict[int, float] = {}
     odd: set[int] = set()
     for place, operator in enumerate(context.operators):
         old = widths(operator)
@@ -70,15 +72,14 @@ def multiples(context: Context) -> Iterator[Advice]:
         if new == old:
             continue
         misfits = {width for width, fit in zip(old, new, strict=True) if width != fit}
-        wide = resized(operator, *new)
-        assert wide.work is not None
-        macs = round(wide.work.macs * _slower(liked, operator, misfits))
-        padded[place] = (resized(operator, *(new if liked.stored else old), macs=macs),)
+        padded[place] = (_padded(operator, resized(operator, *new), stored=liked.stored),)
+        slower[place] = _slower(liked, operator, misfits)
         odd |= misfits
     if not padded:
         return
     whole = context.estimate
-    wasted = max(context.estimate_of(rewritten(context.operators, padded)).seconds - whole.seconds, 0.0)
+    as_run = context.estimate_of(rewritten(context.operators, padded), slower=slower)
+    wasted = max(as_run.seconds - whole.seconds, 0.0)
     share = wasted / (whole.seconds + wasted)
     layers = "convolution" if all(context.operators[p].kind is Kind.CONVOLUTION for p in padded) else "layer"
     shown = ", ".join(map(str, sorted(odd)[:6])) + (" ..." if len(odd) > 6 else "")
@@ -101,6 +102,18 @@ def multiples(context: Context) -> Iterator[Advice]:
         if liked.slower == Slower()
         else "kernels differ between versions of the libraries; counts with the least of the factors that were measured",
         effort="retrain",
+    )
+
+
+def _padded(operator: Operator, wide: Operator, *, stored: bool) -> Operator:
+    """Return a layer as the device computes it: in the padded shape, with the padding in memory only if it is stored."""
+    if stored:
+        return wide
+    return replace(
+        wide,
+        bytes_read=operator.bytes_read,
+        weight_bytes=operator.weight_bytes,
+        bytes_written=operator.bytes_written,
     )
 
 
