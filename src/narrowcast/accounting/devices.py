@@ -186,6 +186,7 @@ class Device(_Frozen):
         vendor: Who makes it.
         kind: ``gpu``, ``cpu``, ``soc`` or ``npu``.
         architecture: The generation.
+        capability: CUDA's compute capability, major and minor; None where there is no CUDA.
         year: Of its announcement.
         formats: What the hardware multiplies in, not what it can only convert.
         memory: Its memory.
@@ -202,6 +203,7 @@ class Device(_Frozen):
     vendor: _Text
     kind: Literal["gpu", "cpu", "soc", "npu"]
     architecture: _Text
+    capability: tuple[int, int] | None = None
     year: Annotated[int, Field(ge=1990, le=2100)]
     formats: tuple[str, ...]
     memory: Memory = Memory()

@@ -175,6 +175,8 @@ def _facts(found: Device) -> list[tuple[str, str]]:
         ("made by", f"{found.vendor}, {found.year}, {found.architecture}"),
         ("computes in", ", ".join(found.formats)),
     ]
+    if found.capability is not None:
+        rows.append(("CUDA", "compute capability {}.{}".format(*found.capability)))
     size = None if memory.size_gb is None else f"{memory.size_gb:g} GB"
     if size or memory.type:
         rows.append(("memory", " ".join(part for part in (size, memory.type) if part)))

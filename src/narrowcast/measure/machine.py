@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from narrowcast.accounting.devices import FAMILIES, Accumulator, Device, Launch,
 from narrowcast.accounting.efficiencies import RuntimeModel, runtime_model
 from narrowcast.errors import RuntimeMissingError
 from narrowcast.measure.environment import environment
-from narrowcast.measure.probes import Sample
+from narrowcast.measure.probes import Sample, host_times
 from narrowcast.measure.probes_onnx import blocks, node_seconds, options_of, run_block
 from narrowcast.measure.rates import fit
 
@@ -146,6 +145,7 @@ class CudaNumbers(NamedTuple):
 
     Args:
         name: As its driver gives it.
+        capability: CUDA's compute capability.
         memory_bytes: Of its memory.
         cache_bytes: Of its second-level cache.
         bandwidth: Bytes per second of a copy, read and written.
@@ -158,6 +158,7 @@ class CudaNumbers(NamedTuple):
     """
 
     name: str
+    capability: tuple[int, int]
     memory_bytes: int
     cache_bytes: int
     bandwidth: float
@@ -204,6 +205,7 @@ def measure_cuda(*, progress: Progress = _silent) -> Device:
     return cuda_device(
         CudaNumbers(
             about.name,
+            (about.major, about.minor),
             about.total_memory,
             about.L2_cache_size,
             bandwidth,
@@ -246,6 +248,7 @@ def cuda_device(found: CudaNumbers) -> Device:
         vendor="NVIDIA",
         kind="gpu",
         architecture="not known",
+        capability=found.capability,
         year=datetime.date.today().year,
         formats=tuple(formats),
         memory=Memory(
@@ -289,7 +292,7 @@ def _copy_bandwidth(threads: int, *, rounds: int = 7) -> float:
         np.copyto(target[part], source[part])  # numpy releases the interpreter's lock
 
     with ThreadPoolExecutor(threads) as pool:
-        times = _timed(lambda: list(pool.map(copy, parts)), rounds)
+        times = host_times(lambda: list(pool.map(copy, parts)), rounds)
     return 2 * source.nbytes / min(times)
 
 
@@ -326,7 +329,7 @@ def _products(threads: int, *, rounds: int = 9) -> dict[str, float]:
     half = _torch_product("bfloat16", threads)
     if half is not None:
         calls["bf16"] = half
-    return {dtype: 2.0 * size**3 / min(_timed(call, rounds)) for dtype, call in calls.items()}
+    return {dtype: 2.0 * size**3 / min(host_times(call, rounds)) for dtype, call in calls.items()}
 
 
 def _product(kind: str, inputs: dict[str, Any], out: int, threads: int) -> Callable[[], Any]:
@@ -357,13 +360,3 @@ def _torch_product(dtype: str, threads: int) -> Callable[[], Any] | None:
         torch.set_num_threads(before)
 
     return call
-
-
-def _timed(call: Callable[[], Any], rounds: int) -> list[float]:
-    call()
-    times: list[float] = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return times

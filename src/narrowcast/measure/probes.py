@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from narrowcast.accounting.classes import OperatorClass, Shape, convolution_class
 
-__all__ = ["Case", "Sample", "convolution_case", "product_case", "stream_case"]
+__all__ = ["Case", "Sample", "convolution_case", "host_times", "product_case", "stream_case"]
 
 
 class Case(NamedTuple):
@@ -93,3 +95,14 @@ def stream_case(kind: OperatorClass, name: str, *sizes: int, passes: float = 2.0
     for size in sizes:
         numbers *= size
     return Case(kind, name, sizes, None, round(passes * numbers))
+
+
+def host_times(call: Callable[[], Any], rounds: int) -> list[float]:
+    """Return the seconds of each of ``rounds`` calls by the host's clock, after one that is not counted."""
+    call()
+    times: list[float] = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return times

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from statistics import median
@@ -19,6 +18,7 @@ from narrowcast.measure.probes import (
     attention_case,
     batched_case,
     convolution_case,
+    host_times,
     product_case,
     stream_case,
 )
@@ -131,7 +131,7 @@ def run_case(case: Case, dtype: torch.dtype, device: str, *, rounds: int = 9) ->
     """
     call = _call(case, dtype, device)
     with torch.inference_mode():
-        times = _graph_times(call, rounds) if device == "cuda" else _host_times(call, rounds)
+        times = _graph_times(call, rounds) if device == "cuda" else host_times(call, rounds)
     low, high = np.percentile(times, [10, 90])
     return Sample(case, dtype.itemsize, float(median(times)), float(low), float(high))
 
@@ -162,20 +162,10 @@ def _event_times(call: Callable[[], Any], rounds: int) -> list[float]:
     return times
 
 
-def _host_times(call: Callable[[], Any], rounds: int) -> list[float]:
-    call()
-    times: list[float] = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return times
-
-
 def timed(call: Callable[[], Any], device: str, rounds: int) -> list[float]:
     """Return the seconds of each call, on the device's own clock."""
     call()
-    return _event_times(call, rounds) if device == "cuda" else _host_times(call, rounds)
+    return _event_times(call, rounds) if device == "cuda" else host_times(call, rounds)
 
 
 def copy_bandwidth(device: str, numbers: int, *, rounds: int = 15) -> float:

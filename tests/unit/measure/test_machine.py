@@ -204,6 +204,7 @@ def test_a_measured_gpu_is_saved_and_read() -> None:
     made = cuda_device(
         CudaNumbers(
             name="NVIDIA Made Up",
+            capability=(9, 0),
             memory_bytes=2**33,
             cache_bytes=CACHE,
             bandwidth=BANDWIDTH,
@@ -218,6 +219,7 @@ def test_a_measured_gpu_is_saved_and_read() -> None:
     save_device(made)
     assert device("auto-cuda") == made
     assert made.supports("fp8")
+    assert made.capability == (9, 0)
     assert made.launch is not None
     time = estimate([wide_product()], made, policy("bf16"))
     assert time.runtime == "torch"
