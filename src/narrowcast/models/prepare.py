@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from narrowcast.errors import ModelError
 from narrowcast.models.graph import Graph, TensorInfo, attribute, make_node
 
-__all__ = ["prepare", "read_onnx"]
+__all__ = ["folded", "prepare", "read_onnx"]
 
 MINIMUM_OPSET = 13  # per-channel QuantizeLinear and DequantizeLinear came with it
 
@@ -59,7 +59,7 @@ def prepare(model: onnx.ModelProto, source: str) -> Graph:
             allowed=f"opset {MINIMUM_OPSET} or newer",
             next_step=f"export again with a newer opset, or convert it with onnx.version_converter to {MINIMUM_OPSET}",
         )
-    graph = Graph.from_model(_fold(model, source))
+    graph = Graph.from_model(folded(model, source))
     _name_nodes(graph)
     _global_average(graph)
     _complete_types(graph)
@@ -68,7 +68,16 @@ def prepare(model: onnx.ModelProto, source: str) -> Graph:
     return graph
 
 
-def _fold(model: onnx.ModelProto, source: str) -> onnx.ModelProto:
+def folded(model: onnx.ModelProto, source: str) -> onnx.ModelProto:
+    """Return what ONNX Runtime's basic optimisation makes of a graph: constants folded, shapes inferred.
+
+    Args:
+        model: The graph with its weights.
+        source: What messages call it.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the graph.
+    """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 4

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.shape_inference
-import onnxruntime as ort
 
 from narrowcast.accounting.graphs.files import attributes_in, element_of, graphs_in, known_shape, tensor_of
 from narrowcast.accounting.graphs.rules import Tensor, entry_of
 from narrowcast.errors import ModelError
+from narrowcast.models.prepare import folded
 
 __all__ = ["constants_of", "node_name", "shapes_of"]
 
@@ -126,17 +124,10 @@ def _symbolic(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _by_runtime(model: onnx.ModelProto) -> onnx.ModelProto:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 4
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "folded.onnx"
-        options.optimized_model_filepath = str(target)
-        try:
-            ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            return _by_onnx(onnx.load(target))
-        except Exception:  # ONNX Runtime raises a dozen unrelated types here
-            return model
+    try:
+        return _by_onnx(folded(model, "the graph"))
+    except ModelError:  # it has no kernels for it, and another engine may know
+        return model
 
 
 def _by_hand(model: onnx.ModelProto) -> onnx.ModelProto:
