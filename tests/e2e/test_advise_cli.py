@@ -64,6 +64,9 @@ def test_what_cannot_be_advised_is_an_error_with_a_next_step(cli: Cli) -> None:
     assert unsupported.code == 2
     assert "does not multiply in bf16" in unsupported.words
     assert "fp16" in unsupported.words
+    nothing = cli("advise", MODEL, "--device", "t4", "--input", "0x1x8x8")
+    assert nothing.code == 2
+    assert "an axis of 0" in nothing.words
     without = cli("advise", MODEL, "--device", "rk3588")
     assert without.code == 2
     assert "bandwidth" in without.words

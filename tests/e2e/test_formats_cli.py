@@ -42,7 +42,7 @@ def test_an_unknown_format_is_named(cli: Cli) -> None:
     done = cli("formats", "e4m3fm")
     assert done.code == 2
     assert "'e4m3fm'" in done.err
-    assert "did you mean e4m3fn or e4m3fnuz or e4m3?" in done.words
+    assert "did you mean e4m3fn or e4m3 or e4m3fnuz?" in done.words
 
 
 # The picture ----------------------------------------------------------------------------------------------------------

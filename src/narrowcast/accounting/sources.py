@@ -26,6 +26,7 @@ _DTYPES = frozenset(
     """float16 bfloat16 float32 float64 complex64 complex128 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool
     float8_e4m3fn float8_e5m2""".split()  # noqa: SIM905
 )
+_ONE = "give one of the two"
 _FORMS = "timm:, torchvision:, py:, bundled:, hf:, or a path that ends in .onnx"
 
 
@@ -38,12 +39,14 @@ class Source:
         build: Makes the module; called under a mode in which tensors have no numbers.
         examples: Makes the positional inputs.
         named: Makes the inputs by name.
+        config: The configuration of transformers that it was built from, where there is one.
     """
 
     name: str
     build: Callable[[], nn.Module]
     examples: Callable[[], tuple[Any, ...]]
     named: Callable[[], dict[str, Any]] = field(default=dict)
+    config: Any = None
 
     def count(self, *, train: bool = False) -> Counted:
         """Return what one run of the module does.
@@ -105,14 +108,17 @@ def parse_input(text: str) -> Given:
     found = _SHAPE.fullmatch(text)
     if found is None:
         raise ModelError(f"input {text!r}", allowed="[NAME=]1x3x224x224[:DTYPE], DTYPE float32 unless given")
+    sizes = tuple(int(size) for size in found["shape"].split("x"))
+    if not all(sizes):
+        raise ModelError(f"input {text!r} has an axis of 0, so that there is nothing to count", allowed="1 and up")
     dtype = found["dtype"] or ""
     if dtype and dtype not in _DTYPES:
         raise ModelError(f"input {text!r}: there is no dtype {dtype!r}", allowed=choices(dtype, _DTYPES))
-    return Given(found["name"] or "", tuple(int(size) for size in found["shape"].split("x")), dtype)
+    return Given(found["name"] or "", sizes, dtype)
 
 
 def source(
-    reference: str, *, inputs: Sequence[str] = (), tokens: int | None = None, batch: int = 1
+    reference: str, *, inputs: Sequence[str] = (), tokens: int | None = None, batch: int | None = None
 ) -> Source | GraphSource:
     """Return the model that a reference names, with the inputs asked for.
 
@@ -121,19 +127,29 @@ def source(
             of transformers; no weights are needed), a path that ends in ``.onnx``, or an artifact folder.
         inputs: Shapes, as :func:`parse_input` takes them; the model's own example with ``batch`` samples unless given.
         tokens: Tokens of a language model.
-        batch: Samples.
+        batch: Samples, 1 unless given; where shapes are given, they say it.
 
     Raises:
-        ModelError: The model cannot be found, or an input says no shape.
+        ModelError: The model cannot be found, an input says no shape, or a number is given that nothing would take.
         RuntimeMissingError: A package that the scheme needs is not installed.
     """
     given = tuple(parse_input(text) for text in inputs)
-    if reference.startswith("hf:"):
-        return _transformers(reference, given, tokens or 128, batch)
-    ref = ModelRef.parse(reference)
-    if ref.scheme in ("onnx", "artifact"):
+    language = reference.startswith("hf:")
+    ref = None if language else ModelRef.parse(reference)
+    if ref and ref.scheme in ("onnx", "artifact"):
         path = artifact_file(Path(ref.id)) if ref.scheme == "artifact" else Path(ref.id)
-        return GraphSource(reference, path, given, batch, tokens)
+        return GraphSource(reference, path, given, batch or 1, tokens)
+    for what, number in (("batch", batch), ("tokens", tokens)):
+        if given and number is not None:
+            raise ModelError(f"{what} = {number} beside {_shapes(given)}, which says it already", next_step=_ONE)
+    if ref is None:
+        return _transformers(reference, given, tokens or 128, batch or 1)
+    if tokens is not None:
+        raise ModelError(
+            f"tokens = {tokens} for {reference}, whose inputs have shapes of their own",
+            allowed="tokens with hf:CONFIG_DIR and ONNX graphs with open axes",
+            next_step="give the shapes: --input 1x128:int64",
+        )
     torch = require_torch(reference)
     made: dict[str, Any] = {}
 
@@ -147,9 +163,13 @@ def source(
     def examples() -> tuple[Any, ...]:
         if given:
             return _positional(given)
-        return tuple(torch.empty((batch, *example.shape[1:]), dtype=example.dtype) for example in made["examples"])
+        return tuple(torch.empty((batch or 1, *example.shape[1:]), dtype=example.dtype) for example in made["examples"])
 
     return Source(reference, build, examples, lambda: _named(given))
+
+
+def _shapes(given: Sequence[Given]) -> str:
+    return "input " + " ".join("x".join(map(str, entry.shape)) for entry in given)
 
 
 def _positional(given: Sequence[Given]) -> tuple[Any, ...]:
@@ -189,4 +209,4 @@ def _transformers(reference: str, given: Sequence[Given], tokens: int, batch: in
     def examples() -> tuple[Any, ...]:
         return _positional(given) if given else (torch.zeros(batch, tokens, dtype=torch.int64),)
 
-    return Source(reference, lambda: kind.from_config(config), examples, lambda: _named(given))
+    return Source(reference, lambda: kind.from_config(config), examples, lambda: _named(given), config)

@@ -51,7 +51,7 @@ def advise(
         typer.Option("--input", help="Shape of an input: [NAME=]1x3x224x224[:DTYPE]. May be given several times."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a language model (128 unless given).")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples, where no shape is given.")] = 1,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples, where no shape is given (1).")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Show only so many items.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show also what brings less than 0.5 %.")] = False,
     json: Json = False,

@@ -31,20 +31,6 @@ _FORMATS = "Formats and device"
 _TRAINING = "Training"
 _SHOWN = "What is shown"
 
-#: What cuBLAS's workspace depends on: the compute capability of an architecture's largest GPUs.
-_CAPABILITIES = {
-    "Kepler": (3, 5),
-    "Maxwell": (5, 2),
-    "Pascal": (6, 0),
-    "Volta": (7, 0),
-    "Turing": (7, 5),
-    "Ampere": (8, 0),
-    "Ada Lovelace": (8, 9),
-    "Hopper": (9, 0),
-    "Blackwell": (10, 0),
-    "Blackwell (RTX)": (12, 0),
-}
-
 
 class Mode(StrEnum):
     """What is counted."""
@@ -59,7 +45,7 @@ class _Asked:
 
     inputs: list[str]
     tokens: int | None
-    batch: int
+    batch: int | None
     train: bool
     policy: Policy
     device: Device | None
@@ -81,7 +67,9 @@ def profile(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a language model (128 unless given).", rich_help_panel=_COUNTED)
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples, where no shape is given.", rich_help_panel=_COUNTED)] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples, where no shape is given (1).", rich_help_panel=_COUNTED)
+    ] = None,
     mode: Annotated[
         Mode, typer.Option(help="One inference, or a training step.", rich_help_panel=_COUNTED)
     ] = Mode.INFER,
@@ -173,8 +161,7 @@ def profile(
         "devices": devices,
         "sharding": sharding,
     }
-    if mode is Mode.INFER:
-        _check_no_training(training)
+    _check_training(training, mode)
     chosen = None if device is None else find_device(device)
     if largest_batch and (chosen is None or chosen.memory.bytes is None):
         raise UserError("--largest-batch without a device whose memory is known", next_step="name one: --device NAME")
@@ -214,15 +201,17 @@ def _quiet(debug: bool) -> Generator[None]:
         log.removeFilter(refuse)
 
 
-def _check_no_training(given: dict[str, Any]) -> None:
-    """Make sure that nobody asks for what inference does not have.
+def _check_training(given: dict[str, Any], mode: Mode) -> None:
+    """Make sure that every option has something to say.
 
     Raises:
-        UserError: Somebody does.
+        UserError: Somebody asks for what inference does not have, or says how to divide among devices and not how many.
     """
     meant = [f"--{name}" for name, value in given.items() if value is not None]
-    if meant:
+    if mode is Mode.INFER and meant:
         raise UserError(f"{', '.join(meant)}: an inference has none of it", next_step="count training: --mode train")
+    if given["sharding"] is not None and given["devices"] is None:
+        raise UserError(f"--sharding {given['sharding']} over one device", next_step="say how many: --devices 8")
 
 
 def _costs(model: str, asked: _Asked) -> Costs:
@@ -245,19 +234,24 @@ def _costs(model: str, asked: _Asked) -> Costs:
             largest = largest_batch(lambda batch: _of_batch(model, asked, batch), asked.device.memory.bytes, **setting)
     elif asked.largest:
         raise ModelError(f"the memory of {model} cannot be followed", allowed="a PyTorch module with --largest-batch")
-    kept = _cache(model, asked.policy) if found.attention.masked else None  # nothing is kept where all tokens see all
+    config = origin.config if isinstance(origin, Source) else None
+    kept = _cache(config, asked.policy) if found.attention.masked else None  # nothing is kept where all tokens see all
     return Costs(found, asked.policy, asked.device, times, held, kept, largest)
 
 
 def _setting(asked: _Asked) -> dict[str, Any]:
     """Return what memory depends on."""
     device = asked.device
-    return asked.training | {
-        "policy": asked.policy.name,
-        "mode": "train" if asked.train else "infer",
-        "device": "cuda" if device is not None and device.kind == "gpu" else "cpu",
-        "capability": _CAPABILITIES.get(device.architecture, (8, 0)) if device is not None else (8, 0),
-    }
+    known = {} if device is None or device.capability is None else {"capability": device.capability}
+    return (
+        asked.training
+        | known
+        | {
+            "policy": asked.policy.name,
+            "mode": "train" if asked.train else "infer",
+            "device": "cuda" if device is not None and device.kind == "gpu" else "cpu",
+        }
+    )
 
 
 def _of_batch(model: str, asked: _Asked, batch: int) -> Any:
@@ -265,18 +259,15 @@ def _of_batch(model: str, asked: _Asked, batch: int) -> Any:
     from narrowcast.accounting.sources import source
 
     inputs = [re.sub(r"(?:^|(?<==))\d+", str(batch), text, count=1) for text in asked.inputs]
-    return source(model, inputs=inputs, tokens=asked.tokens, batch=batch)
+    return source(model, inputs=inputs, tokens=asked.tokens, batch=None if inputs else batch)
 
 
-def _cache(model: str, policy: Policy) -> KVCache | None:
+def _cache(config: Any, policy: Policy) -> KVCache | None:
     """Return what a language model keeps of past tokens; None if there is no configuration to read it from."""
-    if not model.startswith("hf:"):
-        return None
-    from transformers import AutoConfig
-
     from narrowcast.accounting.kv_cache import kv_cache
 
-    config = AutoConfig.from_pretrained(model.removeprefix("hf:"), local_files_only=True)
+    if config is None:
+        return None
     try:
         return kv_cache(config, format=policy.activations)
     except ModelError:  # no attention that the configuration describes
