@@ -628,11 +628,12 @@ def pack(args):
             "source": f"{model.source}; band: {found['networks']} networks in benchmarks/results",
         }
         if key == "gpu-torch" and elsewhere.exists():
-            band = band_of(json.loads(elsewhere.read_text())["summary"])
+            summary = json.loads(elsewhere.read_text())["summary"]
+            band = band_of(summary)
             fields |= {f"elsewhere_{end}": value for end, value in band.items()}
             fields["elsewhere_source"] = (
-                "rates measured on an H100 in bf16 and carried over; band: 36 times published for RTX 3090, 4090 and "
-                "5090, FP16, batch 1024; small batches were not looked at"
+                f"rates measured on an H100 in bf16 and carried over; band: {summary['networks']} times published for "
+                "RTX 3090, 4090 and 5090, FP16, batch 1024; small batches were not looked at"
             )
         classes = fields.pop("classes")
         lines += ["", f"[{key}]", *(f"{name} = {json.dumps(value)}" for name, value in fields.items())]
