@@ -1,0 +1,1 @@
+"""The numerics doctor: where the numbers of a training broke, and what mends it."""
