@@ -1,0 +1,150 @@
+"""Gradients of one update: their norm, the factor that unscales and clips them, and where they are not finite.
+
+Everything runs on whole lists of tensors (``torch._foreach_*``), stays on the device and copies nothing: the norm is taken
+of the scaled gradients, and unscaling, normalisation and clipping are one multiplication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Broken", "FusedUpdate", "Gradients", "Ranks"]
+
+
+class Ranks(Protocol):
+    """The processes that train together."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+        ...
+
+    @property
+    def world(self) -> int:
+        """How many there are."""
+        ...
+
+    def all_finite(self, flag: Tensor) -> Tensor:
+        """Return whether a flag (0-d, bool, on the device) is true on every rank, without a host synchronisation."""
+        ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks, without a host synchronisation."""
+        ...
+
+
+@runtime_checkable
+class FusedUpdate(Protocol):
+    """An optimizer that unscales, clips and updates in passes of its own, without a host synchronisation."""
+
+    def update(self, inverse_scale: Tensor | float, clip_norm: float | None) -> tuple[Tensor, Tensor]:
+        """Update all parameters that have a gradient, unless a gradient is not finite.
+
+        Args:
+            inverse_scale: What gradients are multiplied with first; 0-d if it is a tensor.
+            clip_norm: The largest norm of all gradients together, after that; None to leave them.
+
+        Returns:
+            The norm before clipping (0-d, FP32) and whether it is finite (0-d, bool), both on the device. Where it is not,
+            neither weights nor states have changed.
+        """
+        ...
+
+
+class Broken(NamedTuple):
+    """A parameter whose gradient is not finite."""
+
+    name: str
+    inf: int
+    nan: int
+
+    @property
+    def kind(self) -> Literal["inf", "nan"]:
+        """``nan`` if any element is NaN."""
+        return "nan" if self.nan else "inf"
+
+
+class Gradients:
+    """The gradients that parameters hold now.
+
+    Args:
+        parameters: Parameters by name, in the order of the forward pass.
+        device: Where norms are gathered.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], device: torch.device) -> None:
+        self._named = {name: one for name, one in parameters.items() if one.grad is not None}
+        self._device = device
+        self._values = [_stored(one) for one in self._named.values()]
+        self._norms: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @torch.no_grad()
+    def norm(self, ranks: Ranks | None = None) -> Tensor:
+        """Return the L2 norm of all gradients together, as they stand: 0-d, FP32, on the device.
+
+        Gradients that are sharded over ranks (``DTensor``) count in full on every rank.
+        """
+        if not self._values:
+            return torch.zeros((), device=self._device)
+        for _, values in self._by_device():
+            self._norms += torch._foreach_norm(values)
+        norms = torch.stack([one.to(self._device, torch.float32) for one in self._norms])
+        if ranks is None or ranks.world == 1 or not (sharded := self._sharded()):
+            return torch.linalg.vector_norm(norms)
+        squares = norms.square()
+        shares = torch.tensor(sharded).to(self._device, torch.float32, non_blocking=True)
+        return (ranks.sum((squares * shares).sum()) + (squares * (1 - shares)).sum()).sqrt()
+
+    @torch.no_grad()
+    def multiply(self, factor: Tensor | float) -> None:
+        """Multiply all gradients in place; a factor of exactly 1.0 touches nothing."""
+        if isinstance(factor, float) and factor == 1.0:
+            return
+        for device, values in self._by_device():
+            torch._foreach_mul_(values, factor.to(device) if isinstance(factor, Tensor) else factor)
+
+    @torch.no_grad()
+    def broken(self) -> tuple[Broken, ...]:
+        """Return the parameters whose gradients are not finite, in the order of the backward pass (waits for the device)."""
+        finite = torch.stack([one.to(self._device) for one in self._norms]).isfinite().tolist() if self._norms else []
+        found: list[Broken] = []
+        for name, values, good in zip(self._named, self._values, finite, strict=True):
+            if not good:
+                found.append(Broken(name, int(values.isinf().sum()), int(values.isnan().sum())))
+        return tuple(reversed(found))
+
+    def _by_device(self) -> Sequence[tuple[torch.device, list[Tensor]]]:
+        if all(one.device == self._device for one in self._values):
+            return [(self._device, self._values)]
+        devices = {one.device: None for one in self._values}
+        return [(device, [one for one in self._values if one.device == device]) for device in devices]
+
+    def _sharded(self) -> list[bool]:
+        from torch.distributed.tensor import DTensor, Shard
+
+        split = [
+            isinstance(one, DTensor) and any(isinstance(place, Shard) for place in one.placements)
+            for one in self._named.values()
+        ]
+        return split if any(split) else []
+
+
+def _stored(parameter: torch.nn.Parameter) -> Tensor:
+    """Return the numbers of a parameter's gradient that this process holds, as a view."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.is_sparse:
+        parameter.grad = gradient = gradient.coalesce()
+        return gradient._values()
+    if type(gradient) is Tensor:
+        return gradient
+    from torch.distributed.tensor import DTensor
+
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
