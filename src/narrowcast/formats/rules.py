@@ -149,7 +149,7 @@ _WIDE = "fp64 fp32 tf32 fp16 bf16"
 _INTEGERS = "int2 int3 int4 int8 int16 uint2 uint3 uint4 uint8 uint16"
 
 # Observed: ml_dtypes 0.6.0, torch 2.15.0 (CPU; older torch gives NaN for E4M3FN over 464), onnx 1.23.2's reference
-# with saturate=1 for FP8 and QuantizeLinear's rule for integers, CUDA 13's C++ constructors (their documentation).
+# with saturate=1 for FP8 and QuantizeLinear's rule for integers, the C++ constructors of CUDA 13.2's headers.
 CONVENTIONS: dict[str, dict[str, Rules]] = {
     "ml_dtypes": _same(f"{_WIDE} e5m2 e4m3fn e4m3 e3m4 e4m3fnuz e5m2fnuz e4m3b11fnuz", _IEEE)
     | _same("e3m2 e2m3 e2m1", Rules(overflow=Overflow.CLAMP, nan=NanInput.ZERO))
