@@ -93,7 +93,14 @@ def open_weights(source: str, *, seed: int = 0) -> Weights:
     if source.endswith(".safetensors") or (path.is_dir() and _is_checkpoint(path)):
         tensors = [tensor for file in checkpoint.shards(path) for tensor in checkpoint.read_header(file)]
         return Weights(source, tuple(_stored(tensor) for tensor in checkpoint.unique(tensors).values()))
-    ref = ModelRef.parse(source)
+    try:
+        ref = ModelRef.parse(source)
+    except ModelError as error:
+        raise ModelError(
+            error.what,
+            allowed=f"a path that ends in .safetensors, a folder of such files, {error.allowed}",
+            next_step=error.next_step,
+        ) from None
     made = load_module(ref, seed=seed)
     if made is not None:
         return Weights(source, tuple(_of_module(made.module)), made.random_weights)
