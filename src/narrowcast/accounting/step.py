@@ -69,11 +69,10 @@ class Setting:
 
 def placed(module: nn.Module, mode: FakeTensorMode, setting: Setting) -> nn.Module:
     """Return a copy of a module on the setting's device, with shapes in place of numbers; tied weights stay tied."""
-    module = fake_copy(module, mode)
-    moved: dict[int, Any] = {}
+    moved: dict[int, Any] = {}  # what deepcopy takes in place of a copy
     with mode, torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
-            there = torch.empty_like(tensor, device=setting.device)
+            there = torch.empty_like(tensor.detach(), device=setting.device)
             moved[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
         return copy.deepcopy(module, moved)
 
