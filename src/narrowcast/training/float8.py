@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
 from narrowcast.errors import FormatError, ModelError, RuntimeMissingError
 from narrowcast.training.overrides import Overrides, format_of
+
+if TYPE_CHECKING:
+    from torchao.float8 import Float8LinearConfig
 
 __all__ = ["Float8", "convert"]
 
@@ -45,7 +48,7 @@ class Float8:
             raise FormatError(f"FP8 gradients in {self.gradients!r}", allowed="e5m2, e4m3")
 
 
-def convert(module: nn.Module, float8: Float8, overrides: Overrides) -> nn.Module:
+def convert(module: nn.Module, float8: Float8, overrides: Overrides) -> None:
     """Have linear layers multiply in FP8, in place; their parameters stay the same objects.
 
     Layers that an override puts into another format stay as they are, and so do those with a size that is no multiple of
@@ -78,12 +81,10 @@ def convert(module: nn.Module, float8: Float8, overrides: Overrides) -> nn.Modul
         raise RuntimeMissingError(
             "fp8-mixed needs torchao, which is not installed", next_step="install it with: pip install torchao"
         ) from error
-    return convert_to_float8_training(
-        module, config=_config(float8), module_filter_fn=lambda _part, name: name in chosen
-    )
+    convert_to_float8_training(module, config=_config(float8), module_filter_fn=lambda _part, name: name in chosen)
 
 
-def _config(float8: Float8) -> object:
+def _config(float8: Float8) -> Float8LinearConfig:
     from torchao.float8 import CastConfig, Float8LinearConfig
     from torchao.float8.config import e4m3_dtype, e5m2_dtype
 

@@ -1,7 +1,7 @@
 """Gradients of one update: their norm, the factor that unscales and clips them, and where they are not finite.
 
-Everything runs on whole lists of tensors (``torch._foreach_*``), stays on the device and copies nothing: the norm is taken
-of the scaled gradients, and unscaling, normalisation and clipping are one multiplication.
+Everything runs on whole lists of tensors (:mod:`narrowcast.training.multi_tensor`), stays on the device and copies
+nothing: the norm is taken of the scaled gradients, and unscaling, normalisation and clipping are one multiplication.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from narrowcast.training import multi_tensor
 
 __all__ = ["Broken", "FusedUpdate", "Gradients", "Ranks"]
 
@@ -94,7 +96,7 @@ class Gradients:
         if not self._values:
             return torch.zeros((), device=self._device)
         for _, values in self._by_device():
-            self._norms += torch._foreach_norm(values)
+            self._norms += multi_tensor.norms(values)
         norms = torch.stack([one.to(self._device, torch.float32) for one in self._norms])
         if ranks is None or ranks.world == 1 or not (sharded := self._sharded()):
             return torch.linalg.vector_norm(norms)
@@ -108,7 +110,7 @@ class Gradients:
         if isinstance(factor, float) and factor == 1.0:
             return
         for device, values in self._by_device():
-            torch._foreach_mul_(values, factor.to(device) if isinstance(factor, Tensor) else factor)
+            multi_tensor.multiply_(values, factor.to(device) if isinstance(factor, Tensor) else factor)
 
     @torch.no_grad()
     def broken(self) -> tuple[Broken, ...]:

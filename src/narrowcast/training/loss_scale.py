@@ -59,21 +59,29 @@ class Scale(Protocol):
 
 @dataclass(frozen=True)
 class NoScale:
-    """Losses as they are; nothing is left out, so nothing waits for the device."""
+    """Losses as they are.
+
+    Args:
+        patience: Updates left out in a row, where a trainer was told to leave them out, after which training gives up.
+
+    Raises:
+        FormatError: The patience is below 1.
+    """
+
+    patience: int = 50
+
+    def __post_init__(self) -> None:
+        _check_count("the patience without a loss scale", self.patience)
 
     @property
     def guards(self) -> bool:
         return False
 
-    @property
-    def patience(self) -> int:
-        return 0
-
     def start(self) -> ScaleState:
         return ScaleState(1.0)
 
     def after(self, state: ScaleState, finite: bool) -> ScaleState:
-        return state
+        return _constant(state, finite)
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class StaticScale:
         return ScaleState(float(self.value))
 
     def after(self, state: ScaleState, finite: bool) -> ScaleState:
-        return state._replace(good=state.good + 1, stuck=0) if finite else state._replace(good=0, stuck=state.stuck + 1)
+        return _constant(state, finite)
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,10 @@ class DynamicScale:
             return state._replace(good=0, tolerated=state.tolerated - 1)
         stuck = state.stuck + 1 if state.value <= self.floor else 0
         return ScaleState(max(state.value * self.backoff, self.floor), stuck=stuck)
+
+
+def _constant(state: ScaleState, finite: bool) -> ScaleState:
+    return state._replace(good=state.good + 1, stuck=0) if finite else state._replace(good=0, stuck=state.stuck + 1)
 
 
 def _check_positive(what: str, value: float) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from narrowcast.errors import DeviceError, FormatError, choices
+from narrowcast.training.checks import unwrapped
 from narrowcast.training.float8 import Float8, convert
 from narrowcast.training.loss_scale import DynamicScale, NoScale, Scale, StaticScale
 from narrowcast.training.overrides import FORMATS, Overrides, run_in
@@ -26,6 +28,8 @@ __all__ = ["POLICIES", "Precision", "precision"]
 #: What autocast casts products to; policies that compute in anything else run without it.
 _CAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 _UPDATES = ("plain", "stochastic", "kahan")
+#: What modules have been converted for, where that changed them.
+_prepared: WeakKeyDictionary[nn.Module, Precision] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Precision:
     name: str
     parameters: Literal["fp32", "bf16"] = "fp32"
     compute: Literal["fp32", "tf32", "bf16", "fp16", "fp8"] = "fp32"
-    scale: Scale = NoScale()
+    scale: Scale = field(default_factory=NoScale)
     update: Literal["plain", "stochastic", "kahan"] = "plain"
     overrides: Overrides = ()
     float8: Float8 | None = None
@@ -86,16 +90,28 @@ class Precision:
     def prepare(self, module: nn.Module) -> nn.Module:
         """Cast and convert a module in place, and have the modules that an override names run in its format.
 
-        Parameters stay the same objects, so an optimizer that was made before goes on with them.
+        Parameters stay the same objects, so an optimizer that was made before goes on with them. A module that has been
+        prepared for this policy is left as it is: prepare it before it is compiled, replicated or sharded.
 
         Raises:
-            FormatError: A pattern names no module.
+            FormatError: A pattern names no module, or the module has been prepared for another policy.
         """
-        if self.parameters == "bf16":
-            module.to(torch.bfloat16)
-        if self.float8 is not None:
-            module = convert(module, self.float8, self.overrides)
-        run_in(module, self.overrides, base=self.compute, stored=self.parameters)
+        inner = unwrapped(module)
+        before = _prepared.get(inner)
+        if before is None:
+            if self.parameters == "bf16":
+                inner.to(torch.bfloat16)
+            if self.float8 is not None:
+                convert(inner, self.float8, self.overrides)
+            run_in(inner, self.overrides, base=self.compute, stored=self.parameters)
+            if self.parameters == "bf16" or self.float8 is not None or self.overrides:
+                _prepared[inner] = self
+        elif before != self:
+            raise FormatError(
+                f"a module that was prepared for precision {before.name} is to train in {self.name}"
+                + (" with other settings" if before.name == self.name else ""),
+                next_step="build the module anew and load its weights",
+            )
         return module
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
@@ -106,20 +122,22 @@ class Precision:
 
     @contextmanager
     def running(self, device: torch.device) -> Generator[None]:
-        """Set what FP32 products are computed in, for forward and backward passes, and put it back afterwards."""
+        """Set whether CUDA multiplies FP32 numbers in TF32, for forward and backward passes, and put it back afterwards.
+
+        Products and convolutions alike: PyTorch's own default is TF32 for convolutions alone.
+        """
         if device.type != "cuda":
             yield
             return
-        wanted = "tf32" if self.compute == "tf32" else "ieee"
-        places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-        before = [place.fp32_precision for place in places]
-        for place in places:
-            place.fp32_precision = wanted
+        wanted = self.compute == "tf32"
+        products: Any = torch.backends.cuda.matmul
+        convolutions: Any = torch.backends.cudnn
+        before = products.allow_tf32, convolutions.allow_tf32
+        products.allow_tf32 = convolutions.allow_tf32 = wanted
         try:
             yield
         finally:
-            for place, value in zip(places, before, strict=True):
-                place.fp32_precision = value
+            products.allow_tf32, convolutions.allow_tf32 = before
 
 
 #: The policies; each may be changed in what :func:`precision` takes.

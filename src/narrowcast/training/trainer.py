@@ -1,60 +1,50 @@
 """The training step, for loops of one's own: forward, backward, one decision, one update.
 
-A step takes one micro-batch; each ``accumulate``-th closes a window and updates the weights. Gradients are sums over a
-window, divided by what they are a sum over (samples, or what a :class:`Loss` says), whatever its micro-batches weigh.
+A step takes one micro-batch; each ``accumulate``-th closes a window and updates the weights by the gradient of the
+window's mean loss, whatever its micro-batches weigh.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils._pytree import tree_leaves
 
 from narrowcast.errors import TrainingError
+from narrowcast.training.checks import check_rounding, check_settings, trained_parameters, unwrapped
 from narrowcast.training.gradients import FusedUpdate, Gradients, Ranks
 from narrowcast.training.ledger import Ledger, Skip
+from narrowcast.training.lookout import Lookout, Sighting
+from narrowcast.training.loss_scale import ScaleState
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
+from narrowcast.training.reduction import Reduction
+from narrowcast.training.rounding import WideUpdate, accumulate_in_fp32
+from narrowcast.training.updates import update_for
+from narrowcast.training.window import Batch, Loss, StepInfo, Window, as_batch, as_loss, samples_in
 
 __all__ = ["Loss", "StepInfo", "Trainer", "Watch"]
 
 _log = logging.getLogger(__name__)
-Batch = tuple[Any, Any]
-
-
-class Loss(NamedTuple):
-    """A loss that is a sum.
-
-    Args:
-        total: The sum, 0-d.
-        weight: What it is a sum over: samples, tokens that count, or any other weight.
-    """
-
-    total: Tensor
-    weight: Tensor | float
 
 
 class Watch(Protocol):
     """What looks at the numbers of a run."""
 
     def before_forward(self, trainer_step: int, batch: Batch) -> None:
-        """Called before each micro-batch."""
+        """Called before each micro-batch, with the updates done so far."""
         ...
 
     def after_backward(self, model: nn.Module, scale: float) -> None:
-        """Called after each backward pass; gradients are scaled by ``scale``."""
+        """Called after each backward pass: gradients are those of the window so far, times ``scale``."""
         ...
 
     def before_update(self, model: nn.Module) -> None:
-        """Called when gradients are unscaled and clipped."""
+        """Called before the weights move; gradients are unscaled and clipped unless the optimizer does that itself."""
         ...
 
     def after_update(self, model: nn.Module, info: StepInfo) -> None:
@@ -62,85 +52,36 @@ class Watch(Protocol):
         ...
 
     def on_nonfinite(self, trainer: Trainer, batch: Batch, step: int) -> None:
-        """Called when a gradient or a loss of a step is not finite, before gradients are dropped."""
+        """Called when a loss or a gradient of an update was not finite, with the first micro-batch that shows it."""
         ...
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What a step did. Tensors stay on the device; reading ``loss``, ``grad_norm`` or ``lr`` waits for them.
-
-    Args:
-        step: Updates done so far.
-        updated: Whether this step moved the weights.
-        skipped: Whether it would have, and was left out as a gradient is not finite.
-        scale: The loss scale that the step ran with.
-        samples_per_s: Samples of this rank per second since the last window closed; None in the first.
-        total: Sum of the window's losses so far, 0-d.
-        weight: What ``total`` is a sum over.
-        norm: Norm of all gradients, unscaled and before clipping, 0-d; None unless the step closed a window.
-        rate: Learning rate of the first parameter group in this step.
-    """
-
-    step: int
-    updated: bool
-    skipped: bool
-    scale: float
-    samples_per_s: float | None
-    total: Tensor
-    weight: Tensor | float
-    norm: Tensor | None
-    rate: Tensor | float
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of the window so far (of this rank, or of all ranks where they have been summed)."""
-        return float(self.total / self.weight)
-
-    @property
-    def grad_norm(self) -> float | None:
-        """Norm of all gradients, unscaled and before clipping; None unless the step closed a window."""
-        return None if self.norm is None else float(self.norm)
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the first parameter group in this step."""
-        return float(self.rate)
-
-
-@dataclass
-class _Window:
-    """The micro-batches since the last update."""
-
-    count: int = 0
-    samples: int = 0
-    total: Tensor | None = None
-    weight: Tensor | float = 0.0
-    batch: Batch | None = None
-
-    def add(self, loss: Loss, samples: int, batch: Batch) -> None:
-        total = loss.total.detach()
-        self.total = total if self.total is None else self.total + total
-        self.weight = self.weight + loss.weight
-        self.count += 1
-        self.samples += samples
-        self.batch = batch
 
 
 class Trainer:
     """Trains a module, step by step.
 
+    A mean loss counts by the length of the first axis of its inputs; a :class:`Loss` by its weight. With loss scaling an
+    update whose losses or gradients are not finite is left out on all ranks: neither the weights nor the schedule nor
+    ``steps`` move, and the skip is in the step's info, in the log and in ``ledger``. A step waits for the device once with
+    loss scaling, and never without it.
+
     Args:
         model: Any module, compiled or not; it is cast or converted in place where the precision asks for it.
         optimizer: Any optimizer of PyTorch's kind that needs no closure, over the model's parameters (and the loss's, if it
-            is a module).
+            is a module). Fused ones unscale and clip within their step.
         loss: From outputs and targets to a mean over the batch (0-d), or to a :class:`Loss`.
         precision: A policy or its name.
         schedule: A learning-rate schedule, stepped after each update.
-        clip_norm: The largest norm of all gradients together.
+        clip_norm: The largest norm of all gradients together, after unscaling.
         accumulate: Micro-batches in a window.
         watch: What looks at the numbers.
-        ranks: The processes that train together.
+        ranks: The processes that train together; each must run the same number of steps.
+        nonfinite: Without loss scaling: ``raise`` an error when a loss or a gradient is not finite (on CUDA an update or
+            more later, as nothing waits for it), or ``skip`` the update, as with loss scaling.
+
+    Raises:
+        TrainingError: What is given does not go together.
+        DeviceError: The device does not compute in the precision.
+        FormatError: The precision is unknown.
     """
 
     def __init__(
@@ -155,9 +96,11 @@ class Trainer:
         accumulate: int = 1,
         watch: Watch | None = None,
         ranks: Ranks | None = None,
+        nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
+        check_settings(optimizer, schedule, clip_norm=clip_norm, accumulate=accumulate, nonfinite=nonfinite)
         self.precision = policy_of(precision)
-        self._parameters = _trained(model, loss, optimizer)
+        self._parameters = trained_parameters(model, loss, optimizer)
         self.device = next(iter(self._parameters.values())).device
         self.precision.check(self.device)
         self.model = self.precision.prepare(model)
@@ -171,10 +114,22 @@ class Trainer:
         self.ledger = Ledger()
         self.steps = 0
         self.skipped = 0
+        self._guards = self.precision.scale.guards or nonfinite == "skip"
         self._scale = self.precision.scale.start()
-        self._window = _Window()
-        self._share: Tensor | float | None = None
+        self._unit: float | None = None  # what the first micro-batch of the run weighed
+        self._window = Window()
         self._closed_at: float | None = None
+        fused = isinstance(optimizer, FusedUpdate)
+        if fused and self.precision.parameters == "bf16":
+            check_rounding(optimizer, self.precision.update)
+        self._wide = WideUpdate(() if fused else self._parameters.values(), self.precision.update)
+        if accumulate > 1 or not fused:
+            accumulate_in_fp32(self._parameters.values())
+        self._reduction = Reduction(
+            self.model, self._parameters, ranks, guards=self._guards, afterwards=self.precision.parameters == "bf16"
+        )
+        self._update = update_for(optimizer, clip_norm, ranks, self._before_update)
+        self._lookout = Lookout(self.device) if self.device.type == "cuda" and not self._guards else None
 
     @property
     def scale(self) -> float:
@@ -190,165 +145,239 @@ class Trainer:
         Raises:
             TrainingError: The batch or the loss cannot be used, or training cannot go on.
         """
-        inputs, targets = _parts(batch)
+        inputs, targets = as_batch(batch)
+        self._look_out()
+        last = self._window.count + 1 == self.accumulate
         if self.watch is not None:
             self.watch.before_forward(self.steps, batch)
-        samples = _samples(inputs)
-        with self.precision.running(self.device):
+        samples = samples_in(inputs)
+        with self._reduction.backward(last=last), self.precision.running(self.device):
             with self.precision.autocast(self.device):
                 value = self.loss(self._outputs(inputs), targets)
-            loss = _as_loss(value, samples)
-            self._backward(loss)
+            loss, weight, mean = as_loss(value, samples)
+            total, weight = self._in_units(loss, weight, mean)
+            factor = self.scale / self.accumulate
+            (total if factor == 1.0 else total * factor).backward()
         if self.watch is not None:
+            self._window.batches.append((batch, loss.detach()))
             self.watch.after_backward(self.model, self.scale)
-        self._window.add(loss, samples, batch)
-        return self._update() if self._window.count == self.accumulate else self._info()
+        self._window.add(total, weight, samples)
+        return self._close(early=False) if last else self._info(self._window.total, self._window.weight)
 
     def flush(self) -> StepInfo | None:
-        """Close a window that holds fewer micro-batches than the others, normalised by what it holds; None if it is empty."""
-        return self._update() if self._window.count else None
+        """Close a window that holds fewer micro-batches than the others, normalised by what it holds; None if it is empty.
+
+        With several ranks all must flush, with the same number of micro-batches.
+        """
+        return self._close(early=True) if self._window.count else None
+
+    def discard(self) -> None:
+        """Drop the micro-batches of a window that has not closed."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._window = Window()
+
+    def finish(self) -> None:
+        """Wait until it is known that all updates so far were finite.
+
+        Raises:
+            TrainingError: One was not.
+        """
+        self._look_out(wait=True)
 
     def _outputs(self, inputs: Any) -> Any:
         if isinstance(inputs, Mapping):
             return self.model(**inputs)
         return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
 
-    def _backward(self, loss: Loss) -> None:
-        """Add the gradients of a loss, over what a window is expected to weigh, times the scale."""
-        if self._share is None:
-            self._share = loss.weight * self.accumulate
-        total = loss.total.float()
-        if isinstance(self._share, Tensor):
-            (total * (self.scale / self._share)).backward()
-        elif (factor := self.scale / self._share) == 1.0:
-            total.backward()
-        else:
-            (total * factor).backward()
+    def _in_units(self, loss: Tensor, weight: Tensor | float, mean: bool) -> tuple[Tensor, Tensor | float]:
+        """Return a loss as a sum, and its weight, in units of what the first micro-batch of the run weighed."""
+        if self._unit is None:  # the only time that a weight is read
+            first = torch.as_tensor(weight, dtype=torch.float32, device=self.device)
+            many = self.ranks is not None and self.ranks.world > 1
+            self._unit = float(self.ranks.sum(first) / self.ranks.world) if self.ranks and many else float(weight)
+        share = weight / self._unit
+        factor = share if mean else 1 / self._unit
+        return loss if isinstance(factor, float) and factor == 1.0 else loss * factor, share
 
-    def _update(self) -> StepInfo:
-        """Decide, clip, and move the weights; or leave the step out."""
-        window, share = self._window, self._share
-        assert share is not None
-        gradients = Gradients(self._parameters, self.device)
-        factor = share / window.weight / self.scale
-        norm = gradients.norm(self.ranks)
-        true_norm = norm * factor
-        if self.precision.scale.guards:
-            finite = torch.isfinite(norm)
-            if self.ranks is not None:
-                finite = self.ranks.all_finite(finite)
-            if not finite:  # the one place that waits for the device
-                return self._skip(gradients, true_norm)
-        if self.clip_norm is not None:
-            factor = factor * (self.clip_norm / (true_norm + 1e-6)).clamp(max=1.0)
-        gradients.multiply(factor)
-        if self.watch is not None:
-            self.watch.before_update(self.model)
-        self.optimizer.step()
+    def _close(self, *, early: bool) -> StepInfo:
+        """Decide, and update the weights or leave the update out."""
+        window = self._window
+        assert window.total is not None
+        self._reduction.close(early=early)
+        loss, weight, world = self._over_ranks(window.total, window.weight)
+        factor = self.accumulate * world / (weight * self.scale)
+        with self._wide.widened():
+            gradients = Gradients(self._parameters, self.device)
+            outcome = self._update(gradients, factor, loss, decide=self._guards)
+        if outcome.known is False:
+            return self._left_out(gradients, self._info(loss, weight, norm=outcome.norm, skipped=True))
         self.steps += 1
-        info = self._info(updated=True, norm=true_norm)
+        info = self._info(loss, weight, norm=outcome.norm, updated=True)
+        if self._lookout is not None:
+            self._lookout.send(
+                outcome.finite, Sighting(self.steps - 1, window.batches[-1][0] if window.batches else None)
+            )
         if self.schedule is not None:
             self.schedule.step()
         self._scale = self.precision.scale.after(self._scale, True)
         if self.watch is not None:
             self.watch.after_update(self.model, info)
-        self._close()
+        self._open()
         return info
 
-    def _skip(self, gradients: Gradients, norm: Tensor) -> StepInfo:
-        broken = gradients.broken()
-        skip = Skip(
-            step=self.steps,
-            attempt=self.steps + self.skipped,
-            rank=self.ranks.rank if self.ranks is not None else 0,
-            layers=tuple(one.name for one in broken),
-            kind=broken[0].kind if broken else "inf",
-            scale=self.scale,
-        )
+    def _over_ranks(self, total: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor | float, int]:
+        """Return a window's loss and weight summed over ranks, and how many ranks gradients are the mean of."""
+        if self.ranks is None or self.ranks.world == 1:
+            return total, weight, 1
+        own = weight if isinstance(weight, Tensor) else torch.full((), weight, device=self.device)
+        both = self.ranks.sum(torch.stack([total, own.to(total)]))
+        return both[0], both[1], self.ranks.world
+
+    def _before_update(self) -> None:
+        if self.watch is not None:
+            self.watch.before_update(self.model)
+
+    def _left_out(self, gradients: Gradients, info: StepInfo) -> StepInfo:
+        """Say where the numbers broke, and open the next window with what the scale makes of it.
+
+        Raises:
+            TrainingError: Without loss scaling, unless told to skip; or when a scale has no answer left.
+        """
+        window, own = self._window, self._window.total
+        assert own is not None
+        if self.watch is not None and (batch := window.first_broken()) is not None:
+            self.watch.on_nonfinite(self, batch, self.steps)
+        rank, broken = self._reduction.first(gradients.broken(), own)
+        layers = tuple(one.name for one in broken)
+        if not self._guards:
+            raise self._stopped(self.steps, f"; the first in the backward pass is {layers[0]}" if layers else "")
+        kind = broken[0].kind if broken else "nan" if own.isnan() else "inf"
+        skip = Skip(self.steps, self.steps + self.skipped, rank, layers, kind, self.scale)
         self.ledger.add(skip)
-        if self.watch is not None and self._window.batch is not None:
-            self.watch.on_nonfinite(self, self._window.batch, self.steps)
         self.skipped += 1
-        info = self._info(skipped=True, norm=norm)
         self._scale = self.precision.scale.after(self._scale, False)
         _log.warning(
-            "step %d left out: %s in the gradient of %s; the loss scale goes from %g to %g",
-            self.steps,
+            "update %d left out: %s in %s%s; loss scale %g -> %g",
+            skip.step,
             skip.kind,
-            skip.layers[0] if skip.layers else "?",
+            f"the gradient of {layers[0]}" if layers else "the loss",
+            "" if self.ranks is None or rank is None else f" on rank {rank}",
             skip.scale,
             self.scale,
         )
-        self._close()
+        self._open()
+        self._check_patience(skip)
         return info
 
-    def _close(self) -> None:
+    def _check_patience(self, skip: Skip) -> None:
+        patience = self.precision.scale.patience
+        if self._scale.stuck < patience:
+            return
+        where = f"the gradient of {skip.layers[0]}" if skip.layers else "the loss"
+        raise TrainingError(
+            f"{patience} updates in a row were left out at loss scale {skip.scale:g}, which falls no further "
+            f"({skip.kind} in {where}, step {skip.step})",
+            next_step="check the data for NaN, lower the learning rate, set clip_norm, keep that layer in FP32 with "
+            "overrides={'LAYER': 'fp32'}, or use bf16-mixed",
+        )
+
+    def _look_out(self, *, wait: bool = False) -> None:
+        seen = self._lookout.arrived(wait=wait) if self._lookout is not None else None
+        if seen is None:
+            return
+        if self.watch is not None and seen.batch is not None:
+            self.watch.on_nonfinite(self, seen.batch, seen.step)
+        raise self._stopped(seen.step, "")
+
+    def _stopped(self, step: int, where: str) -> TrainingError:
+        return TrainingError(
+            f"a loss or a gradient of update {step} is not finite, in precision {self.precision.name}{where}",
+            next_step="check the data for NaN, lower the learning rate or set clip_norm; with nonfinite='skip' such updates "
+            "are left out instead",
+        )
+
+    def _open(self) -> None:
+        """Open the next window."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._window = _Window()
+        self._window = Window()
         self._closed_at = time.perf_counter()
 
-    def _info(self, *, updated: bool = False, skipped: bool = False, norm: Tensor | None = None) -> StepInfo:
-        window = self._window
-        assert window.total is not None
+    def _info(
+        self,
+        loss: Tensor | None,
+        weight: Tensor | float,
+        *,
+        norm: Tensor | None = None,
+        updated: bool = False,
+        skipped: bool = False,
+    ) -> StepInfo:
+        assert loss is not None
         seconds = None if self._closed_at is None else time.perf_counter() - self._closed_at
         return StepInfo(
             step=self.steps,
             updated=updated,
             skipped=skipped,
             scale=self.scale,
-            samples_per_s=None if seconds is None else window.samples / seconds,
-            total=window.total,
-            weight=window.weight,
+            samples_per_s=None if seconds is None else self._window.samples / max(seconds, 1e-9),
+            mean_loss=loss if isinstance(weight, float) and weight == 1.0 else loss / weight,
             norm=norm,
-            rate=self.optimizer.param_groups[0]["lr"],
+            rate=self._rate(),
         )
 
+    def _rate(self) -> Tensor | float:
+        rate = self.optimizer.param_groups[0]["lr"]
+        return rate.clone() if isinstance(rate, Tensor) else rate  # a schedule changes tensors in place
+
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next step depends on, as nested dictionaries of tensors and plain values."""
+        """Return everything that the next step depends on, but the data and the global random states.
+
+        It refers to the tensors that training goes on with: write or copy them before the next step.
+
+        Raises:
+            TrainingError: A window has not closed.
+        """
+        if self._window.count:
+            raise TrainingError(
+                f"a window of {self.accumulate} micro-batches holds {self._window.count}, whose gradients no state holds",
+                next_step="call flush() to update with them, or discard() to drop them, before state_dict()",
+            )
         return {
-            "model": self.model.state_dict(),
+            "precision": self.precision.name,
+            "model": unwrapped(self.model).state_dict(),
+            "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "scale": self._scale._asdict(),
-            "counters": {"steps": self.steps, "skipped": self.skipped},
+            "scale": dict(self._scale._asdict()),
+            "rounding": self._wide.state_dict(),
+            "counters": {"steps": self.steps, "skipped": self.skipped, "unit": self._unit},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on from what :meth:`state_dict` returned, bit for bit.
+
+        Raises:
+            TrainingError: It was saved in another precision, or a schedule is missing on one side.
+        """
+        if state["precision"] != self.precision.name:
+            raise TrainingError(
+                f"the state was saved in precision {state['precision']}, and this trainer runs in {self.precision.name}",
+                next_step=f"build the trainer with precision={state['precision']!r}, or load state['model'] alone",
+            )
+        if (self.schedule is None) != (state["schedule"] is None):
+            raise TrainingError(
+                f"the state holds {'no' if state['schedule'] is None else 'a'} schedule, and this trainer has "
+                f"{'none' if self.schedule is None else 'one'}",
+                next_step="build the trainer as it was when the state was saved",
+            )
+        self.discard()
+        with self._wide.held():
+            self.optimizer.load_state_dict(dict(state["optimizer"]))
+        unwrapped(self.model).load_state_dict(state["model"])
+        if isinstance(self.loss, nn.Module):
+            self.loss.load_state_dict(state["loss"])
         if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        self._scale = self._scale._replace(**state["scale"])
-        self.steps = state["counters"]["steps"]
-        self.skipped = state["counters"]["skipped"]
-
-
-def _trained(
-    model: nn.Module, loss: Callable[[Any, Any], Tensor | Loss], optimizer: torch.optim.Optimizer
-) -> dict[str, nn.Parameter]:
-    """Return the parameters that the optimizer moves, by name, in the model's order."""
-    known = {id(one): (name, one) for name, one in model.named_parameters()}
-    if isinstance(loss, nn.Module):
-        known |= {id(one): (f"loss.{name}", one) for name, one in loss.named_parameters()}
-    moved = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    return {name: one for key, (name, one) in known.items() if key in moved}
-
-
-def _parts(batch: Batch) -> Batch:
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise TrainingError(f"a batch is {type(batch).__name__}", allowed="a pair (inputs, targets)")
-
-
-def _samples(inputs: Any) -> int:
-    for leaf in tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return leaf.shape[0]
-    return 1
-
-
-def _as_loss(value: Tensor | Loss, samples: int) -> Loss:
-    if isinstance(value, Loss):
-        return value
-    return Loss(value * samples, samples)
+            self.schedule.load_state_dict(dict(state["schedule"]))
+        self._wide.load_state_dict(state["rounding"])
+        self._scale = ScaleState(**state["scale"])
+        counters = state["counters"]
+        self.steps, self.skipped, self._unit = counters["steps"], counters["skipped"], counters["unit"]

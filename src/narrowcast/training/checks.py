@@ -1,0 +1,102 @@
+"""What a trainer refuses before the first step, with a word on what to do."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from narrowcast.errors import TrainingError
+
+__all__ = ["check_rounding", "check_settings", "trained_parameters", "unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside of :func:`torch.compile` and DistributedDataParallel, whose names have no prefix."""
+    while True:
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod  # pyright: ignore[reportPrivateUsage]
+        elif isinstance(model, DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def trained_parameters(model: nn.Module, loss: Any, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """Return the parameters that an optimizer moves, by name, in the order of the model.
+
+    Parameters of a loss that is a module (a learned temperature, a projection) have ``loss.`` before their names.
+
+    Raises:
+        TrainingError: The model has none to train, or the optimizer moves none of them, or moves others.
+    """
+    named = {name: one for name, one in unwrapped(model).named_parameters() if one.requires_grad}
+    if isinstance(loss, nn.Module):
+        named |= {f"loss.{name}": one for name, one in loss.named_parameters() if one.requires_grad}
+    if not named:
+        raise TrainingError(
+            "the model has no trainable parameters",
+            allowed="at least one parameter that requires a gradient",
+            next_step="unfreeze some with parameter.requires_grad_(True)",
+        )
+    moved = {id(one) for group in optimizer.param_groups for one in group["params"] if one.requires_grad}
+    found = {name: one for name, one in named.items() if id(one) in moved}
+    others = len(moved) - len({id(one) for one in found.values()})
+    if not found or others:
+        raise TrainingError(
+            f"the optimizer moves {others} tensors that are not parameters of the model"
+            + ("" if found else ", and none that are"),
+            allowed="parameters of the model, and of the loss if it is a module",
+            next_step="make the optimizer from model.parameters(), after the model is on its device",
+        )
+    return found
+
+
+def check_settings(
+    optimizer: Optimizer, schedule: object, *, clip_norm: float | None, accumulate: int, nonfinite: str
+) -> None:
+    """Check what a trainer is built from.
+
+    Raises:
+        TrainingError: An optimizer that needs a closure, a schedule that needs a metric, or a number that is not allowed.
+    """
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if isinstance(optimizer, LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise TrainingError(
+            f"{type(optimizer).__name__} evaluates the loss several times in a step (a closure)",
+            allowed="optimizers whose step() needs no closure, such as SGD and AdamW",
+            next_step="write a loop of your own for it",
+        )
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise TrainingError(
+            "ReduceLROnPlateau is stepped with a metric, which a training step does not have",
+            allowed="schedules that are stepped after each update, such as OneCycleLR",
+            next_step="leave schedule out, and call its step(metric) after each evaluation",
+        )
+    if clip_norm is not None and not 0 < clip_norm < float("inf"):
+        raise TrainingError(f"clip_norm is {clip_norm}", allowed="a finite number above 0, or None")
+    if accumulate < 1:
+        raise TrainingError(f"accumulate is {accumulate}", allowed="a whole number of 1 or more")
+    if nonfinite not in ("raise", "skip"):
+        raise TrainingError(f"nonfinite is {nonfinite!r}", allowed="raise, skip")
+
+
+def check_rounding(optimizer: Optimizer, update: str) -> None:
+    """Check that an optimizer that rounds BF16 weights by itself does it as the precision says.
+
+    Raises:
+        TrainingError: It does not.
+    """
+    wanted = "nearest" if update == "plain" else update
+    for group in optimizer.param_groups:
+        rounding = group.get("rounding", "nearest")
+        if rounding != wanted:
+            raise TrainingError(
+                f"the optimizer rounds BF16 weights {rounding!r}, and the precision's update is {update!r}",
+                next_step=f"build it with rounding={wanted!r}, or the precision with the other update",
+            )

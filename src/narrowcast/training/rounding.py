@@ -1,0 +1,134 @@
+"""BF16 weights that any optimizer updates in FP32, rounded stochastically or with a compensation.
+
+BF16 holds 8 significand bits: a weight of 1 moves by 2^-8 (downwards) or 2^-7 (upwards) or not at all, and plain rounding
+loses every update below half of that. Two ways keep them:
+
+- ``stochastic``: up or down with the probability that makes the expected value exact (Gupta et al., 2015, section 3).
+  Nothing more is stored.
+- ``kahan``: what rounding cut off is stored in a second BF16 tensor and added before the next update (Kahan, 1965; for
+  weights: Zamirai et al., 2020), so about 16 significand bits are kept.
+
+The optimizer sees FP32 weights and FP32 gradients, and so keeps its states in FP32, for the time of its step: a moving
+average with a decay of 0.999 would lose its updates in BF16 as well.
+
+Memory in bytes for each parameter, with an optimizer of two states: 2 (weight) + 4 (gradient) + 8 (states), with ``kahan``
+2 more, against 4 + 4 + 8 of ``bf16-mixed``. During the step, when activations are gone, the FP32 weights take 4 more, and
+stochastic rounding up to 64 MiB of random bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from narrowcast.training import multi_tensor
+
+__all__ = ["WideUpdate", "accumulate_in_fp32", "round_stochastically_"]
+
+_CHUNK = 1 << 24  # elements that are rounded at once
+_DROPPED = 16  # bits of FP32 that BF16 has not
+
+
+class WideUpdate:
+    """Gives BF16 parameters FP32 numbers for the time of an update.
+
+    Args:
+        parameters: Those that the optimizer moves; all that are not BF16 are left alone.
+        method: How the new weights are rounded.
+        seed: Of stochastic rounding: ranks that hold the same weights must draw the same bits.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], method: Literal["plain", "stochastic", "kahan"], seed: int = 0
+    ) -> None:
+        self._narrow = [one for one in parameters if one.dtype == torch.bfloat16]
+        self._method = method
+        device = self._narrow[0].device if self._narrow else torch.device("cpu")
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._lost = [torch.zeros_like(one) for one in self._narrow] if method == "kahan" else []
+
+    @contextmanager
+    def widened(self) -> Generator[None]:
+        """Hold FP32 weights in the parameters; round what has become of them at the end, unless an exception ends it."""
+        if not self._narrow:
+            yield
+            return
+        stored = [one.data for one in self._narrow]
+        flat = torch.empty(sum(one.numel() for one in stored), dtype=torch.float32, device=stored[0].device)
+        wide = [
+            part.view_as(one) for part, one in zip(flat.split([one.numel() for one in stored]), stored, strict=True)
+        ]
+        multi_tensor.copy_(wide, stored)
+        if self._lost:
+            multi_tensor.add_(wide, self._lost)
+        with self._holding(wide, stored):
+            yield
+            self._round(stored, wide, flat)
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Hold FP32 weights in the parameters, and the BF16 ones again at the end as they were.
+
+        An optimizer casts the states that it loads to the dtype of its parameters.
+        """
+        stored = [one.data for one in self._narrow]
+        with self._holding([one.float() for one in stored], stored):
+            yield
+
+    @contextmanager
+    def _holding(self, wide: list[Tensor], stored: list[Tensor]) -> Generator[None]:
+        for one, values in zip(self._narrow, wide, strict=True):
+            one.data = values
+        try:
+            yield
+        finally:
+            for one, values in zip(self._narrow, stored, strict=True):
+                one.data = values
+
+    @torch.no_grad()
+    def _round(self, stored: list[Tensor], wide: list[Tensor], flat: Tensor) -> None:
+        if self._method == "stochastic":
+            round_stochastically_(flat, self._generator)
+        multi_tensor.copy_(stored, wide)
+        if self._lost:
+            multi_tensor.subtract_(wide, stored)
+            multi_tensor.copy_(self._lost, wide)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next rounding depends on: the generator's state, and what rounding cut off."""
+        return {"generator": self._generator.get_state(), "lost": list(self._lost)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._generator.set_state(state["generator"].cpu())
+        for one, saved in zip(self._lost, state["lost"], strict=True):
+            one.copy_(saved)
+
+
+def accumulate_in_fp32(parameters: Iterable[nn.Parameter]) -> None:
+    """Have autograd add up the gradients of BF16 parameters in FP32."""
+    for one in parameters:
+        if one.dtype == torch.bfloat16:
+            one.grad_dtype = torch.float32
+
+
+def round_stochastically_(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Round contiguous FP32 numbers to numbers of BF16, in place, up or down so that the expected value is exact.
+
+    A random number below 2^16 is added to the bits, and the lower 16 are cleared: the magnitude goes up with the
+    probability that they stood for. Numbers that BF16 holds stay as they are, as do infinities and NaN. A finite number
+    beyond BF16's largest may become infinite.
+
+    Returns:
+        ``values``.
+    """
+    for part in values.view(-1).split(_CHUNK):
+        bits = part.view(torch.int32)
+        noise = torch.randint(0, 1 << _DROPPED, bits.shape, dtype=torch.int32, device=part.device, generator=generator)
+        rounded = noise.add_(bits).bitwise_and_(-1 << _DROPPED)
+        part.copy_(torch.where(part.isfinite(), rounded.view(torch.float32), part))
+    return values

@@ -1,0 +1,155 @@
+"""A window: the micro-batches between two updates, what they sum up to, and what a step says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from narrowcast.errors import TrainingError
+
+__all__ = ["Batch", "Loss", "StepInfo", "Window", "as_batch", "as_loss", "samples_in"]
+
+#: Inputs (a tensor, a tuple of arguments, or a dict of arguments by name) and targets.
+Batch = tuple[Any, Any]
+
+
+class Loss(NamedTuple):
+    """A loss that is a sum, for batches whose samples do not weigh the same.
+
+    Args:
+        total: The sum, 0-d.
+        weight: What it is a sum over, such as the tokens that count; 0-d if it is a tensor.
+    """
+
+    total: Tensor
+    weight: Tensor | float
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a step did. Tensors stay on the device: reading ``loss``, ``grad_norm`` or ``lr`` waits for them.
+
+    Args:
+        step: Updates done so far.
+        updated: Whether this step moved the weights.
+        skipped: Whether it would have, and was left out as a gradient or a loss is not finite.
+        scale: The loss scale that the step ran with.
+        samples_per_s: Samples of this rank per second since the last window closed; None in the first.
+        mean_loss: Mean loss of the window so far, 0-d; of all ranks once it has closed.
+        norm: Norm of all gradients, unscaled and before clipping, 0-d; None unless the step closed a window.
+        rate: Learning rate of the first parameter group in this step.
+    """
+
+    step: int
+    updated: bool
+    skipped: bool
+    scale: float
+    samples_per_s: float | None
+    mean_loss: Tensor
+    norm: Tensor | None
+    rate: Tensor | float
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the window so far; of all ranks once it has closed."""
+        return float(self.mean_loss)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of all gradients, unscaled and before clipping; None unless the step closed a window."""
+        return None if self.norm is None else float(self.norm)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first parameter group in this step."""
+        return float(self.rate)
+
+
+@dataclass
+class Window:
+    """The micro-batches since the last update.
+
+    Sums are in units of what the first micro-batch of the run weighed: with batches of one size the mean of each counts as
+    it is, and not a bit is lost to a weight that is divided out again.
+
+    Args:
+        count: How many they are.
+        samples: Their samples on this rank.
+        total: Sum of their losses, in units; 0-d, without its graph.
+        weight: What it is a sum over, in units.
+        batches: They themselves with their losses, where somebody will want to look at them.
+    """
+
+    count: int = 0
+    samples: int = 0
+    total: Tensor | None = None
+    weight: Tensor | float = 0.0
+    batches: list[tuple[Batch, Tensor]] = field(default_factory=list[tuple[Batch, Tensor]])
+
+    def add(self, total: Tensor, weight: Tensor | float, samples: int) -> None:
+        """Count a micro-batch."""
+        total = total.detach()
+        self.total = total if self.total is None else self.total + total
+        self.weight = self.weight + weight
+        self.count += 1
+        self.samples += samples
+
+    def first_broken(self) -> Batch | None:
+        """Return the first kept micro-batch whose loss is not finite, or the last one if all are; waits for the device."""
+        if not self.batches:
+            return None
+        return next((batch for batch, loss in self.batches if not torch.isfinite(loss)), self.batches[-1][0])
+
+
+def as_batch(batch: Any) -> Batch:
+    """Return a batch as a pair.
+
+    Raises:
+        TrainingError: It is none.
+    """
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of {len(batch)}" if isinstance(batch, tuple | list | Mapping) else ""
+    raise TrainingError(
+        f"a batch is a {type(batch).__name__}{size}",
+        allowed="a pair (inputs, targets); inputs are a tensor, a tuple of arguments, or a dict of arguments by name",
+        next_step="wrap the loader so that it gives such pairs",
+    )
+
+
+def samples_in(inputs: Any) -> int:
+    """Return the length of the first axis of the first tensor; 1 if there is none."""
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return leaf.shape[0]
+    return 1
+
+
+def as_loss(value: Any, samples: int) -> tuple[Tensor, Tensor | float, bool]:
+    """Return what a loss function gave as an FP32 scalar, what it weighs, and whether it is a mean.
+
+    Raises:
+        TrainingError: It is no scalar, or depends on no parameter.
+    """
+    mean = not isinstance(value, Loss)
+    total, weight = (value, float(samples)) if mean else value
+    if not isinstance(total, Tensor) or total.numel() != 1:
+        found = f"shape {list(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
+        raise TrainingError(
+            f"the loss is no scalar: {found}",
+            allowed="a mean over the batch (one number), or Loss(total, weight)",
+            next_step="reduce it in the loss function, for example with .mean()",
+        )
+    if not total.requires_grad:
+        raise TrainingError(
+            "the loss depends on no trainable parameter",
+            next_step="compute it from the model's outputs, without detach(), item() or no_grad()",
+        )
+    if not isinstance(weight, Tensor) and not weight > 0:
+        raise TrainingError(f"the loss has a weight of {weight}", allowed="a weight above 0")
+    return total.reshape(()).float(), weight, mean
