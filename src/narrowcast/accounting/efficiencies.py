@@ -1,7 +1,8 @@
 """How much of a device's peaks runtimes reach, by classes of operators: the numbers that turn a roofline into a time.
 
 They are shares of the peaks in the catalogue, so that numbers fitted on one device serve others of its kind. Those of
-``efficiencies.toml`` come with the package; a measured device (``auto``) carries its own.
+``efficiencies.toml`` (measured) and ``efficiencies_npu.toml`` (from published throughputs) come with the package; a measured
+device (``auto``) carries its own.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class RuntimeModel(BaseModel):
         elsewhere_low: The same on devices of the kind that the rates were not measured on; None if nobody looked.
         elsewhere_high: See above.
         elsewhere_source: Where the numbers come from on such devices.
-        ridge: FLOP per byte of the device that the rates were measured on; None on that device itself.
+        ridge: FLOP per byte of the device that the rates were measured on; None on that device itself, and where the rates
+            are taken to be the same shares of every device's peaks.
         classes: Rates by class of operators.
         source: Where the numbers come from.
     """
@@ -143,8 +145,12 @@ class RuntimeModel(BaseModel):
         Args:
             ridge: The other device's FLOP per byte.
         """
+        band = {"low": self.elsewhere_low or self.low, "high": self.elsewhere_high or self.high}
+        told = {"source": self.elsewhere_source or self.source, **band}
+        if self.ridge is None:
+            return self.model_copy(update=told)
         most = self.rates(OperatorClass.PRODUCT).compute
-        factor = max(self.ridge / ridge, 1.0) if self.ridge else 1.0
+        factor = max(self.ridge / ridge, 1.0)
         halves = ("rows_half", "columns_half", "depth_half")
         classes = {
             kind: rates.model_copy(
@@ -153,8 +159,7 @@ class RuntimeModel(BaseModel):
             )
             for kind, rates in self.classes.items()
         }
-        band = {"low": self.elsewhere_low or self.low, "high": self.elsewhere_high or self.high}
-        return self.model_copy(update={"classes": classes, "source": self.elsewhere_source or self.source, **band})
+        return self.model_copy(update={"classes": classes, **told})
 
 
 #: What a class is taken to be like, if it was not measured.
@@ -166,13 +171,19 @@ _ALIKE = {
     OperatorClass.TRANSCENDENTAL: OperatorClass.ELEMENTWISE,
 }
 #: Runtime that an estimate is for, by the device's kind, if none is asked for.
-DEFAULT_RUNTIMES = {"cpu": "onnxruntime", "soc": "onnxruntime", "gpu": "torch", "npu": "torch"}
+DEFAULT_RUNTIMES = {"cpu": "onnxruntime", "soc": "onnxruntime", "gpu": "torch", "npu": "compiled"}
+#: Kinds of devices whose rates serve a kind.
+_PLACES = {"cpu": "cpu", "soc": "cpu", "gpu": "gpu", "npu": "npu"}
+_FILES = ("efficiencies.toml", "efficiencies_npu.toml")
 
 
 @cache
 def _packaged() -> dict[str, RuntimeModel]:
-    text = resources.files("narrowcast.accounting").joinpath("efficiencies.toml").read_text(encoding="utf-8")
-    return {name: RuntimeModel.model_validate(table) for name, table in tomllib.loads(text).items()}
+    found: dict[str, RuntimeModel] = {}
+    for file in _FILES:
+        text = resources.files("narrowcast.accounting").joinpath(file).read_text(encoding="utf-8")
+        found |= {name: RuntimeModel.model_validate(table) for name, table in tomllib.loads(text).items()}
+    return found
 
 
 def runtime_model(kind: str, runtime: str | None = None) -> RuntimeModel:
@@ -180,13 +191,13 @@ def runtime_model(kind: str, runtime: str | None = None) -> RuntimeModel:
 
     Args:
         kind: ``gpu``, ``cpu``, ``soc`` or ``npu``.
-        runtime: ``onnxruntime`` or ``torch``; the usual one of the kind unless given.
+        runtime: ``onnxruntime``, ``torch`` or ``compiled`` (whole graphs by the vendor's compiler); the usual one of the
+            kind unless given.
 
     Raises:
         RuntimeMissingError: Nothing was fitted for that runtime on that kind.
     """
-    place = "gpu" if kind in ("gpu", "npu") else "cpu"
-    known = {key.partition("-")[2]: model for key, model in _packaged().items() if key.startswith(f"{place}-")}
+    known = {key.partition("-")[2]: model for key, model in _packaged().items() if key.startswith(f"{_PLACES[kind]}-")}
     name = runtime or DEFAULT_RUNTIMES[kind]
     if name not in known:
         raise RuntimeMissingError(f"no efficiencies of {name!r} on a {kind}", allowed=choices(name, known))

@@ -11,7 +11,7 @@ from narrowcast.accounting.operators import Operator
 __all__ = ["FUSING", "absorbed", "recurrent_paths"]
 
 #: Runtimes that merge operators; all others run each alone.
-FUSING = frozenset({"onnxruntime"})
+FUSING = frozenset({"onnxruntime", "compiled"})
 #: The same product with weights so often in one module makes it a recurrent layer.
 _STEPS = 3
 _CONVOLUTIONS = (Kind.CONVOLUTION, Kind.DEPTHWISE)
@@ -28,7 +28,8 @@ def absorbed(operators: Sequence[Operator], runtime: str) -> frozenset[int]:
     """Return the places of the operators that cost no time of their own.
 
     ONNX Runtime computes what depends on no input before the run, lets convolutions do what :data:`_INTO_CONVOLUTIONS`
-    names, products add their biases, and runs recurrent layers as one kernel. Eager PyTorch fuses nothing.
+    names, products add their biases, and runs recurrent layers as one kernel; compilers of whole graphs do at least that.
+    Eager PyTorch fuses nothing.
 
     Args:
         operators: A run, in order.

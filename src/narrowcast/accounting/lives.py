@@ -79,6 +79,7 @@ class LifeRecorder(TorchDispatchMode):
         backend: How the device allocates.
         sizes: Bytes of tensors that are stored in another form than the run sees them in, by the tensors' ids.
         follow_casts: Whether a copy of a parameter in another dtype is a weight, and the parameter a master weight.
+        bits: What floating inputs and results are stored in; what the run sees unless given.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class LifeRecorder(TorchDispatchMode):
         *,
         sizes: Mapping[int, int] | None = None,
         follow_casts: bool = False,
+        bits: int | None = None,
     ) -> None:
         super().__init__()
         self.lives = Lives()
@@ -96,6 +98,7 @@ class LifeRecorder(TorchDispatchMode):
         self._backend = backend
         self._total = 0
         self._follow_casts = follow_casts
+        self._bits = bits
         self._open: dict[int, Life] = {}
         for tensor in (*module.parameters(), *module.buffers()):
             self.watch([tensor], "weights", size=(sizes or {}).get(id(tensor)))
@@ -121,6 +124,8 @@ class LifeRecorder(TorchDispatchMode):
             if life is None:
                 storage = tensor.untyped_storage()
                 taken = storage.nbytes() if size is None else size
+                if self._bits and role != "weights" and tensor.is_floating_point():
+                    taken = -(-taken * self._bits // (8 * tensor.element_size()))
                 unit = self._backend.granularity
                 life = Life(-(-taken // unit) * unit, len(self.lives.moments))
                 self.lives.storages.append(life)

@@ -237,7 +237,7 @@ def _setting(
         raise ModelError(f"accumulate = {accumulate}", allowed="1 or more backward passes for each step")
     if mode == "train" and not chosen.trains:
         allowed = ", ".join(entry.name for entry in POLICIES.values() if entry.trains)
-        raise ModelError(f"nobody trains in {chosen.name}, a format for weights alone", allowed=allowed)
+        raise ModelError(f"nobody trains in {chosen.name}, which is for inference", allowed=allowed)
     return Setting(chosen, device, capability, optimizer, accumulate, checkpoint)
 
 

@@ -40,13 +40,19 @@ class Policy(NamedTuple):
     double_quantised: bool = False
 
     @property
+    def weight_only(self) -> bool:
+        """Whether weights are stored narrower than products multiply them."""
+        return not self.trains and self.compute != self.weights
+
+    @property
     def trains(self) -> bool:
         """Whether training in it is meant."""
         return self.gradients is not None
 
 
 #: Mixed policies keep FP32 weights and cast them (autocast); the master policies keep half-precision weights and the optimizer
-#: updates FP32 copies. Weight-only formats (int8, int4, nf4) multiply in BF16, as the runtimes do that serve them.
+#: updates FP32 copies. Weight-only formats (int8, int4, nf4) multiply in BF16, as the runtimes do that serve them; int8-static
+#: (W8A8) quantises activations too, by scales from a calibration, and multiplies integers.
 POLICIES: dict[str, Policy] = {
     entry.name: entry
     for entry in (
@@ -58,6 +64,7 @@ POLICIES: dict[str, Policy] = {
         Policy("fp16-mixed", "fp32", "fp32", "fp16", "fp16", "fp32", autocast=True),
         Policy("bf16-mixed", "fp32", "fp32", "bf16", "bf16", "fp32", autocast=True),
         Policy("fp8-mixed", "fp32", "fp32", "e4m3fn", "bf16", "fp32", autocast=True),
+        Policy("int8-static", "int8", "fp32", "int8", "int8"),
         Policy("int8", "int8", "bf16", "bf16", "bf16"),
         Policy("int4", "int4", "bf16", "bf16", "bf16"),
         Policy("nf4", "nf4", "bf16", "bf16", "bf16"),
@@ -66,13 +73,18 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+#: Other names of policies, by those in use.
+_ALIASES = {"w8a8": "int8-static", "static-int8": "int8-static", "w8a16": "int8", "w4a16": "int4"}
+
+
 def policy(name: str) -> Policy:
-    """Return a policy by its name.
+    """Return a policy by its name, or by the field's short form (``w8a8``, ``w8a16``, ``w4a16``).
 
     Raises:
         FormatError: There is none of that name.
     """
     key = name.strip().casefold().replace("_", "-")
+    key = _ALIASES.get(key, key)
     if key in POLICIES:
         return POLICIES[key]
     near = difflib.get_close_matches(key, POLICIES, n=3)

@@ -69,6 +69,7 @@ class Estimate(BaseModel):
         shares: Of the time, by what it is spent waiting for.
         operators: One for each operator given; no part of the JSON.
         source: Where the efficiencies come from.
+        notes: What the estimate leaves out on this device.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -84,6 +85,7 @@ class Estimate(BaseModel):
     shares: dict[Bound, float]
     operators: tuple[OperatorTime, ...] = Field(default=(), exclude=True, repr=False)
     source: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class _Machine(NamedTuple):
@@ -120,12 +122,13 @@ def estimate(
         operators: The run, counted in FP32 or in whatever dtype; bytes of floating tensors are scaled to the policy's.
         device: Where it runs.
         policy: Formats of weights, activations and products.
-        runtime: ``onnxruntime`` or ``torch``; by the device's kind unless given.
+        runtime: ``onnxruntime``, ``torch`` or ``compiled``; by the device's kind unless given.
         samples: Samples in the run's batch, for the throughput.
         slower: How many times longer the arithmetic of an operator takes than that of its class, by the operator's place.
 
     Raises:
-        DeviceError: The device does not multiply in the policy's format, or its peak or bandwidth is not known.
+        DeviceError: The device does not multiply in the policy's format, or its peak or bandwidth is not known; of an
+            accelerator whose bandwidth nobody states, bytes are left out, which ``notes`` say.
         RuntimeMissingError: Nothing is known of that runtime on such devices.
     """
     policy = _computed(device, policy)
@@ -157,12 +160,13 @@ def estimate(
         shares={bound: value / seconds if seconds else 0.0 for bound, value in by_bound.items()},
         operators=times,
         source=machine.model.source,
+        notes=_notes(device),
     )
 
 
 def _computed(device: Device, policy: Policy) -> Policy:
     """Return the policy with products in a format that the device has, if only its weights are narrow."""
-    if policy.trains or device.supports(policy.compute):
+    if not policy.weight_only or device.supports(policy.compute):
         return policy
     wide = next((name for name in ("fp16", "fp32") if device.supports(name)), policy.compute)
     return policy._replace(compute=wide, activations=wide, rest=wide)
@@ -181,19 +185,25 @@ def _machine(device: Device, policy: Policy, runtime: str | None) -> _Machine:
             allowed=usable,
             next_step="describe it in the catalogue of your own, or measure it there: narrowcast devices --measure cpu",
         )
-    if device.memory.bandwidth is None:
+    if device.memory.bandwidth is None and device.kind != "npu":
         raise DeviceError(
             f"nobody states the memory bandwidth of {device.title}",
             next_step="describe it in the catalogue of your own, or measure it there: narrowcast devices --measure cpu",
         )
+    bandwidth = math.inf if device.memory.bandwidth is None else device.memory.bandwidth * 1e9
     own = {model.runtime: model for model in device.runtimes}
     name = runtime or next(iter(own), None)
     model = own.get(name or "")
     if model is None:
-        ridge = peak.tflops * 1e12 / (device.memory.bandwidth * 1e9)
-        model = runtime_model(device.kind, name).elsewhere(ridge)
+        model = runtime_model(device.kind, name).elsewhere(peak.tflops * 1e12 / bandwidth)
     cache = round((device.memory.cache_mb or 0.0) * 2**20)
-    return _Machine(peak.tflops * 1e12, device.memory.bandwidth * 1e9, cache, model)
+    return _Machine(peak.tflops * 1e12, bandwidth, cache, model)
+
+
+def _notes(device: Device) -> tuple[str, ...]:
+    if device.memory.bandwidth is not None:
+        return ()
+    return (f"nobody states the memory bandwidth of {device.title}: what moving bytes takes is left out",)
 
 
 class _Weights:

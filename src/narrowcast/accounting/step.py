@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from narrowcast.accounting.backward import Backward, summed_loss, tensors_of
-from narrowcast.accounting.building import failed, fake_copy
+from narrowcast.accounting.building import failed
 from narrowcast.accounting.lives import LifeRecorder, Lives
 from narrowcast.accounting.optimizers import optimizer
 from narrowcast.accounting.policies import Policy
 from narrowcast.accounting.sdpa import CudaAttention
-from narrowcast.accounting.workspace import Backend, backend, eight_bit_products
+from narrowcast.accounting.traffic import bits_of
+from narrowcast.accounting.workspace import Backend, backend, eight_bit_products, integer_kernels
 from narrowcast.errors import ModelError, NarrowcastError
 
 __all__ = ["DTYPES", "Setting", "inference", "placed", "training"]
@@ -59,7 +60,14 @@ class Setting:
     def backend(self) -> Backend:
         """How the device allocates, with the 8-bit copies that products read where the policy has them."""
         found = backend(self.device, self.capability)
+        if self.bits is not None:
+            return integer_kernels(found)
         return eight_bit_products(found) if self.policy.compute == "e4m3fn" else found
+
+    @property
+    def bits(self) -> int | None:
+        """What activations are stored in, where PyTorch does not compute in it: those of integer policies."""
+        return None if self.policy.activations in DTYPES else round(bits_of(self.policy.activations))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,6 +187,7 @@ class _Run:
             setting.backend,
             sizes=sizes,
             follow_casts=setting.policy.autocast,
+            bits=setting.bits,
         )
 
     @contextmanager

@@ -10,7 +10,7 @@ from narrowcast.accounting.policies import Policy
 from narrowcast.formats.blocks import BlockFormat
 from narrowcast.formats.table import get
 
-__all__ = ["Traffic", "traffic"]
+__all__ = ["Traffic", "bits_of", "traffic"]
 
 #: Bits of floating numbers by dtype; codes and indices stay as they are.
 _FLOATING = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
@@ -49,8 +49,8 @@ def traffic(operator: Operator, policy: Policy) -> Traffic:
     bits = _FLOATING.get(operator.dtype)
     weights, activations = 1.0, 1.0
     if bits is not None:
-        weights = _bits(policy.weights if operator.kind in _HEAVY else policy.rest) / bits
-        activations = _bits(policy.activations) / bits
+        weights = bits_of(policy.weights if operator.kind in _HEAVY else policy.rest) / bits
+        activations = bits_of(policy.activations) / bits
     return Traffic(
         operator.weight_bytes * weights,
         (operator.bytes_read - operator.weight_bytes) * activations,
@@ -58,6 +58,7 @@ def traffic(operator: Operator, policy: Policy) -> Traffic:
     )
 
 
-def _bits(name: str) -> float:
+def bits_of(name: str) -> float:
+    """Return the bits of one number in a format, with its share of the block's scale."""
     found = get(name)
     return found.bits_per_element if isinstance(found, BlockFormat) else found.bits

@@ -87,6 +87,11 @@ def eight_bit_products(backend: Backend) -> Backend:
     return replace(backend, hidden=hidden)
 
 
+def integer_kernels(backend: Backend) -> Backend:
+    """Return a backend whose kernels multiply integers; what they allocate for themselves is not known, and not counted."""
+    return replace(backend, kept=0, hidden=lambda name, args, out: 0, opaque=lambda name, args, out: iter(()))
+
+
 # CPU ------------------------------------------------------------------------------------------------------------------
 
 

@@ -92,6 +92,7 @@ def notes(costs: Costs) -> Iterator[str]:
         yield f"Tied, counted once in the total: {names}{more}"
     if costs.estimate is not None and costs.estimate.source:
         yield f"Times: {costs.estimate.source}"
+        yield from (f"{note[0].upper()}{note[1:]}" for note in costs.estimate.notes)
 
 
 def _sayer(console: Console) -> Say:

@@ -407,7 +407,7 @@ def precisions(where: Context) -> dict[str, Advice]:
 
 
 def test_precision_names_only_what_the_device_multiplies_in() -> None:
-    assert {"fp16"} <= set(precisions(context(perceptron(), "t4"))) <= {"fp16", "static-int8", "int8", "int4"}
+    assert {"fp16"} <= set(precisions(context(perceptron(), "t4"))) <= {"fp16", "int8-static", "int8", "int4"}
     assert {"tf32", "bf16", "fp8"} <= set(precisions(context(perceptron(), "h100-sxm")))
     assert precisions(context(perceptron(), "raspberry-pi-4")) == {}
     assert precisions(context(perceptron(), "m2090")) == {}

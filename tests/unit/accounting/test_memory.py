@@ -232,6 +232,17 @@ def test_weight_only_formats_take_their_bits_and_scales(name: str, bits: float) 
     assert found.weights - rest == pytest.approx(4096 * 1024 * bits / 8, rel=1e-4)
 
 
+def test_static_int8_stores_activations_in_one_byte_each_and_keeps_biases() -> None:
+    build = lambda: nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 128))  # noqa: E731
+    wide, narrow = (find(Given(build, torch.empty(64, 256)), policy=name) for name in ("fp32", "int8-static"))
+    assert narrow.data == wide.data // 4 == 64 * 256
+    assert narrow.temporary == wide.temporary // 4
+    assert narrow.weights == 256 * 512 + 512 * 128 + 2 * 4 * (512 + 128)  # codes; a scale and a bias for each output
+    assert narrow.workspace == 0
+    with pytest.raises(ModelError, match="nobody trains in int8-static"):
+        find(Given(build, torch.empty(64, 256)), policy="w8a8", mode="train")
+
+
 def test_a_weight_that_an_embedding_shares_is_not_packed() -> None:
     def tied() -> nn.Module:
         module: Any = nn.Sequential(nn.Embedding(512, 64), nn.Linear(64, 512, bias=False))

@@ -21,7 +21,7 @@ from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.operators import Operator
 from narrowcast.accounting.policies import POLICIES, policy
 from narrowcast.accounting.roofline import estimate
-from narrowcast.accounting.trace import trace
+from narrowcast.accounting.trace import fake_module, trace
 from narrowcast.errors import DeviceError, RuntimeMissingError
 
 MIB = 2**20
@@ -182,7 +182,7 @@ def test_no_estimate_is_faster_than_physics(
     assert found.floor <= found.low <= found.seconds <= found.high
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int8-static"])
 def test_every_catalogue_device_gives_a_time_or_says_what_is_missing(precision: str) -> None:
     times = 0
     for found in devices():
@@ -194,6 +194,46 @@ def test_every_catalogue_device_gives_a_time_or_says_what_is_missing(precision: 
         times += 1
         assert 0 < made.floor <= made.low <= made.seconds <= made.high < 1
     assert times > 20
+
+
+# Accelerators of integers ---------------------------------------------------------------------------------------------
+
+#: Samples per second: Hailo Model Zoo, classification on Hailo-8, Dataflow Compiler 3.27.
+PUBLISHED = {"mobilenetv2_100": 2434, "efficientnet_es": 1036, "resnet34": 1346}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_accelerator_takes_what_its_vendor_publishes_within_the_band(name: str) -> None:
+    import timm
+
+    module, mode = fake_module(lambda: timm.create_model(name))
+    run = trace(module, (torch.empty(1, 3, 224, 224),), mode=mode)
+    found = estimate(run.operators, device("hailo-8"), policy("int8-static"))
+    assert found.runtime == "compiled"
+    assert found.low < 1 / PUBLISHED[name] < found.high
+    assert found.floor == pytest.approx(2 * run.macs / 26e12)
+    assert found.notes == ("nobody states the memory bandwidth of Hailo-8: what moving bytes takes is left out",)
+
+
+def test_an_accelerator_of_integers_alone_refuses_what_multiplies_floats() -> None:
+    for name in ("fp32", "int8", "int4"):
+        with pytest.raises(DeviceError, match="Hailo-8 does not multiply") as caught:
+            estimate([product(1, 8, 8)], device("hailo-8"), policy(name))
+        assert caught.value.allowed == "int8-static"
+
+
+def test_static_int8_is_not_computed_in_a_wider_format() -> None:
+    assert not device("p100").supports("int8")
+    assert estimate([product(1, 8, 8)], device("p100"), policy("int8")).precision == "int8"  # weights alone
+    with pytest.raises(DeviceError, match="does not multiply in int8"):
+        estimate([product(1, 8, 8)], device("p100"), policy("int8-static"))
+
+
+def test_integer_policies_answer_to_what_the_field_calls_them() -> None:
+    assert policy("W8A8") is POLICIES["int8-static"]
+    assert policy("w8a16") is POLICIES["int8"]
+    assert POLICIES["int8"].weight_only
+    assert not POLICIES["int8-static"].weight_only
 
 
 # Fusion ---------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,13 @@ def groups(context: Context) -> Iterator[Advice]:
         )
 
 
+def _depthwise_reason(context: Context) -> str:
+    title = context.device.title
+    if context.compiled:
+        return f"they leave most of the units of {title} idle, so more MACs in dense operators are faster"
+    return f"{title} waits for their bytes, so more MACs in fewer operators are faster"
+
+
 def _macs(context: Context, places: Changes) -> float:
     done = sum(work.macs for place in places if (work := context.operators[place].work))
     return done / max(context.profile.macs, 1)
@@ -76,7 +83,7 @@ def depthwise(context: Context) -> Iterator[Advice]:
             title="Replace early depthwise convolutions by dense ones",
             seen=f"{counted(len(kept), 'depthwise convolution')}, with the pointwise ones beside them, take "
             f"{context.share(changes):.0%} of the time for {_macs(context, changes):.0%} of the MACs: "
-            f"{context.device.title} waits for their bytes, so more MACs in fewer operators are faster",
+            + _depthwise_reason(context),
             operators=context.paths(kept),
             gain=context.gain(changes),
             how="merge the expansion and the depthwise convolution of these blocks into one dense convolution of the "

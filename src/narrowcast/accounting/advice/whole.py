@@ -23,7 +23,7 @@ ENOUGH = 0.9
 LARGEST_BATCH = 1024
 BEST_FAMILIES = 3
 
-_STATIC_INT8 = Policy("static int8", "int8", "fp32", "int8", "int8")
+_STATIC_INT8 = POLICIES["int8-static"]
 
 
 class _Candidate(NamedTuple):
@@ -99,7 +99,7 @@ def precision(context: Context) -> Iterator[Advice]:
             continue
         waits = max(before.shares, key=lambda bound: before.shares[bound])
         yield Advice(
-            rule=f"precision-{candidate.policy.name.replace(' ', '-')}",
+            rule=f"precision-{candidate.policy.name}",
             title=_title(candidate.policy),
             seen=f"{context.device.title} multiplies in {', '.join(_products(context.device))}; in "
             f"{context.policy.name.upper()} {before.shares[waits]:.0%} of the time is spent waiting for "
@@ -128,7 +128,7 @@ _WAITS = {"compute": "arithmetic", "memory": "memory", "overhead": "operators to
 
 
 def _title(policy: Policy) -> str:
-    if policy.weights != policy.activations and policy.compute != policy.weights:
+    if policy.weight_only and policy.weights != policy.activations:
         return f"Store weights in {policy.weights.upper()} only"
     return "Compute in INT8" if policy is _STATIC_INT8 else f"Compute in {policy.name.upper()}"
 
