@@ -46,7 +46,7 @@ from narrowcast.training.features import (
 )
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
-from narrowcast.training.trainer import Loss
+from narrowcast.training.window import Loss
 
 if TYPE_CHECKING:
     from narrowcast.training.teacher_cache import TeacherCache
