@@ -18,7 +18,7 @@ def test_kernels_in_tritons_interpreter_give_the_reference():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", HERE / "interpreted_adamw.py"],
+        [sys.executable, "-W", "ignore", HERE / "adamw_kernels.py"],
         env=environment,
         capture_output=True,
         text=True,

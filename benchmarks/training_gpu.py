@@ -1,0 +1,535 @@
+"""Training on a GPU: our step beside a loop written by hand, precisions beside each other, and our update beside PyTorch's.
+
+python benchmarks/training_gpu.py check
+python benchmarks/training_gpu.py speed --model gpt|wide|resnet [--precisions ...] [--modes eager blocks compiled]
+python benchmarks/training_gpu.py update
+python benchmarks/training_gpu.py curves [--precisions ...]
+
+Each writes training-gpu-NAME.json into --out ($OUT or benchmarks/results unless given), after every case. A case that fails
+is written down with its error. Modes: as it is, each transformer block compiled (quick, as all share one compilation), the
+whole model compiled. With --tiny --device cpu everything runs small, to try the script.
+"""
+
+import argparse
+import contextlib
+import gc
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from torch import nn
+from training_models import text_workload, workloads
+
+from narrowcast.training.fused import FusedAdamW
+from narrowcast.training.gradients import Gradients
+from narrowcast.training.policies import precision as policy_of
+from narrowcast.training.trainer import Trainer
+from narrowcast.training.updates import update_for
+
+HERE = Path(__file__).parent
+PRECISIONS = {
+    "gpt": ["tf32", "bf16-mixed", "fp16-mixed", "fp32", "fp8-mixed"],
+    "wide": ["bf16-mixed", "fp8-mixed"],
+    "resnet": ["tf32", "bf16-mixed", "fp16-mixed", "fp32"],
+}
+CAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16, "fp8-mixed": torch.bfloat16}
+CLIP = 1.0
+ROUND_SECONDS = 0.5  # what one loop runs for in a round, about
+
+
+# What all share
+
+
+class Report:
+    """A JSON file that grows case by case."""
+
+    def __init__(self, name, options, protocol):
+        self.path = Path(options.out) / f"training-gpu-{name}.json"
+        self.content = {"environment": environment(options.device), "protocol": protocol, "cases": {}}
+
+    @contextlib.contextmanager
+    def case(self, name):
+        """Give a dictionary for a case's results; an error becomes part of it, and the run goes on."""
+        found, start = {}, time.perf_counter()
+        print(f"- {name}", flush=True)
+        try:
+            yield found
+        except Exception as error:
+            found["error"] = f"{type(error).__name__}: {error}"[:2000]
+            found["where"] = traceback.format_exc().splitlines()[-12:]
+            print(f"  failed: {found['error'][:300]}", flush=True)
+        found["case_s"] = round(time.perf_counter() - start, 1)
+        self.content["cases"][name] = found
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        cleared()
+
+
+def environment(device):
+    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    found |= {"device": "CPU", "cores": os.cpu_count()}
+    for name in ("triton", "torchao"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if device == "cuda":
+        found["device"] = torch.cuda.get_device_name()
+        asked = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit",
+            "--format=csv,noheader",
+        ]
+        with contextlib.suppress(OSError):
+            found["driver, clocks, power limit"] = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    return found
+
+
+def cleared():
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def waited(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def spread(values):
+    tenths = quantiles(values, n=10, method="inclusive")
+    return {"median": median(values), "p10": tenths[0], "p90": tenths[-1], "all": [round(value, 5) for value in values]}
+
+
+def set_tf32(allowed):
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def optimizer_of(workload, parameters, name):
+    if workload.unit == "images":
+        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-5, fused=True)
+    make = {
+        "torch": lambda: torch.optim.AdamW(parameters, lr=1e-4, fused=True),
+        "fused": lambda: FusedAdamW(parameters, 1e-4),
+    }
+    return make[name]()
+
+
+# A loop written by hand
+
+
+class Plain:
+    """What a person writes with PyTorch's parts alone."""
+
+    def __init__(self, model, optimizer, precision, device, clip_norm):
+        if precision == "fp8-mixed":
+            convert_to_float8(model)
+        self.model, self.optimizer, self.device, self.clip_norm = model, optimizer, device, clip_norm
+        self.cast = CAST.get(precision)
+        self.scaler = torch.amp.GradScaler(device, enabled=precision == "fp16-mixed")
+
+    def step(self, batch):
+        with torch.autocast(self.device, dtype=self.cast, enabled=self.cast is not None):
+            loss = self.model(*batch)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def convert_to_float8(model):
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    linear = [name for name, part in model.named_modules() if type(part) is nn.Linear]
+    convert_to_float8_training(
+        model,
+        config=Float8LinearConfig.from_recipe_name("tensorwise"),
+        module_filter_fn=lambda _part, name: name not in (linear[0], linear[-1]),
+    )
+
+
+class Ours:
+    """The same through the trainer."""
+
+    def __init__(self, model, optimizer, precision, device, clip_norm):
+        self.model, self.optimizer = model, optimizer
+        self.trainer = Trainer(model, optimizer, loss_itself, precision=precision, clip_norm=clip_norm)
+
+    def step(self, batch):
+        return self.trainer.step((batch, batch[1])).mean_loss
+
+
+def loss_itself(value, _targets):
+    return value
+
+
+# How fast a step is
+
+
+def loop_of(kind, workload, precision, mode, options):
+    """Return a loop with its own model; the same numbers for every kind."""
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        model = workload.build()
+    optimizer = optimizer_of(workload, model.parameters(), options.optimizer if kind is Ours else "torch")
+    loop = kind(model, optimizer, precision, options.device, CLIP)
+    # In place, and at the first call: after any conversion.
+    if mode == "compiled":
+        model.compile()
+    if mode == "blocks":
+        for block in model.blocks:
+            block.compile()
+    return loop
+
+
+def bytes_of(loop):
+    """Return what a loop holds between steps."""
+    state = [x for one in loop.optimizer.state.values() for x in one.values() if isinstance(x, torch.Tensor)]
+    return sum(x.numel() * x.element_size() for x in (*loop.model.parameters(), *loop.model.buffers(), *state))
+
+
+def timed(loop, batches, steps, device):
+    """Return seconds per step, with the device at rest before and after."""
+    waited(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        loop.step(next(batches))
+    waited(device)
+    return (time.perf_counter() - start) / steps
+
+
+def run_speed(options):
+    workload = workloads(options.tiny, options.batch)[options.model]
+    report = Report(
+        f"speed-{options.model}{options.label}",
+        options,
+        f"Rounds of about {ROUND_SECONDS} s: both loops run in each, in turns first; the device at rest before and after. "
+        "Quantiles over rounds; a ratio is taken within a round. Peak memory of a loop: what was allocated at most while it "
+        "ran, less what the other loop holds. Four batches on the device, taken in turn; clipping to 1.0 in both.",
+    )
+    report.content["workload"] = {"model": options.model, **workload.about, "optimizer": options.optimizer}
+    batches = itertools.cycle([workload.batch(options.device) for _ in range(4)])
+    for mode, precision in itertools.product(options.modes, options.precisions or PRECISIONS[options.model]):
+        with report.case(f"{precision} {mode}") as found:
+            set_tf32(precision == "tf32")
+            compare_loops(found, workload, precision, mode, batches, options)
+    return report
+
+
+def compare_loops(found, workload, precision, mode, batches, options):
+    device = options.device
+    loops = {"plain": loop_of(Plain, workload, precision, mode, options)}
+    loops["ours"] = loop_of(Ours, workload, precision, mode, options)
+    found["parameters"] = sum(x.numel() for x in loops["ours"].model.parameters())
+    for name, loop in loops.items():
+        found[f"{name}: first step s"] = round(timed(loop, batches, 1, device), 2)
+        timed(loop, batches, 2, device)
+    steps = max(1, round(ROUND_SECONDS / timed(loops["plain"], batches, 2, device)))
+    steps = min(steps, 50)
+    peak = dict.fromkeys(loops, 0)
+    seconds = {name: [] for name in loops}
+    for turn in range(options.rounds):
+        for name in list(loops)[:: 1 if turn % 2 else -1]:
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds[name].append(timed(loops[name], batches, steps, device))
+            if device == "cuda":
+                (other,) = (loop for its, loop in loops.items() if its != name)
+                peak[name] = max(peak[name], torch.cuda.max_memory_allocated() - bytes_of(other))
+    ratios = [ours / plain for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True)]
+    for name in loops:
+        found[name] = {
+            f"{workload.unit}_per_s": workload.count / median(seconds[name]),
+            "seconds_per_step": spread(seconds[name]),
+            "peak_gib": round(peak[name] / 2**30, 3),
+            "loss_after": float(loops[name].step(next(batches))),
+        }
+    found |= {"ours_over_plain": spread(ratios), "steps_per_round": steps}
+    if isinstance(loops["ours"], Ours):
+        found["ours"]["skipped"] = loops["ours"].trainer.skipped
+    rate = found["ours"][f"{workload.unit}_per_s"]
+    print(
+        f"  {rate:,.0f} {workload.unit}/s, {found['ours']['peak_gib']} GiB; time over plain "
+        f"{found['ours_over_plain']['median']:.4f} ({found['ours_over_plain']['p10']:.4f}-"
+        f"{found['ours_over_plain']['p90']:.4f}), memory {found['plain']['peak_gib']} GiB plain",
+        flush=True,
+    )
+
+
+# How fast an update is
+
+
+def update_cases(parameters, device):
+    """Return calls by name, each a whole update; gradients stay what they are but for rounding."""
+    scaler = torch.amp.GradScaler(device, init_scale=1.0, growth_interval=1 << 30)
+    scaler.scale(torch.zeros((), device=device))
+    torchs = {
+        name: torch.optim.AdamW(parameters, lr=1e-6, fused=True) for name in ("scaled", "clipped", "bare", "told")
+    }
+    ours = FusedAdamW(parameters, lr=1e-6)
+    named = {str(number): parameter for number, parameter in enumerate(parameters)}
+    told, loss = update_for(torchs["told"], 1e6, None, lambda: None), torch.zeros((), device=device)
+
+    def scaled():
+        scaler.unscale_(torchs["scaled"])
+        nn.utils.clip_grad_norm_(parameters, 1e6)
+        scaler.step(torchs["scaled"])
+        scaler.update()
+
+    def clipped():
+        nn.utils.clip_grad_norm_(parameters, 1e6)
+        torchs["clipped"].step()
+
+    cases = {
+        "torch: unscale, clip, AdamW": scaled,
+        "torch: clip, AdamW": clipped,
+        "torch: norm, AdamW that unscales and clips": lambda: told(
+            Gradients(named, torch.device(device)), 1.0, loss, decide=False
+        ),
+        "torch: AdamW alone": torchs["bare"].step,
+        "ours: unscale, clip, AdamW": lambda: ours.update(1.0, 1e6),
+        "ours: unscale, AdamW": lambda: ours.update(1.0, None),
+    }
+    for rounding in ("stochastic", "kahan"):
+        if parameters[0].dtype is torch.bfloat16:
+            one = FusedAdamW(parameters, lr=1e-6, rounding=rounding)
+            cases[f"ours: unscale, clip, AdamW, {rounding}"] = lambda one=one: one.update(1.0, 1e6)
+    return cases
+
+
+def time_call(call, device):
+    """Return device and host milliseconds of a call; the device is busy first, so that the host keeps ahead."""
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3, (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(5_000_000)
+    begin.record()
+    start = time.perf_counter()
+    call()
+    host = (time.perf_counter() - start) * 1e3
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end), host
+
+
+def run_update(options):
+    report = Report(
+        f"update{options.label}",
+        options,
+        f"{options.rounds} rounds, each running every call once; milliseconds by CUDA events, the device kept busy for some "
+        "2.5 ms before each so that the host keeps ahead; host: what a call takes the host (GradScaler's waits for the "
+        "device). FP32 gradients for FP32 parameters, BF16 for BF16. bytes: what ours reads and writes.",
+    )
+    for name, dtype in itertools.product(("gpt", "resnet"), (torch.float32, torch.bfloat16)):
+        with report.case(f"{name} {str(dtype)[6:]}") as found, torch.device(options.device):
+            torch.manual_seed(0)
+            model = workloads(options.tiny)[name].build().to(dtype)
+            parameters = list(model.parameters())
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter) * 1e-3
+            calls = update_cases(parameters, options.device)
+            for call in calls.values():
+                for _ in range(3):
+                    call()
+            times = {name: [] for name in calls}
+            for _ in range(options.rounds):
+                for what, call in calls.items():
+                    times[what].append(time_call(call, options.device))
+            count = sum(x.numel() for x in parameters)
+            size = parameters[0].element_size()
+            found |= {"parameters": count, "tensors": len(parameters), "bytes": count * (4 * size + 16)}
+            for what, pairs in times.items():
+                device_ms, host_ms = zip(*pairs, strict=True)
+                found[what] = {"ms": spread(device_ms), "host_ms": spread(host_ms)}
+                print(f"  {what:46} {median(device_ms):8.3f} ms, host {median(host_ms):7.3f} ms", flush=True)
+            mine = found["ours: unscale, clip, AdamW"]["ms"]["median"]
+            for what in list(calls)[:3]:
+                found[f"ours over {what}"] = mine / found[what]["ms"]["median"]
+                print(f"  ours over {what}: {found[f'ours over {what}']:.3f}", flush=True)
+            found["gb_per_s"] = found["bytes"] / mine / 1e6
+            print(f"  {found['gb_per_s']:.0f} GB/s", flush=True)
+    if options.tune:
+        tune(report, options)
+    return report
+
+
+def tune(report, options):
+    """Time the kernels' shapes: how the constants of triton_adamw were chosen."""
+    from narrowcast.training import triton_adamw
+
+    before = triton_adamw._CHUNK, triton_adamw._TILE, triton_adamw._WARPS
+    for dtype in (torch.float32, torch.bfloat16):
+        with report.case(f"shapes for {str(dtype)[6:]}") as found, torch.device(options.device):
+            parameters = list(workloads(options.tiny)["gpt"].build().to(dtype).parameters())
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter) * 1e-3
+            rounding = "stochastic" if dtype is torch.bfloat16 else "nearest"
+            for chunk, (tile, warps) in itertools.product(
+                (8192, 16384, 65536), ((512, 4), (1024, 4), (2048, 4), (1024, 8), (2048, 8))
+            ):
+                triton_adamw._CHUNK, triton_adamw._TILE, triton_adamw._WARPS = chunk, tile, warps
+                one = FusedAdamW(parameters, lr=1e-6, rounding=rounding)
+                for _ in range(3):
+                    one.update(1.0, 1e6)
+                taken = [time_call(lambda one=one: one.update(1.0, 1e6), options.device)[0] for _ in range(10)]
+                found[f"chunk {chunk}, tile {tile}, {warps} warps"] = median(taken)
+                print(f"  chunk {chunk:6} tile {tile:5} warps {warps}: {median(taken):.3f} ms", flush=True)
+                del one
+    triton_adamw._CHUNK, triton_adamw._TILE, triton_adamw._WARPS = before
+
+
+# Whether losses agree on real text
+
+
+def collected_text(limit):
+    """Return documentation that installed packages ship, as bytes, and what it is made of."""
+    roots = sorted({Path(path) for path in sys.path if path.endswith("-packages") and Path(path).is_dir()})
+    roots += [Path(os.__file__).parent]
+    found, files, seen = bytearray(), 0, set()
+    for root in roots:
+        for path in sorted(itertools.chain(root.rglob("*.md"), root.rglob("*.rst"), root.rglob("*.txt"))):
+            if path.name in ("top_level.txt", "entry_points.txt", "SOURCES.txt") or len(found) >= limit:
+                continue
+            text = path.read_bytes()
+            digest = hashlib.sha256(text).digest()
+            if 2000 <= len(text) <= 400_000 and digest not in seen and text.isascii():
+                seen.add(digest)
+                found += text[: limit - len(found)] + b"\n"
+                files += 1
+    kind = "*.md, *.rst and *.txt of installed packages"
+    if len(found) < limit // 4:  # too few documents: the sources of the standard library, docstrings and all
+        kind += ", and the standard library's sources"
+        for path in sorted(Path(os.__file__).parent.glob("*.py")):
+            found += path.read_bytes() + b"\n"
+            files += 1
+    return bytes(found), {
+        "text": kind,
+        "tokens": "bytes",
+        "bytes": len(found),
+        "files": files,
+        "sha256": hashlib.sha256(found).hexdigest(),
+    }
+
+
+def run_curves(options):
+    report = Report(
+        f"curves{options.label}",
+        options,
+        "The same weights and batches for every precision; the learning rate rises over 50 steps to 3e-4. apart: the loss "
+        "over fp32's, less one, by step and of means over 10 steps; a skipped update counts as a step.",
+    )
+    size = (2, 64, 4, 32, 256, 4) if options.tiny else (8, 768, 12, 512, 256, 32)
+    steps = 12 if options.tiny else 300
+    workload = text_workload(*size)
+    text, about = collected_text(1 << 18 if options.tiny else 1 << 25)
+    report.content |= {"workload": workload.about | {"steps": steps}, "text": about}
+    print(json.dumps(about), flush=True)
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(options.device)
+    losses = {}
+    for precision in options.precisions or ["fp32", "bf16-mixed", "fp16-mixed", "tf32"]:
+        with report.case(precision) as found:
+            set_tf32(False)
+            start = time.perf_counter()
+            losses[precision], found["skipped"] = one_curve(workload, data, steps, precision, options)
+            found["seconds"] = round(time.perf_counter() - start, 1)
+            found["losses"] = [round(loss, 5) for loss in losses[precision]]
+            if "fp32" in losses:
+                found |= apart(losses[precision], losses["fp32"])
+            print(
+                f"  {losses[precision][0]:.3f} -> {losses[precision][-1]:.4f}; {found.get('worst_of_10')}", flush=True
+            )
+    return report
+
+
+def one_curve(workload, data, steps, precision, options):
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        model = workload.build()
+    optimizer = FusedAdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
+    trainer = Trainer(model, optimizer, loss_itself, precision=precision, clip_norm=CLIP, schedule=schedule)
+    random = torch.Generator().manual_seed(1)
+    batch, length = workload.about["batch"], workload.about["length"]
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(0, len(data) - length - 1, (batch, 1), generator=random)
+        rows = data[(starts + torch.arange(length + 1)).to(options.device)].long()
+        inputs = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        info = trainer.step((inputs, inputs[1]))
+        losses.append(info.mean_loss)
+    return [float(loss) for loss in losses], trainer.skipped
+
+
+def apart(found, wanted):
+    by_step = [abs(mine / its - 1) for mine, its in zip(found, wanted, strict=True)]
+    tens = [abs(sum(found[at : at + 10]) / sum(wanted[at : at + 10]) - 1) for at in range(0, max(1, len(found) - 9))]
+    return {"worst_step": max(by_step), "mean_of_steps": sum(by_step) / len(by_step), "worst_of_10": max(tens)}
+
+
+# Whether it is right
+
+
+def run_check(options):
+    """Hold the kernels to the reference, and compile in each precision with PyTorch's settings as they are at the start."""
+    report = Report("check", options, "")
+    script = HERE.parent / "tests" / "unit" / "training" / "adamw_kernels.py"
+    with report.case("kernels against the reference") as found:
+        ran = subprocess.run([sys.executable, script, options.device], capture_output=True, text=True, timeout=400)
+        print(ran.stdout[-3000:], ran.stderr[-2000:], flush=True)
+        found["output"] = ran.stdout[-3000:]
+        if ran.returncode:
+            raise AssertionError("the kernels differ from the reference")
+    workload = text_workload(2, 256, 4, 128, 512, 4)
+    for precision, mode in itertools.product(PRECISIONS["gpt"], options.modes):
+        with report.case(f"{precision} {mode}, settings untouched") as found:
+            policy_of(precision).check(torch.device(options.device))
+            loop = loop_of(Ours, workload, precision, mode, options)
+            batch = workload.batch(options.device)
+            found["losses"] = [float(loop.step(batch)) for _ in range(8)]
+            if not found["losses"][-1] < found["losses"][0]:
+                raise AssertionError(f"the loss does not fall: {found['losses']}")
+            print(f"  {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f}", flush=True)
+    return report
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("check", "speed", "update", "curves"))
+    parser.add_argument("--model", choices=("gpt", "wide", "resnet"), default="gpt")
+    parser.add_argument("--precisions", nargs="+")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "blocks", "compiled"), default=["eager"])
+    parser.add_argument("--optimizer", choices=("torch", "fused"), default="torch", help="of our loop, for text")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tune", action="store_true", help="with update: also time the kernels' shapes")
+    parser.add_argument("--label", default="", help="added to the file's name")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", default=os.environ.get("OUT", str(HERE / "results")))
+    options = parser.parse_args()
+    start = time.perf_counter()
+    run = {"check": run_check, "speed": run_speed, "update": run_update, "curves": run_curves}[options.what]
+    torch.backends.cudnn.benchmark = True
+    report = run(options)
+    failed = [name for name, case in report.content["cases"].items() if "error" in case]
+    print(f"{report.path}, {time.perf_counter() - start:.0f} s; failed: {', '.join(failed) or 'none'}")
+    sys.exit(bool(failed) and options.what == "check")
+
+
+if __name__ == "__main__":
+    main()
