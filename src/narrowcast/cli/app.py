@@ -25,6 +25,7 @@ from narrowcast.cli.optimize import optimize
 from narrowcast.cli.profile import profile
 from narrowcast.cli.run import run
 from narrowcast.cli.runtimes import runtimes
+from narrowcast.cli.train import train
 from narrowcast.cli.verify import verify
 from narrowcast.errors import NarrowcastError
 
@@ -43,6 +44,7 @@ app.command()(formats)
 app.command()(compare)
 app.command()(devices)
 app.command()(profile)
+app.command()(train)
 app.command()(advise)
 # A value may be negative: what begins with a dash and is no option is a value.
 app.command("format", context_settings={"ignore_unknown_options": True})(format_)

@@ -1,11 +1,11 @@
-"""The models that the examples use, all with trained weights that come from installed packages or this one."""
+"""The models that the examples use: trained ones, whose weights come from installed packages or this one, and fresh ones."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["DIGITS_WEIGHTS", "MODELS", "SENTENCE_TOKENS", "TorchModel", "digits_cnn_module", "package_folder"]
+__all__ = ["DIGITS_WEIGHTS", "MODELS", "NETWORKS", "SENTENCE_TOKENS", "TorchModel", "package_folder"]
 
 #: Tokens per sentence of the sentence encoder; longer ones are cut, shorter ones padded and masked.
 SENTENCE_TOKENS = 64
@@ -107,9 +107,14 @@ def _minilm() -> TorchModel:
     return TorchModel(SentenceEncoder(), examples, list(tokens), tokenize=tokenize)
 
 
-def digits_cnn_module() -> nn.Module:
-    """Return the untrained residual CNN for 8x8 digits (about 76,000 parameters, 10 classes)."""
-    torch = require_torch("bundled:digits-cnn")
+def _residual_cnn(width: int, stride: int) -> nn.Module:
+    """Return an untrained CNN for small grey images, 10 classes: two residual blocks, the second half as large, twice as wide.
+
+    Args:
+        width: Channels of the first block.
+        stride: Stride of the first convolution.
+    """
+    torch = require_torch("a bundled network")
     nn = torch.nn
 
     class Residual(nn.Module):
@@ -129,30 +134,53 @@ def digits_cnn_module() -> nn.Module:
             return torch.relu(x + self.body(x))
 
     return nn.Sequential(
-        nn.Conv2d(1, 24, 3, padding=1, bias=False),
-        nn.BatchNorm2d(24),
+        nn.Conv2d(1, width, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(width),
         nn.ReLU(),
-        Residual(24),
-        nn.Conv2d(24, 48, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(48),
+        Residual(width),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
         nn.ReLU(),
-        Residual(48),
+        Residual(2 * width),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(48, 10),
+        nn.Linear(2 * width, 10),
     )
 
 
+def _images(module: nn.Module, side: int, random: bool) -> TorchModel:
+    torch = require_torch("a bundled network")
+    return TorchModel(module, (torch.zeros(2, 1, side, side),), ["image"], random_weights=random)
+
+
+def _fresh_digits_cnn(width: int = 24) -> TorchModel:
+    """Return the untrained CNN for 8x8 digits (about 63,000 parameters)."""
+    return _images(_residual_cnn(width, stride=1), 8, random=True)
+
+
+def _mnist_cnn(width: int = 24) -> TorchModel:
+    """Return the untrained CNN for 28x28 digits (about 63,000 parameters)."""
+    return _images(_residual_cnn(width, stride=2), 28, random=True)
+
+
 def _digits_cnn() -> TorchModel:
-    torch = require_torch("bundled:digits-cnn")
     safetensors: Any = importlib.import_module("safetensors.torch")
-    module = digits_cnn_module()
-    module.load_state_dict(safetensors.load_file(DIGITS_WEIGHTS))
-    return TorchModel(module, (torch.zeros(2, 1, 8, 8),), ["image"])
+    made = _fresh_digits_cnn()
+    made.module.load_state_dict(safetensors.load_file(DIGITS_WEIGHTS))
+    return replace(made, random_weights=False)
 
 
 MODELS: dict[str, Callable[[], TorchModel]] = {
     "efficientnet-lite0": _efficientnet_lite0,
     "minilm": _minilm,
     "digits-cnn": _digits_cnn,
+    "mnist-cnn": _mnist_cnn,
+    "mnist-cnn-small": lambda: _mnist_cnn(width=6),
+}
+
+#: Networks to be trained, with fresh weights; they take the number of channels of their first block as an argument.
+NETWORKS: dict[str, Callable[..., TorchModel]] = {
+    "digits-cnn": _fresh_digits_cnn,
+    "mnist-cnn": _mnist_cnn,
+    "mnist-cnn-small": lambda width=6: _mnist_cnn(width),
 }

@@ -6,7 +6,8 @@ import difflib
 import hashlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from narrowcast.models.bundled import TorchModel
 from narrowcast.models.graph import Graph
 from narrowcast.models.prepare import prepare, read_onnx
 from narrowcast.models.reference import ImageSpec, Model, ModelRef
+from narrowcast.models.runs import Architecture, architecture_of, load_weights, read_weights
 from narrowcast.models.torch_export import export, require_torch
 
-__all__ = ["artifact_file", "load_model", "load_module", "user_function"]
+__all__ = ["artifact_file", "fresh_module", "load_model", "load_module", "user_function"]
 
 
 def load_model(reference: str | ModelRef, *, seed: int = 0) -> Model:
@@ -28,7 +30,7 @@ def load_model(reference: str | ModelRef, *, seed: int = 0) -> Model:
 
     Args:
         reference: ``timm:NAME``, ``torchvision:NAME``, ``onnx:FILE`` or a path that ends in ``.onnx``,
-            ``py:MODULE:FUNCTION``, ``bundled:NAME``, or an artifact folder.
+            ``py:MODULE:FUNCTION``, ``bundled:NAME``, an artifact folder, or the folder of a training run.
         seed: Seed of the random weights, for the schemes that have no trained ones.
 
     Raises:
@@ -52,6 +54,41 @@ def load_module(ref: ModelRef, *, seed: int = 0) -> TorchModel | None:
     """
     make = _MODULES.get(ref.scheme)
     return None if make is None else make(ref, seed)
+
+
+def fresh_module(architecture: Architecture, *, seed: int = 0) -> TorchModel:
+    """Return a network to be trained.
+
+    Args:
+        architecture: ``timm:``, ``torchvision:`` and ``py:`` networks, and those of :data:`narrowcast.models.bundled.NETWORKS`,
+            with fresh weights; other bundled ones with their trained weights.
+        seed: Seed of the fresh weights.
+
+    Raises:
+        ModelError: The network cannot be found, built from these arguments, or trained.
+        RuntimeMissingError: A package that the scheme needs is not installed.
+    """
+    ref = ModelRef.parse(architecture.name)
+    if ref.scheme not in _FRESH:
+        raise ModelError(
+            f"network {architecture.name} cannot be trained",
+            allowed=", ".join(f"{scheme}:" for scheme in _FRESH) + " or the folder of a training run",
+            next_step="give the PyTorch network that it was exported from",
+        )
+    if architecture.input is not None and ref.scheme not in ("timm", "torchvision"):
+        raise ModelError(
+            f"network {architecture.name} says itself what it takes, and input is {list(architecture.input)}",
+            next_step="leave network.input out",
+        )
+    try:
+        return _FRESH[ref.scheme](ref, seed, architecture)
+    except (TypeError, ValueError) as error:
+        if not architecture.arguments and architecture.input is None:
+            raise
+        raise ModelError(
+            f"network {architecture.name} cannot be built with {dict(architecture.arguments)}: {error}",
+            next_step="check network.arguments",
+        ) from error
 
 
 def user_function(text: str, kind: str, error: type[NarrowcastError] = ModelError) -> Callable[..., Any]:
@@ -134,7 +171,7 @@ def _package(name: str, extra: str) -> Any:
         ) from error
 
 
-def _timm(ref: ModelRef, seed: int) -> TorchModel:
+def _timm(ref: ModelRef, seed: int, architecture: Architecture | None = None) -> TorchModel:
     torch = require_torch(str(ref))
     timm = _package("timm", "examples")
     if ref.id not in timm.list_models():
@@ -142,15 +179,23 @@ def _timm(ref: ModelRef, seed: int) -> TorchModel:
             f"timm {timm.__version__} has no model {ref.id!r}", allowed=_nearest(ref.id, timm.list_models())
         )
     torch.manual_seed(seed)
-    module = timm.create_model(ref.id, pretrained=False)
+    module = timm.create_model(ref.id, pretrained=False, **(architecture.arguments if architecture else {}))
     config = timm.data.resolve_model_data_config(module)
-    channels, height, width = config["input_size"]
+    sample = architecture.input if architecture else None
+    channels, height, width = sample or config["input_size"]
     image = ImageSpec((height, width), tuple(config["mean"]), tuple(config["std"]), config["crop_pct"])
+    if channels != len(image.mean):
+        image = _plain(channels, height, width)
     example = (torch.randn(2, channels, height, width),)
     return TorchModel(module, example, ["image"], image=image, random_weights=True)
 
 
-def _torchvision(ref: ModelRef, seed: int) -> TorchModel:
+def _plain(channels: int, height: int, width: int) -> ImageSpec:
+    """Return the preprocessing of images that are not photographs in colour: values from 0 to 1, whole."""
+    return ImageSpec((height, width), (0.0,) * channels, (1.0,) * channels, crop=1.0)
+
+
+def _torchvision(ref: ModelRef, seed: int, architecture: Architecture | None = None) -> TorchModel:
     torch = require_torch(str(ref))
     models = _package("torchvision.models", "examples")
     names = models.list_models(module=models)
@@ -158,10 +203,12 @@ def _torchvision(ref: ModelRef, seed: int) -> TorchModel:
         raise ModelError(f"torchvision has no classification model {ref.id!r}", allowed=_nearest(ref.id, names))
     torch.manual_seed(seed)
     side = 299 if ref.id == "inception_v3" else 224
-    kwargs = {"init_weights": True} if ref.id in ("inception_v3", "googlenet") else {}
+    kwargs: dict[str, Any] = {"init_weights": True} if ref.id in ("inception_v3", "googlenet") else {}
+    kwargs |= architecture.arguments if architecture else {}
     module = models.get_model(ref.id, weights=None, **kwargs)
-    image = ImageSpec((side, side))
-    example = (torch.randn(2, 3, side, side),)
+    channels, height, width = (architecture.input if architecture else None) or (3, side, side)
+    image = ImageSpec((height, width)) if channels == 3 else _plain(channels, height, width)
+    example = (torch.randn(2, channels, height, width),)
     return TorchModel(module, example, ["image"], image=image, random_weights=True)
 
 
@@ -171,10 +218,10 @@ def _nearest(given: str, names: list[str]) -> str:
     return f"{len(names)} names, the nearest: {', '.join(near)}" if near else f"{len(names)} names"
 
 
-def _python(ref: ModelRef, seed: int) -> TorchModel:
+def _python(ref: ModelRef, seed: int, architecture: Architecture | None = None) -> TorchModel:
     torch = require_torch(str(ref))
     torch.manual_seed(seed)
-    made = user_function(ref.id, "model")()
+    made = user_function(ref.id, "model")(**(architecture.arguments if architecture else {}))
     hint = (
         "a function that returns (module, example) where example is a tensor, a tuple of them or a dict by input name"
     )
@@ -199,10 +246,27 @@ def _python(ref: ModelRef, seed: int) -> TorchModel:
 
 
 def _bundled(ref: ModelRef, seed: int) -> TorchModel:
-    del seed
     if ref.id not in bundled.MODELS:
         raise ModelError(f"no bundled model {ref.id!r}", allowed=choices(ref.id, bundled.MODELS))
+    require_torch(str(ref)).manual_seed(seed)
     return bundled.MODELS[ref.id]()
+
+
+def _fresh_bundled(ref: ModelRef, seed: int, architecture: Architecture) -> TorchModel:
+    if ref.id not in bundled.NETWORKS:
+        if architecture.arguments:
+            raise ModelError(f"network {ref} takes no arguments", allowed=choices(ref.id, bundled.NETWORKS))
+        return _bundled(ref, seed)
+    require_torch(str(ref)).manual_seed(seed)
+    return bundled.NETWORKS[ref.id](**architecture.arguments)
+
+
+def _run(ref: ModelRef, seed: int) -> TorchModel:
+    folder = Path(ref.id)
+    architecture, sha256 = architecture_of(folder)
+    made = fresh_module(architecture, seed=seed)
+    load_weights(made.module, read_weights(folder, sha256), str(folder))
+    return replace(made, random_weights=False)
 
 
 def _load_torch(ref: ModelRef, seed: int) -> Model:
@@ -216,6 +280,13 @@ _MODULES: dict[str, Callable[[ModelRef, int], TorchModel]] = {
     "torchvision": _torchvision,
     "py": _python,
     "bundled": _bundled,
+    "run": _run,
+}
+_FRESH: Mapping[str, Callable[[ModelRef, int, Architecture], TorchModel]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "py": _python,
+    "bundled": _fresh_bundled,
 }
 _LOADERS: dict[str, Callable[[ModelRef, int], Model]] = {
     "onnx": _load_onnx,

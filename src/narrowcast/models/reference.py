@@ -9,9 +9,12 @@ from pathlib import Path
 from narrowcast.errors import ModelError, choices
 from narrowcast.models.graph import Graph
 
-__all__ = ["ImageSpec", "Model", "ModelRef"]
+__all__ = ["RUN_RECORD", "ImageSpec", "Model", "ModelRef"]
 
-SCHEMES = ("timm", "torchvision", "onnx", "py", "bundled", "artifact")
+SCHEMES = ("timm", "torchvision", "onnx", "py", "bundled", "artifact", "run")
+
+#: What the folder of a finished training run holds, beside its weights.
+RUN_RECORD = "result.json"
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class ModelRef:
     """A model's scheme and identifier.
 
     Attributes:
-        scheme: One of ``timm``, ``torchvision``, ``onnx``, ``py``, ``bundled``, ``artifact``.
+        scheme: One of ``timm``, ``torchvision``, ``onnx``, ``py``, ``bundled``, ``artifact``, ``run``.
         id: What the scheme's loader looks up: an architecture name, a path, or ``module:function``.
     """
 
@@ -44,11 +47,11 @@ class ModelRef:
         if text.endswith(".onnx"):
             return cls("onnx", text)
         if text and Path(text).is_dir():
-            return cls("artifact", text)
+            return cls("run" if (Path(text) / RUN_RECORD).is_file() else "artifact", text)
         hint = choices(scheme, SCHEMES) if colon else "timm:NAME, torchvision:NAME, py:MODULE:FUNCTION, bundled:NAME"
         raise ModelError(
             f"model {text!r} names no known source",
-            allowed=f"{hint}, a path that ends in .onnx, or an artifact folder",
+            allowed=f"{hint}, a path that ends in .onnx, an artifact folder, or the folder of a training run",
             next_step="write for example bundled:efficientnet-lite0 or path/to/model.onnx",
         )
 
