@@ -349,7 +349,9 @@ def append(folder: Path, values: Iterable[Setting | Reading | Event | Summary]) 
         values: What to write, one line each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"type": _NAMES[type(value)], **value.model_dump(mode="json")}) + "\n" for value in values]
+    lines = [
+        json.dumps({"type": _NAMES[type(value)], **json.loads(value.model_dump_json())}) + "\n" for value in values
+    ]
     with (folder / _LINES).open("a", encoding="utf-8") as file:
         file.writelines(lines)
 

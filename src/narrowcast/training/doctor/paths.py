@@ -1,0 +1,90 @@
+"""Which module of a model is running, in the forward pass, in the backward pass, and where a block is computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from narrowcast.training.doctor.record import Part
+
+__all__ = ["OUTSIDE", "Paths", "Place", "layer_names"]
+
+#: What runs outside the model: the loss function.
+OUTSIDE = "loss"
+_ENGINE: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+_ENTER = nn.modules.module.register_module_forward_pre_hook
+_LEAVE = nn.modules.module.register_module_forward_hook
+
+
+class Place(NamedTuple):
+    """A layer and a pass; in the backward pass also the autograd node's name, and the layer that its gradient goes to."""
+
+    layer: str
+    part: Part
+    node: str = ""
+    towards: str = ""
+
+
+def layer_names(model: nn.Module) -> dict[int, str]:
+    """Return names of modules by ``id``, without what ``torch.compile`` and checkpointing put in; the first of several counts."""
+    names = {id(part): name for name, part in reversed(list(model.named_modules(remove_duplicate=False)))}
+    return {key: _plain(name) for key, name in names.items()}
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
+
+
+class Paths:
+    """Follows which module runs; an operator of the backward pass belongs to the module whose operator it differentiates.
+
+    Args:
+        model: The model. Modules that it does not hold count as what runs them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = layer_names(model)
+        self._stack: list[str] = []
+        self._forward: dict[int, str] = {}  # by the sequence number of the operator's autograd node
+
+    @contextmanager
+    def following(self) -> Generator[None]:
+        """Follow modules while the context lasts; modules that raise are left as those that return."""
+
+        def enter(part: nn.Module, args: Any) -> None:
+            self._stack.append(self._names.get(id(part), self._stack[-1] if self._stack else OUTSIDE))
+
+        def leave(part: nn.Module, args: Any, out: Any) -> None:
+            self._stack.pop()
+
+        handles = [_ENTER(enter), _LEAVE(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._stack.clear()
+
+    @property
+    def forward(self) -> str:
+        """The innermost module that runs forward, else ``loss``."""
+        return self._stack[-1] if self._stack else OUTSIDE
+
+    def here(self) -> Place:
+        """Return where the operator that runs now belongs; to be asked below autograd, in a dispatch mode."""
+        if _ENGINE._current_graph_task_id() == -1 or self._stack:  # a module in the backward pass is computed again
+            # Autograd has numbered the operator's node by now: the number given out last is its own.
+            self._forward.setdefault(_ENGINE._autograd._get_sequence_nr() - 1, self.forward)
+            return Place(self.forward, Part.FORWARD)
+        node = _ENGINE._current_autograd_node()
+        if node is None:
+            return Place(OUTSIDE, Part.BACKWARD)
+        after = [self._layer(one) for one, _ in node.next_functions if one is not None]
+        return Place(self._layer(node), Part.BACKWARD, type(node).__name__, after[0] if after else OUTSIDE)
+
+    def _layer(self, node: Any) -> str:
+        return self._forward.get(node._sequence_nr(), OUTSIDE)

@@ -1,0 +1,169 @@
+"""A step of training, run again with the same random numbers, and without a trace left in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from narrowcast.training.policies import Precision
+from narrowcast.training.random_state import random_state, set_random_state
+from narrowcast.training.trainer import Loss
+
+__all__ = ["Outcome", "Scene", "bare", "local", "restored", "run"]
+
+Batch = tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that one micro-batch of a step depends on.
+
+    Attributes:
+        model: The model as it is now; replicas of other ranks stay out of it.
+        loss: As :class:`narrowcast.training.Trainer` takes it.
+        batch: Inputs and targets.
+        precision: The policy.
+        scale: What the loss is multiplied by.
+        random: Where the generators stood; None to go on from where they are.
+        step: Updates done before.
+        rank: Number of this process.
+    """
+
+    model: nn.Module
+    loss: Callable[[Any, Any], Any]
+    batch: Batch
+    precision: Precision
+    scale: float = 1.0
+    random: Mapping[str, Any] | None = field(default=None, repr=False)
+    step: int = 0
+    rank: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def but(self, **changes: Any) -> Scene:
+        """Return the scene with something changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a replay came to.
+
+    Attributes:
+        loss: The mean loss.
+        loss_tensor: The tensor it was read from.
+        broken: Gradients that are not finite, in the order of the backward pass.
+        broken_tensors: These gradients.
+        nonzero: Share of the gradients' numbers that are not zero.
+    """
+
+    loss: float
+    loss_tensor: Tensor
+    broken: tuple[str, ...]
+    broken_tensors: tuple[Tensor, ...]
+    nonzero: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients are finite."""
+        return not self.broken and bool(torch.isfinite(self.loss_tensor).all())
+
+
+def run(scene: Scene, *around: AbstractContextManager[Any]) -> Outcome:
+    """Run a scene's forward and backward pass.
+
+    Args:
+        scene: What to run. Parameters, gradients, buffers, random states and whether the model trains are as before
+            afterwards; the optimizer is not asked. Compiled parts run uncompiled.
+        around: Contexts in which it runs, the outermost first.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(restored(scene.model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if scene.random is not None:
+            set_random_state(scene.random)
+        for context in around:
+            stack.enter_context(context)
+        return _run(scene)
+
+
+def _run(scene: Scene) -> Outcome:
+    model = bare(scene.model)
+    inputs, targets = scene.batch
+    with torch.enable_grad(), scene.precision.running(scene.device):
+        with scene.precision.autocast(scene.device):
+            value = scene.loss(_call(model, inputs), targets)
+        mean = value.total / value.weight if isinstance(value, Loss) else value
+        if mean.requires_grad:
+            (mean.float() * scene.scale).backward()
+    gradients = [(name, one.grad) for name, one in model.named_parameters() if one.grad is not None]
+    broken = [(name, grad) for name, grad in reversed(gradients) if not bool(local(grad).isfinite().all())]
+    numbers = sum(local(grad).numel() for _, grad in gradients)
+    filled = sum(int(torch.count_nonzero(local(grad))) for _, grad in gradients)
+    return Outcome(
+        loss=float(mean.detach()),
+        loss_tensor=mean.detach(),
+        broken=tuple(name for name, _ in broken),
+        broken_tensors=tuple(grad for _, grad in broken),
+        nonzero=filled / numbers if numbers else 0.0,
+    )
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return a model without the wrapper that sums its gradients over ranks."""
+    return bare(model.module) if isinstance(model, DistributedDataParallel) else model
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor that this process holds."""
+    if tensor.is_sparse:
+        return tensor.coalesce().values()
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def restored(model: nn.Module) -> Generator[None]:
+    """Put back gradients, buffers, each module's class and mode, and the random states when the context ends."""
+    states = random_state()
+    gradients = [(one, one.grad) for one in model.parameters()]
+    buffers = [(one, one.clone()) for one in model.buffers()]
+    modules = [(part, part.__class__, part.training, dict(_named_buffers(part))) for part in model.modules()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, grad in gradients:
+                parameter.grad = grad
+            for part, kind, training, named in modules:
+                part.__class__ = kind
+                part.training = training
+                _named_buffers(part).update(named)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        set_random_state(states)
+
+
+def _named_buffers(part: Any) -> dict[str, Tensor | None]:
+    """Return a module's own buffers, which a forward pass may replace as well as write to."""
+    return part._buffers
