@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -13,7 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from narrowcast.errors import TrainingError
 
-__all__ = ["check_rounding", "check_settings", "trained_parameters", "unwrapped"]
+__all__ = ["check_rounding", "check_weights", "check_settings", "trained_parameters", "unwrapped"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -99,4 +101,20 @@ def check_rounding(optimizer: Optimizer, update: str) -> None:
             raise TrainingError(
                 f"the optimizer rounds BF16 weights {rounding!r}, and the precision's update is {update!r}",
                 next_step=f"build it with rounding={wanted!r}, or the precision with the other update",
+            )
+
+
+def check_weights(parameters: Mapping[str, nn.Parameter], precision: str) -> None:
+    """Check that the parameters of a policy with FP32 weights are FP32 (or FP64).
+
+    Raises:
+        TrainingError: Some are in half precision.
+    """
+    for name, one in parameters.items():
+        if one.dtype in (torch.float16, torch.bfloat16):
+            kind = "FP16" if one.dtype == torch.float16 else "BF16"
+            raise TrainingError(
+                f"{name} has {kind} weights, and precision {precision} trains FP32 weights",
+                next_step="call model.float() before the optimizer is made"
+                + ("" if kind == "FP16" else ", or train in bf16-true, which rounds its updates so that none is lost"),
             )

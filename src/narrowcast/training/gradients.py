@@ -6,7 +6,7 @@ nothing: the norm is taken of the scaled gradients, and unscaling, normalisation
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -58,7 +58,7 @@ class FusedUpdate(Protocol):
 
 
 class Broken(NamedTuple):
-    """A parameter whose gradient is not finite."""
+    """A parameter whose gradient is not finite, or has a norm that is not, with how many elements are infinite and NaN."""
 
     name: str
     inf: int
@@ -82,7 +82,6 @@ class Gradients:
         self._named = {name: one for name, one in parameters.items() if one.grad is not None}
         self._device = device
         self._values = [_stored(one) for one in self._named.values()]
-        self._norms: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self._values)
@@ -95,9 +94,7 @@ class Gradients:
         """
         if not self._values:
             return torch.zeros((), device=self._device)
-        for _, values in self._by_device():
-            self._norms += multi_tensor.norms(values)
-        norms = torch.stack([one.to(self._device, torch.float32) for one in self._norms])
+        norms = self._norms()
         if ranks is None or ranks.world == 1 or not (sharded := self._sharded()):
             return torch.linalg.vector_norm(norms)
         squares = norms.square()
@@ -109,24 +106,34 @@ class Gradients:
         """Multiply all gradients in place; a factor of exactly 1.0 touches nothing."""
         if isinstance(factor, float) and factor == 1.0:
             return
-        for device, values in self._by_device():
+        for device, values in self._by_device().items():
             multi_tensor.multiply_(values, factor.to(device) if isinstance(factor, Tensor) else factor)
 
     @torch.no_grad()
     def broken(self) -> tuple[Broken, ...]:
-        """Return the parameters whose gradients are not finite, in the order of the backward pass (waits for the device)."""
-        finite = torch.stack([one.to(self._device) for one in self._norms]).isfinite().tolist() if self._norms else []
+        """Return the parameters whose gradients are not finite, in the order of the backward pass; waits for the device."""
+        if not self._values:
+            return ()
         found: list[Broken] = []
-        for name, values, good in zip(self._named, self._values, finite, strict=True):
-            if not good:
+        for name, values, finite in zip(self._named, self._values, self._norms().isfinite().tolist(), strict=True):
+            if not finite:
                 found.append(Broken(name, int(values.isinf().sum()), int(values.isnan().sum())))
         return tuple(reversed(found))
 
-    def _by_device(self) -> Sequence[tuple[torch.device, list[Tensor]]]:
-        if all(one.device == self._device for one in self._values):
-            return [(self._device, self._values)]
-        devices = {one.device: None for one in self._values}
-        return [(device, [one for one in self._values if one.device == device]) for device in devices]
+    def _norms(self) -> Tensor:
+        """Return the norm of each gradient, FP32."""
+        norms = {
+            id(one): norm
+            for values in self._by_device().values()
+            for one, norm in zip(values, multi_tensor.norms(values), strict=True)
+        }
+        return torch.stack([norms[id(one)].to(self._device, torch.float32) for one in self._values])
+
+    def _by_device(self) -> dict[torch.device, list[Tensor]]:
+        groups: dict[torch.device, list[Tensor]] = {}
+        for one in self._values:
+            groups.setdefault(one.device, []).append(one)
+        return groups
 
     def _sharded(self) -> list[bool]:
         from torch.distributed.tensor import DTensor, Shard

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from narrowcast.errors import FormatError
 
-__all__ = ["FORMATS", "Overrides", "format_of", "run_in"]
+__all__ = ["FORMATS", "Overrides", "cast", "format_of", "run_in"]
 
 #: Patterns and formats, in order; the last pattern that fits a name counts.
 Overrides = tuple[tuple[str, str], ...]
@@ -76,16 +76,17 @@ def _place(part: nn.Module, dtype: torch.dtype, back: torch.dtype | None) -> Non
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         device = _device_type(args, kwargs)
-        args, kwargs = _cast((args, kwargs), dtype)
+        args, kwargs = cast((args, kwargs), dtype)
         autocast = torch.autocast(device, dtype=dtype, enabled=back is None and dtype != torch.float32)
         with autocast:
             outputs = kind.forward(self, *args, **kwargs)
-        return outputs if back is None else _cast(outputs, back)
+        return outputs if back is None else cast(outputs, back)
 
     part.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
-def _cast(values: Any, dtype: torch.dtype) -> Any:
+def cast(values: Any, dtype: torch.dtype) -> Any:
+    """Return nested values with every floating-point tensor in a dtype."""
     return tree_map_only(torch.Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, values)
 
 

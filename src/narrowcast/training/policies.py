@@ -21,7 +21,7 @@ from narrowcast.errors import DeviceError, FormatError, choices
 from narrowcast.training.checks import unwrapped
 from narrowcast.training.float8 import Float8, convert
 from narrowcast.training.loss_scale import DynamicScale, NoScale, Scale, StaticScale
-from narrowcast.training.overrides import FORMATS, Overrides, run_in
+from narrowcast.training.overrides import FORMATS, Overrides, cast, run_in
 
 __all__ = ["POLICIES", "Precision", "precision"]
 
@@ -113,6 +113,10 @@ class Precision:
                 next_step="build the module anew and load its weights",
             )
         return module
+
+    def inputs(self, inputs: Any) -> Any:
+        """Return a module's inputs in what it is stored in: BF16 weights do not multiply FP32 inputs."""
+        return cast(inputs, torch.bfloat16) if self.parameters == "bf16" else inputs
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Return the context that the forward pass and the loss run in."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.errors import TrainingError
-from narrowcast.training.checks import check_rounding, check_settings, trained_parameters, unwrapped
+from narrowcast.training.checks import check_rounding, check_settings, check_weights, trained_parameters, unwrapped
 from narrowcast.training.gradients import FusedUpdate, Gradients, Ranks
 from narrowcast.training.ledger import Ledger, Skip
 from narrowcast.training.lookout import Lookout, Sighting
@@ -103,6 +103,8 @@ class Trainer:
         self._parameters = trained_parameters(model, loss, optimizer)
         self.device = next(iter(self._parameters.values())).device
         self.precision.check(self.device)
+        if self.precision.parameters == "fp32":
+            check_weights(self._parameters, self.precision.name)
         self.model = self.precision.prepare(model)
         self.optimizer = optimizer
         self.loss = loss
@@ -185,6 +187,7 @@ class Trainer:
         self._look_out(wait=True)
 
     def _outputs(self, inputs: Any) -> Any:
+        inputs = self.precision.inputs(inputs)
         if isinstance(inputs, Mapping):
             return self.model(**inputs)
         return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
@@ -274,11 +277,12 @@ class Trainer:
         if self._scale.stuck < patience:
             return
         where = f"the gradient of {skip.layers[0]}" if skip.layers else "the loss"
+        layer = skip.layers[0].rpartition(".")[0] if skip.layers else "LAYER"
         raise TrainingError(
             f"{patience} updates in a row were left out at loss scale {skip.scale:g}, which falls no further "
             f"({skip.kind} in {where}, step {skip.step})",
             next_step="check the data for NaN, lower the learning rate, set clip_norm, keep that layer in FP32 with "
-            "overrides={'LAYER': 'fp32'}, or use bf16-mixed",
+            f"overrides={{{layer!r}: 'fp32'}}, or use bf16-mixed",
         )
 
     def _look_out(self, *, wait: bool = False) -> None:
