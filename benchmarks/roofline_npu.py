@@ -114,8 +114,8 @@ def write(shares, band):
         "operator_us = 0.0",
         f"low = {low:.2f}",
         f"high = {high:.2f}",
-        f'source = "published: Hailo Model Zoo, {band["networks"]} networks on Hailo-8 and Hailo-8L, INT8, throughput of a full pipeline; '
-        'other accelerators were not looked at"',
+        f'source = "published: Hailo Model Zoo, {band["networks"]} networks on Hailo-8 and Hailo-8L, INT8, '
+        'throughput of a full pipeline; other accelerators were not looked at"',
         "",
         "[npu-compiled.classes]",
         *(f"{json.dumps(name)} = {{ compute = {share} }}" for name, share in shares.items()),

@@ -70,6 +70,11 @@ def failed(error: Exception, where: str) -> ModelError:
         error: What it raised.
         where: The layer.
     """
+    if isinstance(error, NotImplementedError):
+        return ModelError(
+            f"{where} does what runs without numbers cannot follow: {_first_line(error)}",
+            next_step="count the module with another operator in its place, or only its inference",
+        )
     if isinstance(error, RuntimeError | TypeError | ValueError | IndexError):
         return ModelError(
             f"the inputs do not fit at {where}: {_first_line(error)}",

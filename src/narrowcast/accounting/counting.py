@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["ALLOCATIONS", "LOOK_UPS", "MOVES", "REDUCTIONS", "VIEWS", "Work", "work_of"]
+__all__ = ["ALLOCATIONS", "LOOK_UPS", "MOVES", "REDUCTIONS", "VIEWS", "Work", "has_rule", "work_of"]
 
 COMPLEX = 4  # real multiplications in one complex one
 
@@ -90,6 +90,70 @@ def _fourier(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
     return Work(0, 0, round(2.5 * out.numel() * math.log2(length)))  # twice that if the result is complex
 
 
+def _trilinear(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    """Return the two products that ``torch.bilinear`` and its gradients consist of: two operands first, then the third.
+
+    Args:
+        args: Three tensors, the axes along which each is repeated, and the axes that are summed.
+        kwargs: None.
+        out: The result.
+    """
+    tensors, repeated, summed = args[:3], [set(axes) for axes in args[3:6]], set(args[6])
+    sizes: dict[int, int] = {}
+    axes_of: list[set[int]] = []
+    for tensor, missing in zip(tensors, repeated, strict=True):
+        shape = iter(tensor.shape)
+        own = {axis: next(shape) for axis in range(tensor.dim() + len(missing)) if axis not in missing}
+        sizes |= own
+        axes_of.append(set(own))
+    pair = axes_of[0] | axes_of[1]
+    left = pair - (summed - axes_of[2])
+    first, second = (math.prod(sizes[axis] for axis in axes) for axes in (pair, left | axes_of[2]))
+    return Work(first + second, sums=math.prod(sizes[axis] for axis in left) + out.numel())
+
+
+def _deformed(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    """Return a convolution whose inputs are interpolated from four neighbours each, and scaled by a mask if there is one."""
+    x, weight = args[:2]
+    columns = out.numel() // out.shape[1] * x.shape[1] * math.prod(weight.shape[2:])
+    macs = out.numel() * math.prod(weight.shape[1:])
+    return Work(macs, out.numel(), (7 + bool(args[13])) * columns, out.numel())
+
+
+def _deformed_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    gradient, x, weight = args[:3]
+    columns = gradient.numel() // gradient.shape[1] * x.shape[1] * math.prod(weight.shape[2:])
+    macs = 2 * gradient.numel() * math.prod(weight.shape[1:])
+    # Gradients of four neighbours, of two offsets and of the mask.
+    return Work(macs, gradient.numel(), (7 + 2 * 7 + bool(args[14])) * columns, columns + weight.numel())
+
+
+def _euclidean(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    """Return the product of ``[-2x, |x|^2, 1]`` with ``[y, 1, |y|^2]``, the norms, and the roots."""
+    norms = 3 * args[0].numel() + 2 * args[1].numel()
+    return Work(out.numel() * (args[0].shape[-1] + 2), 0, norms + 2 * out.numel(), out.numel())
+
+
+def _distances(operations: int) -> Rule:
+    """Return the rule of distances pair by pair: operations for each number of a pair, and one for each pair."""
+
+    def rule(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+        pairs = max(out.numel() // (args[0].shape[-1] if operations > 3 else 1), 1)
+        return Work(0, 0, pairs * (operations * args[0].shape[-1] + 1))
+
+    return rule
+
+
+def _linear_dynamic(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    """Return a product with packed INT8 weights; its input is quantised for it and its result scaled."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    x, packed = args[:2]
+    with unset_fake_temporarily():
+        bias = packed.unpack()[1] is not None
+    return Work(out.numel() * x.shape[-1], out.numel() * bias, 4 * x.numel() + 2 * out.numel(), out.numel())
+
+
 def _each(operations: int) -> Rule:
     def rule(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
         return Work(0, 0, operations * _first(out).numel())
@@ -124,6 +188,14 @@ _BY_HAND: dict[str, Rule] = {
     "_scaled_grouped_mm": _grouped_mm,
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
+    "_trilinear": _trilinear,
+    "deform_conv2d": _deformed,
+    "_deform_conv2d_backward": _deformed_backward,
+    "linear_dynamic": _linear_dynamic,
+    "_euclidean_dist": _euclidean,
+    "_cdist_forward": _distances(3),
+    "_pdist_forward": _distances(3),
+    "flex_attention": _attention,
     "_scaled_dot_product_flash_attention": _attention,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_efficient_attention": _attention,
@@ -230,6 +302,11 @@ VIEWS = frozenset(
 )
 
 _RULES = _BY_HAND | dict.fromkeys(_ELEMENTWISE, _each(1)) | dict.fromkeys(REDUCTIONS, _each_input(1))
+
+
+def has_rule(name: str) -> bool:
+    """Return whether an operator of this ATen name is counted as one."""
+    return name in MOVES or name in VIEWS or name in _RULES or name.removesuffix("_") in _RULES
 
 
 def work_of(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work | None:

@@ -34,7 +34,7 @@ class Kind(StrEnum):
 # By parts of ATen names; the first that fits.
 _NAMES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     (Kind.CONVOLUTION, ("convolution", "conv1d", "conv2d", "conv3d")),
-    (Kind.ATTENTION, ("scaled_dot_product",)),
+    (Kind.ATTENTION, ("scaled_dot_product", "flex_attention")),
     (Kind.RECURRENT, ("mkldnn_rnn", "_cudnn_rnn", "_thnn_fused")),
     (Kind.NORMALISATION, ("batch_norm", "layer_norm", "group_norm", "rms_norm")),
     (Kind.SOFTMAX, ("softmax",)),
@@ -42,7 +42,10 @@ _NAMES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     (Kind.MOVE, ("embedding", "im2col", "col2im", "grid_sampler", "upsample")),
 )
 _PRODUCTS = frozenset(
-    "mm addmm bmm baddbmm addbmm mv dot vdot addmv _int_mm _scaled_mm _grouped_mm _scaled_grouped_mm".split()  # noqa: SIM905
+    """
+    mm addmm bmm baddbmm addbmm mv dot vdot addmv _int_mm _scaled_mm _grouped_mm _scaled_grouped_mm _trilinear
+    _euclidean_dist linear_dynamic
+    """.split()  # noqa: SIM905
 )
 
 
@@ -74,11 +77,20 @@ def attributes_of(name: str, args: Sequence[Any]) -> dict[str, Any]:
         For a convolution ``inputs`` and ``outputs`` (channels), ``kernel``, ``stride``, ``dilation``, ``groups``,
         ``transposed``; for all others nothing.
     """
+    if name == "deform_conv2d":
+        weight, stride, dilation, groups = args[1], args[5:7], args[9:11], args[11]
+        return _convolution(weight, stride, dilation, groups=groups, transposed=False)
     if name not in ("convolution", "convolution_backward"):
         return {}
     place = 1 if name == "convolution" else 2
     weight = args[place]
     stride, _, dilation, transposed, _, groups = args[place + 2 : place + 8]
+    return _convolution(weight, stride, dilation, groups=groups, transposed=transposed)
+
+
+def _convolution(
+    weight: Any, stride: Sequence[int], dilation: Sequence[int], *, groups: int, transposed: bool
+) -> dict[str, Any]:
     own, per_group, *kernel = weight.shape
     inputs, outputs = (own, per_group * groups) if transposed else (per_group * groups, own)
     return {

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from narrowcast.accounting import grouped
 from narrowcast.accounting.counting import VIEWS
+from narrowcast.accounting.higher_order import FLEX, alternatives, decomposed, is_higher_order
 from narrowcast.accounting.running import Running
 from narrowcast.accounting.workspace import Backend
 
@@ -82,6 +83,8 @@ class LifeRecorder(TorchDispatchMode):
         bits: What floating inputs and results are stored in; what the run sees unless given.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(
         self,
         module: nn.Module,
@@ -143,14 +146,37 @@ class LifeRecorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if is_higher_order(func):
+            return self._higher_order(func, args, kwargs or {})
         if func is _SCALAR and self.phase == "optimizer":
             return 1.0  # a learning rate or a norm: no size depends on it
+        with self:
+            out = decomposed(func, args, kwargs or {})
+        if out is not NotImplemented:
+            return out
         out = grouped.call(func, args, kwargs or {})
         name = func._schema.name.partition("::")[2]
         if self.phase == "forward":
             self.running.note()
-        if func.is_view or name in VIEWS:
+        if not func.is_view and name not in VIEWS:
+            self._record(name, args, out)
+        return out
+
+    def _higher_order(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Record an operator that takes functions: attention as one, all branches, and one pass of a loop."""
+        name = func.name()
+        if name == FLEX:
+            self.running.note()
+            out = func(*args, **kwargs)
+            self._record(name, args[:3], out)
             return out
+        out = None
+        with self:
+            for choice in alternatives(name, args):
+                out = choice()
+        return out
+
+    def _record(self, name: str, args: Sequence[Any], out: Any) -> None:
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         for tensor, size in self._backend.opaque(name, args, out):
             self.watch([tensor], size=size)
@@ -158,7 +184,6 @@ class LifeRecorder(TorchDispatchMode):
         if self._follow_casts and name == "_to_copy" and self.phase == "forward":
             self._cast(args[0], made[0])
         self.lives.moments.append(Moment(name, self.running.path, self.phase, self._backend.hidden(name, args, out)))
-        return out
 
     def _cast(self, source: torch.Tensor, copy: torch.Tensor) -> None:
         if _storage_of(source) in self._parameters and copy.dtype != source.dtype:

@@ -40,7 +40,7 @@ class Running:
         """Follow the modules that run forward."""
 
         def enter(part: nn.Module, args: Any) -> None:
-            self._stack.append(self._names.get(id(part), ""))
+            self._stack.append(self._names.get(id(part), self.path))  # a branch of torch.cond belongs to what runs it
 
         def leave(part: nn.Module, args: Any, out: Any) -> None:
             self._stack.pop()

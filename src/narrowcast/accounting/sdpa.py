@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CudaAttention"]
+__all__ = ["CudaAttention", "FusedDropout"]
 
 _ATEN = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
@@ -39,10 +39,10 @@ class CudaAttention(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **kwargs)
+            return self.attend(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _attend(
+    def attend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -74,6 +74,20 @@ class CudaAttention(TorchFunctionMode):
         return _ATEN._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )[0]
+
+
+class FusedDropout(TorchFunctionMode):
+    """Sends attention with dropout to a fused kernel, as cards run it; CPUs have none, and write it out with all its scores."""
+
+    _kernels = CudaAttention((8, 0))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)):
+            return self._kernels.attend(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from narrowcast.accounting.backward import Backward, summed_loss, tensors_of
 from narrowcast.accounting.building import failed
+from narrowcast.accounting.higher_order import uncompiled_flex
 from narrowcast.accounting.lives import LifeRecorder, Lives
 from narrowcast.accounting.optimizers import optimizer
 from narrowcast.accounting.policies import Policy
@@ -195,7 +196,7 @@ class _Run:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of a card that is missing
-            for context in (_quiet(), self._mode, self.recorder.running.following(), self.recorder):
+            for context in (_quiet(), uncompiled_flex(), self._mode, self.recorder.running.following(), self.recorder):
                 stack.enter_context(context)
             if self._setting.device == "cuda":
                 stack.enter_context(_capability(self._setting.capability))

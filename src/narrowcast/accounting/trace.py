@@ -24,10 +24,20 @@ from narrowcast.accounting import grouped
 from narrowcast.accounting.backward import Backward, summed_loss, tensors_of
 from narrowcast.accounting.building import failed, fake_copy, fake_module
 from narrowcast.accounting.counting import ALLOCATIONS, LOOK_UPS, VIEWS, Work, work_of
+from narrowcast.accounting.higher_order import (
+    FLEX,
+    MORE_PASSES,
+    alternatives,
+    decomposed,
+    flex_share,
+    is_higher_order,
+    uncompiled_flex,
+)
 from narrowcast.accounting.kinds import Kind, attributes_of, kind_of
 from narrowcast.accounting.masks import Positions
 from narrowcast.accounting.operators import Operator, Trace
 from narrowcast.accounting.running import Running
+from narrowcast.accounting.sdpa import FusedDropout
 from narrowcast.errors import ModelError, NarrowcastError
 
 __all__ = ["Operator", "Trace", "fake_module", "trace"]
@@ -62,7 +72,7 @@ def trace(
     recorder = _Recorder(module)
     running = recorder.running
     fake = lambda value: tree_map_only(torch.Tensor, mode.from_tensor, value)  # noqa: E731
-    with _plain_kernels(), mode, running.following(), torch.set_grad_enabled(train):
+    with _plain_kernels(), FusedDropout(), mode, running.following(), torch.set_grad_enabled(train):
         inputs, named = fake(tuple(args)), fake(dict(kwargs or {}))
         recorder.watch([*tree_leaves(inputs), *tree_leaves(named)])
         try:
@@ -100,7 +110,11 @@ def _plain_kernels() -> Generator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TF32")  # which setting the flags speaks of
-            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            with (
+                torch.backends.mkldnn.flags(enabled=False),
+                torch.backends.cudnn.flags(enabled=False),
+                uncompiled_flex(),
+            ):
                 yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -108,6 +122,8 @@ def _plain_kernels() -> Generator[None]:
 
 class _Recorder(TorchDispatchMode):
     """Sees every operator of a run."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -165,21 +181,65 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_higher_order(func):
+            return self._higher_order(func, args, kwargs)
+        with self:
+            out = decomposed(func, args, kwargs)
+        if out is not NotImplemented:
+            return out
         out = grouped.call(func, args, kwargs)
         name = func._schema.name.partition("::")[2]
-        if self.phase == "forward":
-            self.running.note()
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        if not made:
-            return out
-        read = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, torch.Tensor)]
         moved = not (func.is_view or name in VIEWS or name in ALLOCATIONS)
-        self.watch(made)
-        work = (self._bias(name, args, kwargs, out) or work_of(name, args, kwargs, out)) if moved else Work()
         attributes = attributes_of(name, args)
         if self.phase == "forward":
+            self.running.note()
             attributes |= self._positions.mask(func, args, kwargs)
             self._positions.follow(func, args, kwargs, out)
+        self._record(name, args, kwargs, out, attributes, moved=moved)
+        return out
+
+    def _higher_order(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Record an operator that takes functions: attention as one, all else as what the functions do."""
+        name = func.name()
+        if name == FLEX:
+            self.running.note()
+            out = func(*args, **kwargs)
+            self._record(name, args[:3], {}, out, flex_share(args))
+            return out
+        choices = alternatives(name, args)
+        costs = [self._cost(choice) for choice in choices] if len(choices) > 1 else [0]
+        if name == "while_loop":
+            self.trace.uncounted[MORE_PASSES] += 1
+        with self:
+            return choices[costs.index(max(costs))]()
+
+    def _cost(self, choice: Callable[[], Any]) -> int:
+        """Return the MACs of what a run may do, and leave no trace of it."""
+        start, uncounted = len(self.trace.operators), self.trace.uncounted.copy()
+        with self:
+            choice()
+        macs = sum(operator.work.macs for operator in self.trace.operators[start:] if operator.work)
+        del self.trace.operators[start:]
+        self.trace.uncounted = uncounted
+        self._writers = {storage: place for storage, place in self._writers.items() if place < start}
+        return macs
+
+    def _record(
+        self,
+        name: str,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        out: Any,
+        attributes: dict[str, Any],
+        *,
+        moved: bool = True,
+    ) -> None:
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        if not made:
+            return
+        read = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, torch.Tensor)]
+        self.watch(made)
+        work = (self._bias(name, args, kwargs, out) or work_of(name, args, kwargs, out)) if moved else Work()
         written = sum(map(_bytes, made)) if moved else 0
         most = written if name in LOOK_UPS else None
         sources = {_storage_of(leaf): _bytes(leaf, most) for leaf in read} if moved else {}
@@ -205,7 +265,6 @@ class _Recorder(TorchDispatchMode):
         )
         if moved:
             self._writers |= dict.fromkeys(map(_storage_of, made), len(self.trace.operators) - 1)
-        return out
 
 
 def _bytes(tensor: torch.Tensor, most: int | None = None) -> int:
