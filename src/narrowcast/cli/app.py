@@ -19,12 +19,14 @@ from narrowcast.cli.bench import bench
 from narrowcast.cli.compare import compare
 from narrowcast.cli.console import print_error, print_json
 from narrowcast.cli.devices import devices
+from narrowcast.cli.doctor import doctor
 from narrowcast.cli.format import format_
 from narrowcast.cli.formats import formats
 from narrowcast.cli.optimize import optimize
 from narrowcast.cli.profile import profile
 from narrowcast.cli.run import run
 from narrowcast.cli.runtimes import runtimes
+from narrowcast.cli.serve import serve
 from narrowcast.cli.train import train
 from narrowcast.cli.verify import verify
 from narrowcast.errors import NarrowcastError
@@ -46,6 +48,8 @@ app.command()(devices)
 app.command()(profile)
 app.command()(train)
 app.command()(advise)
+app.command()(serve)
+app.command()(doctor)
 # A value may be negative: what begins with a dash and is no option is a value.
 app.command("format", context_settings={"ignore_unknown_options": True})(format_)
 

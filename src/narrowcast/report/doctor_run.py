@@ -1,0 +1,340 @@
+"""What is known of a run's numbers, and what formats would do to them: read once, shown by the terminal and by the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from narrowcast.errors import ArtifactError
+from narrowcast.formats.kinds import Format
+from narrowcast.training.doctor.buckets import EDGES, INFINITE, NOT_A_NUMBER
+from narrowcast.training.doctor.record import FOLDER, Event, Part, Reading, Record, Series, read
+from narrowcast.training.doctor.whatif import Bounds, Shares, element, overflow_limit, shares, stagnant
+from narrowcast.training.logs import LOG, SKIPS
+
+__all__ = ["PARTS", "Held", "LayerView", "PartView", "Run", "SkipLine", "harm", "open_run", "worst"]
+
+#: What is cast to a format in training, with its words: these parts get a heat map and an answer to "what if".
+PARTS = {
+    Part.FORWARD: "activations",
+    Part.BACKWARD: "gradients of activations",
+    Part.GRADIENT: "gradients of parameters",
+    Part.WEIGHT: "weights",
+    Part.UPDATE: "updates",
+}
+#: Parts that carry the loss scale where there is one.
+_SCALED = (Part.BACKWARD, Part.GRADIENT)
+#: What is asked about first, by what the policy computes in.
+_FIRST = {"fp8": "e4m3fn", "fp32": "fp16", "tf32": "fp16"}
+_RECORD = f"{FOLDER}/record.jsonl"
+
+
+@dataclass(frozen=True)
+class SkipLine:
+    """A line of the skip ledger: an update that was left out."""
+
+    step: int
+    layers: tuple[str, ...]
+    kind: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a format would do to the numbers of a layer and part.
+
+    Attributes:
+        format: Name of the format.
+        plain: As they are: gradients times the last loss scale, the rest as computed.
+        scaled: Each with the power of two that puts its largest number just under the format's largest, as tensorwise scaling
+            does.
+        factor: That power of two.
+    """
+
+    format: str
+    plain: Shares
+    scaled: Shares
+    factor: float
+
+
+@dataclass(frozen=True)
+class PartView:
+    """A layer and part in numbers, over the whole run.
+
+    Attributes:
+        part: Which.
+        largest: The largest finite magnitude; 0 if there is none.
+        smallest: What every number but zeros exceeds.
+        count: Numbers that were counted.
+        infinite: How many infinities.
+        nan: How many NaN.
+        held: By format.
+    """
+
+    part: Part
+    largest: float
+    smallest: float
+    count: int
+    infinite: int
+    nan: int
+    held: dict[str, Held]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """A layer with its parts; ``stagnant`` is the share of its updates that plain weights in the format would lose."""
+
+    name: str
+    kind: str
+    parameters: int
+    parts: dict[Part, PartView]
+    stagnant: dict[str, Bounds]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder as it was read.
+
+    Attributes:
+        folder: The run's.
+        record: What the doctor wrote.
+        log: Lines of ``log.jsonl``; empty if there is none.
+        skips: Lines of ``skips.jsonl``.
+        formats: Names of the formats that are asked about, the main one first.
+        notes: What could not be read, and what the doctor could not watch, for people.
+    """
+
+    folder: Path
+    record: Record
+    log: tuple[dict[str, Any], ...]
+    skips: tuple[SkipLine, ...]
+    formats: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def scale(self) -> float:
+        """The last loss scale; 1 without one."""
+        return self.record.readings[-1].scale if self.record.readings else 1.0
+
+    @cached_property
+    def layers(self) -> tuple[LayerView, ...]:
+        """The layers that have histograms, in the model's order."""
+        by_layer: dict[str, list[Series]] = {}
+        for series in self.record.series:
+            by_layer.setdefault(series.layer, []).append(series)
+        return tuple(
+            _layer(name, kind, parameters, by_layer[name], self.formats, self.scale)
+            for name, kind, parameters in self._known()
+            if name in by_layer
+        )
+
+    def _known(self) -> Iterator[tuple[str, str, int]]:
+        named = {layer.name for layer in self.record.setting.layers}
+        for layer in self.record.setting.layers:
+            yield layer.name, layer.kind, layer.parameters
+        for name in dict.fromkeys(series.layer for series in self.record.series):
+            if name not in named:
+                yield name, "", 0
+
+    @cached_property
+    def readings(self) -> tuple[Reading, ...]:
+        """A reading for each step: the doctor's, and where it has none, the log's."""
+        found = {reading.step: reading for reading in _logged(self.log)}
+        found |= {reading.step: reading for reading in self.record.readings}
+        return tuple(found[step] for step in sorted(found))
+
+    @cached_property
+    def skipped(self) -> tuple[int, ...]:
+        """The step of each update that was left out, in order."""
+        if self.skips:
+            return tuple(skip.step for skip in self.skips)
+        return tuple(reading.step for reading in self.record.readings if reading.skipped)
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What happened, what needs attention first."""
+        return tuple(sorted(self.record.events, key=lambda event: (event.normal, event.step)))
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one sentence."""
+        summary = self.record.summary
+        if summary is None:
+            return "The run ended before there was a verdict"
+        if summary.verdict.sentences:
+            return summary.verdict.sentences[0].rstrip(".")
+        return "The numbers are sound" if summary.verdict.healthy else "The numbers need attention"
+
+    @property
+    def healthy(self) -> bool | None:
+        """Whether nothing needs attention; None without a verdict."""
+        return None if self.record.summary is None else self.record.summary.verdict.healthy
+
+
+def open_run(folder: Path, formats: Sequence[str] = ()) -> Run:
+    """Return what a run's folder says of its numbers.
+
+    Args:
+        folder: The run's.
+        formats: Formats to ask about first, by name; those of the record follow.
+
+    Raises:
+        ArtifactError: There is no folder, no record in it, or a damaged one.
+        FormatError: An unknown format, or one of blocks.
+    """
+    asked = [element(name).name for name in formats]
+    if not folder.is_dir():
+        raise ArtifactError(
+            f"run folder {folder} does not exist" if not folder.exists() else f"{folder} is a file",
+            allowed="the folder of a training run",
+            next_step="name the one that `narrowcast train CONFIG --out DIR` wrote",
+        )
+    record = read(folder)
+    log, log_notes = _lines(folder / LOG)
+    ledger, ledger_notes = _lines(folder / SKIPS)
+    skips, skip_notes = _skips(ledger)
+    return Run(
+        folder=folder,
+        record=record,
+        log=tuple(log),
+        skips=tuple(skips),
+        formats=_formats(record, asked),
+        notes=(*_cut(folder / _RECORD), *log_notes, *ledger_notes, *skip_notes, *record.setting.notes),
+    )
+
+
+def _formats(record: Record, asked: Sequence[str]) -> tuple[str, ...]:
+    """Return the formats to show: those asked for, the one that the run computes in, then the record's."""
+    compute = record.setting.compute
+    return tuple(dict.fromkeys([*asked, _FIRST.get(compute, compute), *record.setting.formats]))
+
+
+def worst(run: Run, part: Part, format: str) -> tuple[str, Held] | None:
+    """Return the layer that a format would do most harm to, with what it would do; None if nothing of that part is known."""
+    found = [(layer.name, layer.parts[part].held[format]) for layer in run.layers if part in layer.parts]
+    return max(found, key=lambda item: harm(item[1].plain), default=None)
+
+
+def harm(found: Shares) -> float:
+    """Return the share of numbers that a format loses: beyond its largest, or to zero."""
+    return found.overflow.high + found.zero.high
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the lines of a file that are JSON objects, and a note for each that is not; nothing if there is no file."""
+    if not path.is_file():
+        return [], []
+    found: list[dict[str, Any]] = []
+    notes = list(_cut(path))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines() if text.endswith("\n") or not text else text.splitlines()[:-1]
+    for number, line in enumerate(lines, 1):
+        try:
+            value: Any = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            found.append(value)  # type: ignore[arg-type] - keys of JSON objects are texts
+        else:
+            notes.append(f"{path.name}: line {number} is damaged and was left out")
+    return found, notes
+
+
+def _cut(path: Path) -> Iterator[str]:
+    """Yield a note if a file's last line was cut off."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                yield f"{path.name}: the last line is cut off, as a killed run leaves it, and was left out"
+
+
+def _skips(lines: Sequence[dict[str, Any]]) -> tuple[list[SkipLine], list[str]]:
+    found: list[SkipLine] = []
+    for line in lines:
+        match line:
+            case {"step": int(step), "layers": [*layers], "kind": str(kind), "scale": int() | float() as scale}:
+                found.append(SkipLine(step, tuple(map(str, layers)), kind, float(scale)))
+            case _:
+                continue
+    missed = len(lines) - len(found)
+    return found, [f"{SKIPS}: {missed} lines say nothing of a skip and were left out"] if missed else []
+
+
+def _logged(lines: Sequence[dict[str, Any]]) -> Iterator[Reading]:
+    for line in lines:
+        if isinstance(line.get("step"), int) and "loss" in line:
+            yield Reading(
+                step=line["step"],
+                loss=_number(line["loss"]),
+                grad_norm=_number(line.get("grad_norm")),
+                scale=_number(line.get("scale")) or 1.0,
+            )
+
+
+def _number(value: object) -> float | None:
+    """Return a number of a log, in which infinities and NaN are texts."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+# Views ----------------------------------------------------------------------------------------------------------------
+
+
+def _layer(
+    name: str, kind: str, parameters: int, series: Sequence[Series], formats: Sequence[str], scale: float
+) -> LayerView:
+    by_part = {one.part: one for one in series}
+    ratios = by_part.get(Part.RATIO)
+    floats = [name for name in formats if isinstance(element(name), Format)]
+    return LayerView(
+        name,
+        kind,
+        parameters,
+        {part: _part(by_part[part], formats, scale) for part in PARTS if part in by_part},
+        {} if ratios is None else {one: stagnant(ratios.total, one) for one in floats},
+    )
+
+
+def _part(series: Series, formats: Sequence[str], scale: float) -> PartView:
+    used = np.flatnonzero(series.total[1:INFINITE])
+    largest = float(series.largest.max(initial=0.0))
+    largest = largest if math.isfinite(largest) else 0.0
+    carried = scale if series.part in _SCALED else 1.0
+    return PartView(
+        part=series.part,
+        largest=largest,
+        smallest=float(EDGES[used[0]]) if used.size else 0.0,
+        count=int(series.total.sum()),
+        infinite=int(series.total[INFINITE]),
+        nan=int(series.total[NOT_A_NUMBER]),
+        held={name: _held(series, name, largest, carried) for name in formats},
+    )
+
+
+def _held(series: Series, format: str, largest: float, carried: float) -> Held:
+    factor = 1.0
+    if largest > 0:
+        factor = 2.0 ** math.floor(math.log2(overflow_limit(format) / largest) - 1e-9)
+        factor = min(max(factor, 2.0**-126), 2.0**126)
+    known = largest or math.inf
+    return Held(
+        format,
+        shares(series.total, format, scale=carried, largest=known),
+        shares(series.total, format, scale=factor, largest=known),
+        factor,
+    )

@@ -1,0 +1,203 @@
+"""What happened to the numbers of a run, on a terminal: the verdict first, then causes, layers, events and advice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from narrowcast.report import text
+from narrowcast.report.doctor_run import PARTS, LayerView, PartView, Run, worst
+from narrowcast.report.doctor_words import bounds, cause_title, held_words, magnitude, part_words, scale_words
+from narrowcast.training.doctor.record import Cause, Part
+
+__all__ = ["render_doctor_terminal"]
+
+_QUIET, _HEAD = "bright_black", "bold"
+_NARROW = 100  # columns of a terminal below which the layers' classes are left out
+_MOST_EVENTS = 12
+_MOST_LAYERS = 60
+_MOST_REMEDIES = 6
+
+Say = Callable[..., Text]
+
+
+def render_doctor_terminal(run: Run, console: Console) -> None:
+    """Print what happened to a run's numbers; symbols go where the terminal has no Unicode.
+
+    Args:
+        run: What its folder says.
+        console: Where to print.
+    """
+    say = _sayer(console)
+    mark, style = {True: ("✓", "green"), False: ("✗", "red"), None: ("–", "yellow")}[run.healthy]
+    console.print(say(f"{mark} {run.headline}", f"bold {style}"))
+    summary = run.record.summary
+    for sentence in summary.verdict.sentences[1:] if summary is not None else ():
+        console.print(Padding(say(sentence), (0, 0, 0, 2)))
+    console.print(say(_about(run), _QUIET))
+    for note in run.notes:
+        console.print(say(f"Note: {note}", "yellow"))
+    for event in run.events:
+        if event.cause is not None:
+            console.print()
+            for line in _cause(event.cause, say):
+                console.print(line)
+    if run.layers:
+        console.print(_layers(run, say, console.width))
+        console.print(_formats(run, say))
+    if run.events:
+        console.print(_events(run, say))
+    if summary is not None and summary.scale is not None:
+        console.print(say(f"Recommended loss scale: {scale_words(summary.scale.scale)}", _HEAD))
+        console.print(Padding(say(summary.scale.evidence, _QUIET), (0, 0, 0, 2)))
+    if summary is not None and summary.formats:
+        console.print(_advice(run, say))
+
+
+def _sayer(console: Console) -> Say:
+    plain = console.options.ascii_only
+
+    def say(words: str, style: str = "") -> Text:
+        clean = text.printable(words, keep="\n\xa0")
+        return Text(text.ascii_of(clean) if plain else clean, style=style)
+
+    return say
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style=_QUIET)
+
+
+def _about(run: Run) -> str:
+    setting = run.record.setting
+    steps = text.integer(run.readings[-1].step if run.readings else 0)
+    skipped = f"{text.integer(len(run.skipped))} update{'' if len(run.skipped) == 1 else 's'} left out"
+    scale = f", loss scale {scale_words(run.scale)}" if any(one.scale != 1 for one in run.readings) else ""
+    return f"{setting.precision}, {steps} steps, {skipped}{scale}; {setting.level} level, sampled each {setting.every} steps"
+
+
+def _cause(cause: Cause, say: Say) -> Iterator[Text | Padding]:
+    rank = f", rank {cause.rank}" if cause.rank else ""
+    yield say(f"Step {text.integer(cause.step)}{rank}: {cause_title(cause)}", _HEAD)
+    yield Padding(say(cause.seen), (0, 0, 0, 2))
+    if not cause.reproduced:
+        yield Padding(say("The replay did not break again, so nothing could be tried.", "yellow"), (0, 0, 0, 2))
+    for remedy in sorted(cause.remedies, key=lambda one: not one.mended)[:_MOST_REMEDIES]:
+        mark, style = ("✓", "green") if remedy.mended else ("✗", _QUIET)
+        line = say(f"{mark} {remedy.setting}", style)
+        if remedy.evidence:
+            line.append_text(say(f": {remedy.evidence}", _QUIET))
+        yield Padding(line, (0, 0, 0, 4))
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+def _layers(run: Run, say: Say, width: int) -> Table:
+    """Return the layers with their largest numbers, and what the main format does to activations and gradients."""
+    main = run.formats[0]
+    shown = {part: any(part in layer.parts for layer in run.layers) for part in (Part.FORWARD, Part.BACKWARD)}
+    stagnant = any(main in layer.stagnant for layer in run.layers)
+    table = _table()
+    table.add_column(say(f"layer, as {main}"), overflow="fold", min_width=12)
+    if width >= _NARROW:
+        table.add_column("class", no_wrap=True, style=_QUIET)
+    for part, there in shown.items():
+        if there:
+            for heading in (f"{part.value}: largest", "beyond", "to zero"):
+                table.add_column(heading, justify="right", no_wrap=True)
+    if stagnant:
+        table.add_column("updates lost", justify="right", no_wrap=True)
+    for layer in run.layers[:_MOST_LAYERS]:
+        cells = [say(text.tail(layer.name or "(model)", 40), _HEAD)]
+        cells += [say(text.label(layer.kind, 20))] if width >= _NARROW else []
+        for part, there in shown.items():
+            cells += _part(layer.parts.get(part), main, say) if there else []
+        cells += [_lost(layer, main, say)] if stagnant else []
+        table.add_row(*cells)
+    if len(run.layers) > _MOST_LAYERS:
+        table.add_row(say(f"and {len(run.layers) - _MOST_LAYERS} more", _QUIET))
+    return table
+
+
+def _part(view: PartView | None, format: str, say: Say) -> list[Text]:
+    if view is None:
+        return [say(""), say(""), say("")]
+    found = view.held[format].plain
+    broken = view.infinite + view.nan
+    largest = say(magnitude(view.largest) + ("  not finite" if broken else ""), "red" if broken else "")
+    return [
+        largest,
+        say(bounds(found.overflow), "red" if found.overflow.high > 0 else _QUIET),
+        say(bounds(found.zero), "yellow" if found.zero.high > 1e-3 else _QUIET),
+    ]
+
+
+def _lost(layer: LayerView, format: str, say: Say) -> Text:
+    found = layer.stagnant.get(format)
+    return say("") if found is None else say(bounds(found), "red" if found.low > 0.5 else _QUIET)
+
+
+def _formats(run: Run, say: Say) -> Table:
+    """Return what each format would do to the layer that it harms most: cast as it is, and with a scale of its own."""
+    table = _table()
+    table.add_column("what if", no_wrap=True)
+    table.add_column("of", no_wrap=True)
+    table.add_column("worst layer", overflow="fold", min_width=12)
+    table.add_column("cast as they are")
+    table.add_column("with a scale of its own")
+    for format in run.formats:
+        for part, words in PARTS.items():
+            found = worst(run, part, format)
+            if found is None:
+                continue
+            name, held = found
+            bad = held.plain.overflow.high > 0
+            table.add_row(
+                say(format, _HEAD),
+                say(words),
+                say(text.tail(name or "(model)", 28)),
+                say(held_words(held.plain), "red" if bad else ""),
+                say(f"{held_words(held.scaled)} (times {scale_words(held.factor)})", _QUIET),
+            )
+    return table
+
+
+# Events and advice ----------------------------------------------------------------------------------------------------
+
+
+def _events(run: Run, say: Say) -> Table:
+    table = _table()
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("event", no_wrap=True)
+    table.add_column("")
+    for event in run.events[:_MOST_EVENTS]:
+        style = _QUIET if event.normal else "red"
+        kind = f"{event.kind}, normal" if event.normal else str(event.kind)
+        table.add_row(say(text.integer(event.step)), say(str(event.rank)), say(kind, style), say(event.sentence))
+    if len(run.events) > _MOST_EVENTS:
+        table.add_row(say(""), say(""), say(f"and {len(run.events) - _MOST_EVENTS} more", _QUIET))
+    return table
+
+
+def _advice(run: Run, say: Say) -> Table:
+    table = _table()
+    table.add_column("recommended for", overflow="fold", min_width=12)
+    for heading in ("pass", "format"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("scale", justify="right", no_wrap=True)
+    table.add_column("evidence")
+    summary = run.record.summary
+    advised = () if summary is None else summary.formats
+    for one in advised[:_MOST_LAYERS]:
+        cells = (text.tail(one.layer or "(model)", 40), part_words(one.part), one.format, scale_words(one.scale))
+        table.add_row(*map(say, cells), say(one.evidence, _QUIET))
+    if len(advised) > _MOST_LAYERS:
+        table.add_row(say(f"and {len(advised) - _MOST_LAYERS} more", _QUIET))
+    return table
