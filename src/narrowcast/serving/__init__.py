@@ -1,0 +1,1 @@
+"""Artifacts as a long-running service that speaks the Open Inference Protocol, version 2."""

@@ -1,0 +1,316 @@
+"""One client's connection: requests are read, answered in their order, and bounded in size and time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import httptools
+
+from narrowcast.serving.http.encoding import compress, decompress
+from narrowcast.serving.http.message import Body, Request, Response, refused
+from narrowcast.serving.limits import Limits
+from narrowcast.serving.refusals import Refusal
+
+__all__ = ["Connection", "Handler", "Owner"]
+
+#: Answers at once, or promises to.
+Handler = Callable[[Request], "Response | asyncio.Future[Response]"]
+
+#: An answer in parts below this size is joined, so that it goes out in one packet.
+_JOIN_BELOW = 16 << 10
+#: How long what a client still sends after a final answer is read and dropped: closing at once would reset the
+#: connection, and the client might never see the answer.
+_LINGER_SECONDS = 2.0
+
+
+class Owner(Protocol):
+    """Who keeps the connections."""
+
+    limits: Limits
+    handler: Handler
+    loop: asyncio.AbstractEventLoop
+
+    def opened(self, connection: Connection) -> bool:
+        """Take note of a new connection; return whether it may stay."""
+        ...
+
+    def closed(self, connection: Connection) -> None:
+        """Take note of the end of a connection."""
+        ...
+
+    def failed(self, error: BaseException) -> None:
+        """Take note of an error that nobody meant."""
+        ...
+
+
+class _Pending:
+    """A request whose answer is due: at the head of the queue it is written as soon as it is there."""
+
+    __slots__ = ("future", "head_only", "keep_alive", "request", "response")
+
+    def __init__(self, request: Request, keep_alive: bool) -> None:
+        self.request = request
+        self.keep_alive = keep_alive
+        self.head_only = request.method == b"HEAD"
+        self.response: Response | None = None
+        self.future: asyncio.Future[Response] | None = None
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection.
+
+    Attributes:
+        deadline: Time of the loop at which :meth:`expire` is due, or None while the server owes an answer.
+    """
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._limits = owner.limits
+        self._parser = httptools.HttpRequestParser(self)
+        self._pending: deque[_Pending] = deque()
+        self._reading = False  # between the first byte of a request and its last
+        self._in_headers = True
+        self._ended = False  # no request is read any more
+        self._paused = False
+        self._reset()
+        self.deadline: float | None = None
+
+    def _reset(self) -> None:
+        self._target = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._count = 0
+        self._header_bytes = 0
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+
+    # asyncio ----------------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.deadline = self._owner.loop.time() + self._limits.header_seconds
+        if not self._owner.opened(self):
+            self._finish(Refusal(503, "the server has as many connections as it allows", retry_after=1))
+
+    def data_received(self, data: bytes) -> None:
+        if self._ended:
+            return
+        try:
+            self._parser.feed_data(data)
+            if self._reading and self._in_headers:
+                self._header_bytes += len(data)
+                self._check_headers()
+        except httptools.HttpParserUpgrade:
+            self._finish(Refusal(501, "this server changes to no other protocol"))
+        except httptools.HttpParserCallbackError as error:
+            cause = error.__context__ or error.__cause__
+            if not isinstance(cause, Refusal):
+                self._owner.failed(cause or error)
+                cause = Refusal(500, "the request could not be read")
+            self._finish(cause)
+        except httptools.HttpParserError as error:
+            self._finish(Refusal(400, f"not an HTTP request: {error}"))
+        except Refusal as refusal:
+            self._finish(refusal)
+
+    def eof_received(self) -> bool:
+        """Answer what was asked before the client stopped sending."""
+        if self._reading or not self._pending:
+            return False
+        self._ended = True
+        self._pending[-1].keep_alive = False
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._ended = True
+        self.deadline = None
+        for pending in self._pending:
+            if pending.future is not None:
+                pending.future.cancel()
+        self._pending.clear()
+        self._owner.closed(self)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+        self._transport.pause_reading()
+        self.deadline = self._owner.loop.time() + self._limits.write_seconds
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._transport.resume_reading()
+        self._rest()
+
+    # httptools --------------------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self._ended:
+            raise Refusal(400, "a request follows the last one of its connection", close=True)
+        self._reading = self._in_headers = True
+        self.deadline = self._owner.loop.time() + self._limits.header_seconds
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+        if len(self._target) > self._limits.target_bytes:
+            raise Refusal(414, f"the request target is longer than {self._limits.target_bytes} bytes")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        self._count += 1
+        self._header_bytes += len(name) + len(value)
+        known = self._headers.get(name)
+        self._headers[name] = value if known is None else known + b"," + value
+
+    def _check_headers(self) -> None:
+        limits = self._limits
+        if self._count > limits.headers or self._header_bytes > limits.header_bytes:
+            raise Refusal(431, f"more than {limits.headers} headers or {limits.header_bytes} bytes of them")
+
+    def on_headers_complete(self) -> None:
+        self._check_headers()
+        self._in_headers = False
+        length = self._headers.get(b"content-length")
+        if length is not None and int(length) > self._limits.body_bytes:
+            raise Refusal(413, f"the body is larger than {self._limits.body_bytes} bytes")
+        if length != b"0":
+            self.deadline = self._owner.loop.time() + self._limits.body_seconds
+        if b"expect" in self._headers and not self._pending:
+            if self._headers[b"expect"].lower() != b"100-continue":
+                raise Refusal(417, "the only expectation known is 100-continue")
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        if self._body_bytes > self._limits.body_bytes:
+            raise Refusal(413, f"the body is larger than {self._limits.body_bytes} bytes")
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        self._reading = False
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        request = Request(self._parser.get_method(), self._target, self._headers, body)
+        pending = _Pending(request, self._parser.should_keep_alive())
+        self._ended = not pending.keep_alive
+        self._reset()
+        self._answer(pending)
+
+    # answers ----------------------------------------------------------------------------------------------------------
+
+    def _answer(self, pending: _Pending) -> None:
+        """Ask the handler; an answer that is there at once, with none before it due, is written at once."""
+        request = pending.request
+        try:
+            encoding = request.headers.get(b"content-encoding")
+            if encoding is not None:
+                request.body = decompress(encoding, request.body, self._limits.decompressed_bytes)
+            outcome = self._owner.handler(request)
+        except Refusal as refusal:
+            outcome = refused(refusal)
+        except Exception as error:
+            outcome = self._unmeant(error)
+        if isinstance(outcome, Response):
+            pending.response = outcome
+            if not self._pending:
+                self._write(pending)
+                return
+        else:
+            pending.future = outcome
+            outcome.add_done_callback(lambda _: self._ready(pending))
+        self.deadline = None
+        self._pending.append(pending)
+        if len(self._pending) >= self._limits.pipelined:
+            self._transport.pause_reading()
+
+    def _unmeant(self, error: BaseException) -> Response:
+        self._owner.failed(error)
+        return refused(Refusal(500, "the server made a mistake; its log says more"))
+
+    def _ready(self, pending: _Pending) -> None:
+        """Take the answer of a future, and write all answers whose turn has come."""
+        assert pending.future is not None
+        if self._transport.is_closing() or pending.response is not None:
+            return
+        if pending.future.cancelled():
+            pending.response = refused(Refusal(503, "the request was cancelled"))
+        elif (error := pending.future.exception()) is None:
+            pending.response = pending.future.result()
+        else:
+            pending.response = refused(error) if isinstance(error, Refusal) else self._unmeant(error)
+        full = len(self._pending) >= self._limits.pipelined
+        while self._pending and self._pending[0].response is not None:
+            self._write(self._pending.popleft())
+        if full and not self._paused and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _write(self, pending: _Pending) -> None:
+        response = pending.response
+        assert response is not None
+        if b"accept-encoding" in pending.request.headers:
+            response = compress(pending.request, response)
+        parts = response.parts(keep_alive=pending.keep_alive, head_only=pending.head_only)
+        self._send(parts)
+        if response.close or not pending.keep_alive:
+            self._end()
+        else:
+            self._rest()
+
+    def _send(self, parts: list[Body]) -> None:
+        if sum(map(len, parts)) < _JOIN_BELOW:
+            self._transport.write(b"".join(parts))
+        else:
+            self._transport.writelines(parts)
+
+    def _rest(self) -> None:
+        """Wait for the next request, unless one is being read or an answer is due."""
+        if not self._pending and not self._reading and not self._ended and not self._paused:
+            self.deadline = self._owner.loop.time() + self._limits.idle_seconds
+
+    def _finish(self, refusal: Refusal) -> None:
+        """Refuse what cannot be read any further; answers that are due still go first."""
+        if self._ended:
+            return
+        refusal.close = True
+        self._ended = True
+        self._reading = False
+        pending = _Pending(Request(b"GET", b"", {}, b""), keep_alive=False)
+        pending.response = refused(refusal)
+        if self._pending:
+            self._pending.append(pending)
+        else:
+            self._write(pending)
+
+    def _end(self) -> None:
+        """Say that no more will be sent, and drop what still comes for a moment."""
+        self._ended = True
+        if not self._transport.is_closing():
+            self._transport.write_eof()
+            self.deadline = self._owner.loop.time() + _LINGER_SECONDS
+
+    # time -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is due."""
+        return bool(self._pending)
+
+    def expire(self) -> None:
+        """End a connection whose client took too long."""
+        if self._ended or self._paused:
+            self._transport.abort()
+        elif self._reading:
+            self._finish(Refusal(408, "the request took too long to arrive"))
+        else:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Drop the connection as it is."""
+        self._transport.abort()
+
+    def retire(self) -> None:
+        """Close the connection when nothing is due on it any more."""
+        if self._pending:
+            self._pending[-1].keep_alive = False
+            self._ended = True
+        elif not self._ended:
+            self._transport.close()

@@ -1,0 +1,103 @@
+"""A request as it was read, and an answer as it will be written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+
+import orjson
+
+from narrowcast.serving.refusals import Refusal
+
+__all__ = ["JSON", "Body", "Request", "Response", "json_response", "refused"]
+
+Body = bytes | bytearray | memoryview
+JSON = b"application/json"
+
+
+class Request:
+    """One request.
+
+    Attributes:
+        method: For example ``b"POST"``.
+        target: Path and query as they were sent.
+        headers: Values by lower-case name; a header that came twice has its values joined by commas.
+        body: The body, decompressed.
+    """
+
+    __slots__ = ("body", "headers", "method", "target")
+
+    def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes], body: bytes) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.body = body
+
+
+@dataclass(slots=True)
+class Response:
+    """One answer.
+
+    Attributes:
+        status: HTTP status.
+        body: Parts of the body, written one after the other without joining large ones; views are views of bytes.
+        content_type: Its media type.
+        headers: More headers, names and values.
+        close: Whether the connection ends with this answer.
+    """
+
+    status: int = 200
+    body: Sequence[Body] = ()
+    content_type: bytes = JSON
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    close: bool = False
+
+    def parts(self, *, keep_alive: bool, head_only: bool = False) -> list[Body]:
+        """Return what goes to the socket."""
+        head = b"%bDate: %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n" % (
+            _STATUS_LINES[self.status],
+            _clock.now(),
+            self.content_type,
+            sum(map(len, self.body)),
+        )
+        for name, value in self.headers:
+            head += b"%b: %b\r\n" % (name, value)
+        head += b"\r\n" if keep_alive and not self.close else b"Connection: close\r\n\r\n"
+        return [head] if head_only else [head, *self.body]
+
+
+def json_response(document: object, status: int = 200) -> Response:
+    """Return an answer that holds a JSON document."""
+    return Response(status, (orjson.dumps(document),))
+
+
+def refused(refusal: Refusal) -> Response:
+    """Return the answer to a refused request."""
+    response = json_response({"error": refusal.message}, refusal.status)
+    if refusal.retry_after is not None:
+        response.headers = ((b"Retry-After", b"%d" % max(1, round(refusal.retry_after))),)
+    response.close = refusal.close
+    return response
+
+
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+
+
+@dataclass
+class _Clock:
+    """The Date header, formatted once a second."""
+
+    second: int = -1
+    text: bytes = field(default=b"")
+
+    def now(self) -> bytes:
+        second = int(time.time())
+        if second != self.second:
+            self.second, self.text = second, formatdate(second, usegmt=True).encode()
+        return self.text
+
+
+_clock = _Clock()
