@@ -1,0 +1,89 @@
+"""An inference response: JSON, with the data of binary tensors behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from narrowcast.serving.datatypes import encode_binary, encode_json
+from narrowcast.serving.http.message import Body, Response
+from narrowcast.serving.protocol.requests import InferRequest, RequestedOutput, SharedRegions, SharedSlice
+from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.signature import Tensors
+
+__all__ = ["check_output", "infer_response", "write_shared"]
+
+_OCTETS = b"application/octet-stream"
+
+
+def infer_response(
+    model: str, version: str, request: InferRequest, outputs: Tensors, shared: SharedRegions
+) -> Response:
+    """Return the answer to an inference request.
+
+    Args:
+        model: Name of the model that ran.
+        version: Its version.
+        request: What was asked.
+        outputs: All outputs of the model, by name.
+        shared: Regions of shared memory that outputs may go to.
+
+    Raises:
+        Refusal: An output cannot be sent as it was asked for.
+    """
+    described: list[dict[str, Any]] = []
+    document: dict[str, Any] = {"model_name": model, "model_version": version}
+    if request.id:
+        document["id"] = request.id
+    document["outputs"] = described
+    binary: list[Body] = []
+    for wanted in request.outputs:
+        spec = wanted.spec
+        array = check_output(wanted, outputs)
+        item: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype.name, "shape": array.shape}
+        described.append(item)
+        if wanted.shared is not None:
+            size = write_shared(spec.name, wanted.shared, encode_binary(spec.datatype, array), shared)
+            item["parameters"] = {
+                "shared_memory_region": wanted.shared.region,
+                "shared_memory_offset": wanted.shared.offset,
+                "shared_memory_byte_size": size,
+            }
+        elif wanted.binary:
+            data = encode_binary(spec.datatype, array)
+            item["parameters"] = {"binary_data_size": len(data)}
+            binary.append(data)
+        else:
+            item["data"] = encode_json(spec.name, spec.datatype, array)
+    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not binary:
+        return Response(200, (head,))
+    return Response(200, (head, *binary), _OCTETS, ((b"Inference-Header-Content-Length", b"%d" % len(head)),))
+
+
+def check_output(wanted: RequestedOutput, outputs: Tensors) -> Any:
+    """Return one output of a model.
+
+    Raises:
+        Refusal: The model gave none of that name, or one of another element type (500: the model is at fault).
+    """
+    array = outputs.get(wanted.spec.name)
+    if array is None or array.dtype != wanted.spec.datatype.dtype:
+        found = "nothing" if array is None else str(array.dtype)
+        raise Refusal(
+            500, f"the model gave {found} for output {wanted.spec.name!r}, which is {wanted.spec.datatype.name}"
+        )
+    return array
+
+
+def write_shared(name: str, place: SharedSlice, data: bytes | memoryview, shared: SharedRegions) -> int:
+    """Write an output to shared memory, and return its size in bytes.
+
+    Raises:
+        Refusal: The place is too small, or is none.
+    """
+    if len(data) > place.size:
+        raise Refusal(400, f"output {name!r} takes {len(data)} bytes, but its shared memory has {place.size}")
+    shared.write(SharedSlice(place.region, place.offset, len(data)), data)
+    return len(data)

@@ -1,0 +1,72 @@
+"""What a model takes and gives, in the protocol's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from narrowcast.serving.datatypes import Datatype
+from narrowcast.serving.refusals import Refusal
+
+__all__ = ["Signature", "TensorSpec", "Tensors"]
+
+Tensors = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, element type and shape of an input or output; -1 stands for an axis of any length."""
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+
+    def admits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape fits."""
+        return len(shape) == len(self.shape) and all(
+            size in (-1, given) for size, given in zip(self.shape, shape, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs and outputs of a model.
+
+    Attributes:
+        inputs: What it takes.
+        outputs: What it gives.
+        batched: Whether the first axis of every input and output is the batch axis, of any length.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batched: bool
+
+    def check(self, tensors: Mapping[str, NDArray[Any]]) -> int:
+        """Check the shapes of a request's inputs, whose names and types are known to fit.
+
+        Returns:
+            The number of rows: the length of the batch axis, or 1 where there is none.
+
+        Raises:
+            Refusal: An input is missing or of a wrong shape, or the inputs differ in their numbers of rows.
+        """
+        rows = 0
+        for spec in self.inputs:
+            tensor = tensors.get(spec.name)
+            if tensor is None:
+                raise Refusal(400, f"input {spec.name!r} is missing")
+            if not spec.admits(tensor.shape):
+                raise Refusal(
+                    400, f"input {spec.name!r} has shape {list(tensor.shape)}; allowed: {list(spec.shape)} (-1: any)"
+                )
+            if self.batched:
+                if rows and tensor.shape[0] != rows:
+                    raise Refusal(400, f"input {spec.name!r} has {tensor.shape[0]} rows, the inputs before it {rows}")
+                rows = tensor.shape[0]
+                if not rows:
+                    raise Refusal(400, f"input {spec.name!r} has no rows")
+        return rows or 1
