@@ -1,0 +1,1 @@
+"""Who runs when: queues, batches, deadlines and what is measured on the way."""

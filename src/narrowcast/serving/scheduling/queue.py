@@ -1,0 +1,158 @@
+"""Requests that wait: in order of priority and arrival, grouped by what can run together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from narrowcast.serving.signature import Tensors
+
+__all__ = ["Batching", "Job", "JobQueue"]
+
+#: What a request without a priority gets: behind those that ask for 1 to 7.
+DEFAULT_PRIORITY = 8
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How requests are put together.
+
+    Attributes:
+        largest: Rows of one batch at most; 1 runs each request alone.
+        delay_ns: How long the oldest request may wait for company while a worker is free.
+        preferred: Sizes that run at once, without waiting; empty for none but the largest.
+    """
+
+    largest: int = 1
+    delay_ns: int = 0
+    preferred: tuple[int, ...] = ()
+
+    def size(self, rows: int, waited: bool) -> int | None:
+        """Return how many rows to run of those that wait, or None to wait for more."""
+        if rows >= self.largest:
+            return self.largest
+        fitting = max((size for size in self.preferred if size <= rows), default=None)
+        if fitting is not None:
+            return fitting
+        return self.largest if waited or not self.delay_ns else None
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request on its way through the scheduler.
+
+    Attributes:
+        inputs: Its tensors.
+        rows: Rows of its batch axis.
+        done: Called once, when ``outputs`` or ``error`` is there; it may be set until then.
+        priority: Lower goes first.
+        key: Requests with equal keys can share a batch.
+        arrived: When it came, in nanoseconds of the monotonic clock.
+        deadline: When its client stops waiting, on the same clock, or None.
+        outputs: What the model gave, its own rows alone.
+        error: Why there are no outputs.
+        timer: Ends its wait at the deadline.
+    """
+
+    inputs: Tensors
+    rows: int
+    priority: int
+    key: Hashable
+    arrived: int
+    deadline: int | None = None
+    done: Callable[[Job], None] | None = None
+    outputs: Tensors | None = None
+    error: Exception | None = None
+    timer: asyncio.TimerHandle | None = None
+    begun: int = 0
+    number: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has its outputs or its error."""
+        return self.outputs is not None or self.error is not None
+
+
+@dataclass(slots=True)
+class _Group:
+    """Jobs that can run together, the oldest first."""
+
+    jobs: OrderedDict[int, Job] = field(default_factory=OrderedDict[int, Job])
+    rows: int = 0
+
+
+@dataclass(slots=True)
+class JobQueue:
+    """Jobs that wait. All operations take constant time, but for a scan over the kinds of jobs that wait."""
+
+    _groups: dict[tuple[int, Hashable], _Group] = field(default_factory=dict[tuple[int, Hashable], _Group])
+    _count: int = 0
+    _arrivals: int = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, job: Job) -> None:
+        """Put a job behind the others of its kind."""
+        group = self._groups.get((job.priority, job.key))
+        if group is None:
+            group = self._groups[job.priority, job.key] = _Group()
+        self._arrivals += 1
+        job.number = self._arrivals
+        group.jobs[job.number] = job
+        group.rows += job.rows
+        self._count += 1
+
+    def remove(self, job: Job) -> bool:
+        """Take a job out of its turn; return whether it was there."""
+        group = self._groups.get((job.priority, job.key))
+        if group is None or group.jobs.pop(job.number, None) is None:
+            return False
+        self._took(group, job)
+        return True
+
+    def _took(self, group: _Group, job: Job) -> None:
+        group.rows -= job.rows
+        self._count -= 1
+        if not group.jobs:
+            del self._groups[job.priority, job.key]
+
+    def rows_before(self, priority: int) -> int:
+        """Return how many rows go before a job of this priority that came now."""
+        return sum(group.rows for (level, _), group in self._groups.items() if level <= priority)
+
+    def take(self, batching: Batching, now: int) -> tuple[list[Job], int | None]:
+        """Return the jobs to run next, or when to ask again.
+
+        The group whose oldest job has the best priority, and came first among those, is the next. A group that waits for
+        more rows lets no other pass: its wait is short and bounded by the delay.
+        """
+        if not self._groups:
+            return [], None
+        (_, _), group = min(
+            self._groups.items(), key=lambda item: (item[0][0], next(iter(item[1].jobs))) if item[1].jobs else (0, 0)
+        )
+        due = next(iter(group.jobs.values())).arrived + batching.delay_ns
+        size = batching.size(group.rows, waited=now >= due)
+        if size is None:
+            return [], due
+        jobs: list[Job] = []
+        rows = 0
+        while group.jobs:
+            number, job = next(iter(group.jobs.items()))
+            if jobs and rows + job.rows > size:
+                break
+            del group.jobs[number]
+            self._took(group, job)
+            jobs.append(job)
+            rows += job.rows
+        return jobs, None
+
+    def drain(self) -> list[Job]:
+        """Take all jobs out."""
+        jobs = [job for group in self._groups.values() for job in group.jobs.values()]
+        self._groups.clear()
+        self._count = 0
+        return jobs

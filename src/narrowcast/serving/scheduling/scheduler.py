@@ -1,0 +1,287 @@
+"""One scheduler per model version: who is accepted, who runs when and with whom, and who is told what."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.scheduling.queue import DEFAULT_PRIORITY, Batching, Job, JobQueue
+from narrowcast.serving.scheduling.statistics import Statistics
+from narrowcast.serving.signature import Signature, Tensors
+from narrowcast.serving.workers.base import Batch, Result, Worker, WorkerLostError
+
+__all__ = ["Scheduler", "Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the requests of a model are scheduled.
+
+    Attributes:
+        batching: How they are put together.
+        queue: Requests that may wait; one more is refused.
+        timeout: Seconds that a request waits where its client gave no time, or None for ever.
+    """
+
+    batching: Batching = field(default_factory=Batching)
+    queue: int = 1024
+    timeout: float | None = None
+
+
+class Scheduler:
+    """Queues requests and runs them on workers.
+
+    Args:
+        workers: Workers that were started; all have the same signature.
+        settings: How to schedule.
+        statistics: What is counted so far, where the version was loaded before.
+    """
+
+    def __init__(self, workers: Sequence[Worker], settings: Settings, statistics: Statistics | None = None) -> None:
+        self.signature: Signature = workers[0].signature
+        self.settings = settings
+        self.statistics = statistics or Statistics()
+        self._loop = asyncio.get_running_loop()
+        self._batching = settings.batching if self.signature.batched else Batching()
+        self._workers = tuple(workers)
+        self._live: set[Worker] = set(workers)
+        self._idle: deque[Worker] = deque(workers)
+        self._queue = JobQueue()
+        self._alone: deque[Job] = deque()  # of batches that failed: each runs again by itself
+        self._running = 0
+        self._dispatching = False
+        self._wake: asyncio.TimerHandle | None = None
+        for worker in workers:
+            worker.on_up, worker.on_down = self._up, self._down
+
+    # what the outside sees --------------------------------------------------------------------------------------------
+
+    @property
+    def largest_batch(self) -> int:
+        """Rows of one batch at most, or 0 where the model has no batch axis."""
+        return self._batching.largest if self.signature.batched else 0
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait."""
+        return len(self._queue) + len(self._alone)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._running or self.pending)
+
+    @property
+    def workers_alive(self) -> int:
+        """Workers that can run a batch."""
+        return len(self._live)
+
+    def submit(self, inputs: Tensors, rows: int, *, priority: int = 0, timeout: float | None = None) -> Job:
+        """Accept a request; the job may have finished when this returns, else its ``done`` is called when it has.
+
+        Args:
+            inputs: Tensors that fit the signature.
+            rows: Length of their batch axis.
+            priority: 1 goes first; 0 is the default.
+            timeout: Seconds that the client waits; a request that has waited so long never runs.
+
+        Raises:
+            Refusal: There are more rows than a batch may have (400), no worker is alive or the queue is full (503),
+                or what is measured says that the answer would come after the deadline (429).
+        """
+        now = time.monotonic_ns()
+        if self.signature.batched and rows > self._batching.largest:
+            raise Refusal(400, f"the request has {rows} rows; allowed: {self._batching.largest}")
+        key = tuple([array.shape[1:] for array in inputs.values()]) if self.signature.batched else None
+        job = Job(inputs, rows, priority or DEFAULT_PRIORITY, key, now)
+        timeout = self.settings.timeout if timeout is None else timeout
+        if timeout is not None:
+            job.deadline = now + int(timeout * 1e9)
+        self._admit(job)
+        if self._idle and not self._queue and not self._alone and self._batching.size(rows, waited=False) is not None:
+            self._run([job])
+            self._dispatch()
+            return job
+        if job.deadline is not None:
+            job.timer = self._loop.call_later((job.deadline - now) * 1e-9, self._expire, job)
+        self._queue.add(job)
+        self._dispatch()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Take a request out of the queue; one that runs already runs on, and its outputs are dropped."""
+        job.done = None
+        if self._queue.remove(job):
+            self.statistics.cancelled += 1
+            self._settle(job, error=Refusal(499, "the client went away"))
+
+    async def drained(self) -> None:
+        """Return when no request waits or runs."""
+        while self.busy:
+            await asyncio.sleep(0.005)
+
+    async def close(self, reason: str = "the model was unloaded") -> None:
+        """Refuse what waits, and end the workers."""
+        for job in [*self._queue.drain(), *self._alone]:
+            self._settle(job, error=Refusal(503, reason, retry_after=1))
+        self._alone.clear()
+        await asyncio.gather(*(worker.close() for worker in self._workers))
+
+    # admission --------------------------------------------------------------------------------------------------------
+
+    def _admit(self, job: Job) -> None:
+        if not self._live:
+            self.statistics.reject("unavailable")
+            raise Refusal(503, "no worker of the model is alive; one is being started", retry_after=1)
+        if not self._running and not self._queue:
+            return
+        wait = self._expected_wait(job)
+        if len(self._queue) >= self.settings.queue:
+            self.statistics.reject("queue_full")
+            raise Refusal(503, f"{len(self._queue)} requests wait already, which is the bound", retry_after=wait * 1e-9)
+        if job.deadline is not None and not self._idle and job.arrived + wait > job.deadline:
+            self.statistics.reject("deadline")
+            raise Refusal(
+                429,
+                f"the answer would take about {wait * 1e-6:.0f} ms, and the client waits "
+                f"{(job.deadline - job.arrived) * 1e-6:.0f} ms",
+                retry_after=wait * 1e-9,
+            )
+
+    def _expected_wait(self, job: Job) -> float:
+        """Return the nanoseconds until a request would be answered, by the measured time of each batch size."""
+        largest = max(self._batching.largest, job.rows)
+        rows = self._queue.rows_before(job.priority) + job.rows
+        whole, rest = divmod(rows, largest)
+        expected = self.statistics.expected_ns
+        ahead = whole * expected(largest) + (expected(rest) if rest else 0.0)
+        # What runs now is half done on average.
+        return ahead / len(self._live) + expected(largest) / 2
+
+    # running ----------------------------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        """Hand batches to workers until there is no worker or no batch."""
+        if self._dispatching:
+            return
+        self._dispatching = True
+        try:
+            while self._idle and (self._alone or self._queue):
+                if self._alone:
+                    self._run([self._alone.popleft()])
+                    continue
+                jobs, again = self._queue.take(self._batching, time.monotonic_ns())
+                if not jobs:
+                    self._wake_at(again)
+                    return
+                self._run(jobs)
+        finally:
+            self._dispatching = False
+
+    def _wake_at(self, moment: int | None) -> None:
+        if moment is not None and self._wake is None:
+            delay = max(0, moment - time.monotonic_ns()) * 1e-9
+            self._wake = self._loop.call_later(delay, self._woken)
+
+    def _woken(self) -> None:
+        self._wake = None
+        self._dispatch()
+
+    def _run(self, jobs: list[Job]) -> None:
+        """Run jobs as one batch, those that have expired left out."""
+        now = time.monotonic_ns()
+        jobs = [job for job in jobs if not self._expired(job, now)]
+        if not jobs:
+            return
+        worker = self._idle.popleft()
+        self._running += 1
+        for job in jobs:
+            job.begun = now
+            if job.timer is not None:
+                job.timer.cancel()
+                job.timer = None
+        rows = jobs[0].rows if len(jobs) == 1 else sum(job.rows for job in jobs)
+        batch = Batch([job.inputs for job in jobs], rows)
+        worker.submit(batch, lambda result: self._finished(worker, jobs, rows, now, result))
+
+    def _finished(self, worker: Worker, jobs: list[Job], rows: int, begun: int, result: Result) -> None:
+        self._running -= 1
+        if worker in self._live:
+            self._idle.append(worker)
+        now = time.monotonic_ns()
+        if result.outputs is None:
+            self._failed(jobs, result.error or RuntimeError("the worker gave neither outputs nor an error"))
+        elif len(jobs) == 1:
+            self.statistics.executed(rows, 1, result.input_ns, result.infer_ns, result.output_ns, now - begun)
+            self._settle(jobs[0], outputs=result.outputs)
+        elif any(array.shape[:1] != (rows,) for array in result.outputs.values()):
+            self._failed(jobs, Refusal(500, "the model gave an output whose first axis is not the batch axis"))
+        else:
+            self.statistics.executed(rows, len(jobs), result.input_ns, result.infer_ns, result.output_ns, now - begun)
+            at = 0
+            for job in jobs:
+                part = slice(at, at + job.rows)
+                at += job.rows
+                self._settle(job, outputs={name: array[part] for name, array in result.outputs.items()})
+        self._dispatch()
+
+    def _failed(self, jobs: list[Job], error: Exception) -> None:
+        """Tell the jobs of a failed batch; where there are several, each runs again alone, so that one cannot spoil all."""
+        if len(jobs) > 1 and not isinstance(error, WorkerLostError):
+            self._alone.extend(jobs)
+            return
+        for job in jobs:
+            self._settle(job, error=error)
+
+    def _settle(self, job: Job, *, outputs: Tensors | None = None, error: Exception | None = None) -> None:
+        """Give a job its end, count it, and tell who waits for it."""
+        if job.finished:
+            return
+        job.outputs, job.error = outputs, error
+        job.inputs = {}
+        if job.timer is not None:
+            job.timer.cancel()
+            job.timer = None
+        now = time.monotonic_ns()
+        if error is None:
+            self.statistics.succeeded(job.begun - job.arrived, now - job.arrived)
+        else:
+            self.statistics.failed(now - job.arrived)
+        if job.done is not None:
+            job.done(job)
+
+    # deadlines and workers --------------------------------------------------------------------------------------------
+
+    def _expired(self, job: Job, now: int) -> bool:
+        """End a job whose deadline has passed, and return whether it has."""
+        if job.deadline is None or now < job.deadline:
+            return False
+        self.statistics.expired += 1
+        waited = (now - job.arrived) * 1e-6
+        self._settle(
+            job, error=Refusal(504, f"the request waited {waited:.0f} ms, longer than its client; it never ran")
+        )
+        return True
+
+    def _expire(self, job: Job) -> None:
+        job.timer = None
+        if self._queue.remove(job):
+            self._expired(job, max(time.monotonic_ns(), job.deadline or 0))
+
+    def _up(self, worker: Worker) -> None:
+        self._live.add(worker)
+        self._idle.append(worker)
+        self._dispatch()
+
+    def _down(self, worker: Worker) -> None:
+        self._live.discard(worker)
+        if worker in self._idle:
+            self._idle.remove(worker)
+        if not self._live:
+            for job in [*self._queue.drain(), *self._alone]:
+                self._settle(job, error=Refusal(503, "the last worker of the model has died", retry_after=1))
+            self._alone.clear()

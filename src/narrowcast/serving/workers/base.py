@@ -1,0 +1,100 @@
+"""The boundary between the scheduler and what runs a model: one batch at a time, and an answer through a callback."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from narrowcast.errors import NarrowcastError
+from narrowcast.serving.signature import Signature, Tensors
+
+__all__ = ["Batch", "Done", "LoadedModel", "Result", "Worker", "WorkerLostError", "joined"]
+
+
+class WorkerLostError(NarrowcastError):
+    """The process that ran a batch has ended; its requests can be sent again."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Requests that run together.
+
+    Attributes:
+        parts: The inputs of each request; their shapes differ in the first axis alone.
+        rows: Rows of all of them.
+    """
+
+    parts: Sequence[Tensors]
+    rows: int
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of a batch.
+
+    Attributes:
+        outputs: Outputs of all rows, by name; None where it failed.
+        error: Why it failed.
+        input_ns: Time that gathering and moving the inputs took.
+        infer_ns: Time that the model took.
+        output_ns: Time that moving the outputs took.
+    """
+
+    outputs: Tensors | None = None
+    error: Exception | None = None
+    input_ns: int = 0
+    infer_ns: int = 0
+    output_ns: int = 0
+
+
+Done = Callable[[Result], None]
+
+
+class LoadedModel(ABC):
+    """A model in this process."""
+
+    signature: Signature
+
+    @abstractmethod
+    def run(self, inputs: Tensors) -> Tensors:
+        """Return the outputs by name for inputs by name."""
+
+    def close(self) -> None:  # noqa: B027  most models are freed with the last reference to them
+        """Free what the model holds."""
+
+
+class Worker(ABC):
+    """Runs one batch at a time."""
+
+    signature: Signature
+    #: Called when a worker that was down is up again, and when it goes down.
+    on_up: Callable[[Worker], None]
+    on_down: Callable[[Worker], None]
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Load the model.
+
+        Raises:
+            NarrowcastError: It cannot be loaded.
+        """
+
+    @abstractmethod
+    def submit(self, batch: Batch, done: Done) -> None:
+        """Run a batch; ``done`` is called in the event loop, perhaps before this returns."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the worker; no batch runs."""
+
+
+def joined(batch: Batch) -> Tensors:
+    """Return the inputs of all requests, one behind the other along the first axis; a copy where there are several."""
+    if len(batch.parts) == 1:
+        # Bytes behind a JSON header may begin anywhere, and a runtime's vector loads need elements in their places.
+        return {name: np.require(array, requirements="A") for name, array in batch.parts[0].items()}
+    first = batch.parts[0]
+    return {name: np.concatenate([part[name] for part in batch.parts]) for name in first}

@@ -1,0 +1,215 @@
+"""A model in a process of its own, so that nothing that a model does can end the server.
+
+Tensors go through shared memory; a socket carries one short message per batch each way, which is the doorbell too. A
+process that dies is started again, later each time it dies young.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from narrowcast import errors
+from narrowcast.errors import NarrowcastError, RuntimeFailedError
+from narrowcast.serving.signature import Signature
+from narrowcast.serving.workers.arena import Arena, anonymous_file
+from narrowcast.serving.workers.base import Batch, Done, Result, Worker, WorkerLostError
+from narrowcast.serving.workers.frames import Frames, pack, read_signature
+
+__all__ = ["ProcessWorker"]
+
+_log = logging.getLogger(__name__)
+
+#: Waits before a dead process is started again: doubled each time, up to the longest.
+_FIRST_BACKOFF = 0.1
+_LONGEST_BACKOFF = 30.0
+#: A process that lived so long did not die of being started.
+_GROWN_UP_SECONDS = 10.0
+_CLOSE_SECONDS = 5.0
+#: What a refusal to load may be; anything else a process names is a failure of its runtime.
+_LOAD_ERRORS: dict[str, type[NarrowcastError]] = {
+    kind.__name__: kind for kind in (errors.ArtifactError, errors.RuntimeMissingError, errors.RuntimeFailedError)
+}
+_RUN_ERRORS: dict[str, type[NarrowcastError]] = {"DataError": errors.DataError}
+
+
+class ProcessWorker(Worker):
+    """Runs the artifact in a folder in a process.
+
+    Args:
+        folder: The artifact; the process checks its hashes before it loads it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._link: _Link | None = None
+        self._closing = False
+        self._deaths = 0
+        self._respawn: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        link = _Link(self._lost)
+        await link.open(self._folder)
+        self._link = link
+        self.signature = link.signature
+
+    @property
+    def pid(self) -> int | None:
+        """The process, or None while there is none."""
+        return self._link.pid if self._link is not None else None
+
+    def submit(self, batch: Batch, done: Done) -> None:
+        if self._link is None:
+            done(Result(error=WorkerLostError("the worker process of the model has ended")))
+            return
+        self._link.submit(batch, done)
+
+    def _lost(self) -> None:
+        """Take note of the end of the process, and start another unless this is the end of the worker."""
+        link, self._link = self._link, None
+        if self._closing or link is None:
+            return
+        self._deaths = 0 if time.monotonic() - link.born > _GROWN_UP_SECONDS else self._deaths + 1
+        _log.error("worker process %d of %s has ended", link.pid, self._folder)
+        self.on_down(self)
+        self._respawn = asyncio.create_task(self._start_again())
+
+    async def _start_again(self) -> None:
+        while not self._closing:
+            await asyncio.sleep(min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2 ** min(self._deaths, 16)))
+            try:
+                await self.start()
+            except NarrowcastError as error:
+                self._deaths += 1
+                _log.error("worker of %s cannot be started again: %s", self._folder, error.what)
+            else:
+                self.on_up(self)
+                return
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._respawn is not None:
+            self._respawn.cancel()
+            await asyncio.gather(self._respawn, return_exceptions=True)
+        if self._link is not None:
+            await self._link.close()
+            self._link = None
+
+
+class _Link(asyncio.Protocol):
+    """A process that runs a model: its socket and its shared memory.
+
+    Args:
+        lost: Called when a process that had loaded its model has ended.
+    """
+
+    signature: Signature
+    pid: int
+
+    def __init__(self, lost: Callable[[], None]) -> None:
+        self._lost = lost
+        self._frames = Frames()
+        self._loop = asyncio.get_running_loop()
+        self._loaded: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        self._ended = asyncio.Event()
+        self._done: Done | None = None
+        self._input_ns = 0
+        self.born = time.monotonic()
+
+    async def open(self, folder: Path) -> None:
+        """Start the process and return when it has loaded the artifact.
+
+        Raises:
+            NarrowcastError: It could not.
+        """
+        ours, theirs = socket.socketpair()
+        inputs, outputs = anonymous_file(), anonymous_file()
+        self._inputs, self._outputs = Arena(inputs), Arena(outputs)
+        with theirs:
+            passed = (theirs.fileno(), inputs, outputs)
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "narrowcast.serving.workers.child",
+                *map(str, passed),
+                str(folder),
+                pass_fds=passed,
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        self._transport, _ = await self._loop.create_connection(lambda: self, sock=ours)
+        try:
+            self.signature = read_signature(await self._loaded)
+        except BaseException:
+            await self.close()
+            raise
+
+    def data_received(self, data: bytes) -> None:
+        for document in self._frames.feed(data):
+            if not self._loaded.done():
+                self._answer_load(document)
+            else:
+                self._answer(document)
+
+    def _answer_load(self, document: dict[str, Any]) -> None:
+        refused = document.get("refused")
+        if refused is None:
+            self._loaded.set_result(document["signature"])
+            return
+        kind = _LOAD_ERRORS.get(refused["type"], RuntimeFailedError)
+        self._loaded.set_exception(kind(refused["what"], allowed=refused["allowed"], next_step=refused["next"]))
+
+    def submit(self, batch: Batch, done: Done) -> None:
+        """Put a batch into the shared memory and ring."""
+        begun = time.monotonic_ns()
+        self._done = done
+        tensors = [
+            (spec.name, spec.datatype, [part[spec.name] for part in batch.parts]) for spec in self.signature.inputs
+        ]
+        placed = self._inputs.write(tensors)
+        self._input_ns = time.monotonic_ns() - begun
+        self._transport.write(pack({"inputs": placed}))
+
+    def _answer(self, document: dict[str, Any]) -> None:
+        done, self._done = self._done, None
+        if done is None:
+            return
+        if "failed" in document:
+            kind = _RUN_ERRORS.get(document["type"], RuntimeFailedError)
+            done(Result(error=kind(document["failed"])))
+            return
+        begun = time.monotonic_ns()
+        # Copied, because the next batch is written to the same place while answers to this one are still being sent.
+        outputs = {name: array.copy() for name, array in self._outputs.read(document["outputs"]).items()}
+        moved = document["output_ns"] + time.monotonic_ns() - begun
+        done(Result(outputs, None, self._input_ns, document["infer_ns"], moved))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._inputs.close()
+        self._outputs.close()
+        self._ended.set()
+        lost = WorkerLostError("the worker process of the model has ended; the request may be sent again")
+        if not self._loaded.done():
+            self._loaded.set_exception(RuntimeFailedError("the worker process ended while it loaded the model"))
+            return
+        done, self._done = self._done, None
+        self._lost()
+        if done is not None:
+            done(Result(error=lost))
+
+    async def close(self) -> None:
+        """Close the socket, at which the process ends; one that does not is killed."""
+        self._transport.close()
+        await self._ended.wait()
+        try:
+            await asyncio.wait_for(self._process.wait(), _CLOSE_SECONDS)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
