@@ -1,0 +1,90 @@
+"""``narrowcast serve``: artifacts as a service that speaks the Open Inference Protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from narrowcast.cli.console import Debug, Json, console, print_json
+from narrowcast.errors import RuntimeMissingError
+
+if TYPE_CHECKING:
+    from narrowcast.serving.server import InferenceServer
+
+__all__ = ["serve"]
+
+
+def serve(
+    places: Annotated[
+        list[Path], typer.Argument(help="Artifact folders, or folders of NAME/VERSION/artifact.", metavar="PLACE...")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the REST protocol; 0: any.")] = 8000,
+    metrics_port: Annotated[
+        int, typer.Option(min=-1, max=65535, help="Port of the Prometheus metrics; 0: any, -1: none.")
+    ] = 8002,
+    placement: Annotated[
+        str, typer.Option(help="Where models run: process (survives anything), thread, or inline (small models).")
+    ] = "process",
+    workers: Annotated[int, typer.Option(min=1, help="Workers of each model version.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together at most.")] = 32,
+    delay: Annotated[float, typer.Option(min=0, help="Milliseconds that the oldest request waits for company.")] = 0.0,
+    queue: Annotated[int, typer.Option(min=1, help="Requests of a model that may wait; more are refused.")] = 1024,
+    timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that a request waits where its client says nothing; 0: for ever.")
+    ] = 60.0,
+    versions: Annotated[
+        str, typer.Option(help="Versions to load: a number of the newest, all, or numbers as in =3,7.")
+    ] = "1",
+    token: Annotated[
+        str | None,
+        typer.Option(
+            "--admin-token",
+            envvar="NARROWCAST_ADMIN_TOKEN",
+            help="Turns load, unload, promote and rollback on, for those who send it.",
+        ),
+    ] = None,
+    shared_memory: Annotated[
+        bool, typer.Option("--shared-memory", help="Let clients register POSIX shared memory.")
+    ] = False,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that requests have to finish at the end.")] = 30.0,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve artifacts over HTTP until SIGTERM; exit code 1 if requests were cut off at the end of the grace."""
+    try:
+        from narrowcast.serving import running
+        from narrowcast.serving.catalogue import Hosting
+        from narrowcast.serving.repository import Repository
+        from narrowcast.serving.scheduling.queue import Batching
+        from narrowcast.serving.scheduling.scheduler import Settings
+        from narrowcast.serving.server import ServerOptions
+        from narrowcast.serving.settings import read_placement, read_versions
+    except ImportError as error:
+        raise RuntimeMissingError(
+            f"serving needs {error.name}, which is not installed", next_step="pip install 'narrowcast[serve]'"
+        ) from error
+    hosting = Hosting(
+        placement=read_placement(placement),
+        workers=workers,
+        settings=Settings(Batching(max_batch, round(delay * 1e6)), queue, timeout or None),
+        policy=read_versions(versions),
+    )
+    options = ServerOptions(
+        host, port, None if metrics_port < 0 else metrics_port, token=token, shared_memory=shared_memory, grace=grace
+    )
+
+    def listening(server: InferenceServer) -> None:
+        addresses = {name: f"http://{host}:{number}" for name, number in server.ports.items()}
+        names = [entry.name for entry in server.catalogue.index() if entry.state == "READY"]
+        if json:
+            print_json({"listening": addresses, "models": names})
+            return
+        for name, address in addresses.items():
+            console().print(f"{name}: {address}", markup=False)
+        console().print(f"models: {', '.join(names) or 'none'}", markup=False)
+
+    if not running.serve(Repository(places), hosting, options, listening):
+        raise typer.Exit(1)

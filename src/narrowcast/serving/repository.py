@@ -1,0 +1,110 @@
+"""The folder that models are loaded from: ``NAME/VERSION/artifact``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from narrowcast.artifacts.store import MANIFEST
+from narrowcast.errors import ArtifactError
+from narrowcast.serving.workers.sources import ArtifactSource, Source
+
+__all__ = ["Repository", "VersionPolicy"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+#: Version of a model that was named by its artifact folder alone.
+_ONLY = 1
+
+
+@dataclass(frozen=True)
+class VersionPolicy:
+    """Which versions of a model are served.
+
+    Attributes:
+        latest: How many of the newest; 0 for all.
+        named: These, whatever else there is; empty for the newest.
+    """
+
+    latest: int = 1
+    named: tuple[int, ...] = ()
+
+    def select(self, versions: Sequence[int]) -> tuple[int, ...]:
+        """Return those of the versions that are served, in order."""
+        if self.named:
+            return tuple(sorted(set(versions) & set(self.named)))
+        return tuple(sorted(versions)[-self.latest :])
+
+
+class Repository:
+    """Models by name and version.
+
+    Args:
+        places: Folders of models, and folders that are an artifact themselves.
+        sources: Models that a library brings, by name; version 1 of each.
+
+    Raises:
+        ArtifactError: A place is neither, or two have a model of the same name.
+    """
+
+    def __init__(self, places: Sequence[Path] = (), sources: dict[str, Source] | None = None) -> None:
+        self._fixed: dict[str, Source] = dict(sources or {})
+        self._roots: list[Path] = []
+        for place in places:
+            if (place / MANIFEST).is_file():
+                self._add_artifact(place)
+            elif place.is_dir():
+                self._roots.append(place.resolve())
+            else:
+                raise ArtifactError(
+                    f"{place} is no folder", allowed="an artifact, or a folder of NAME/VERSION/artifact"
+                )
+
+    def _add_artifact(self, place: Path) -> None:
+        name = place.resolve().name
+        if not _NAME.fullmatch(name) or name in self._fixed:
+            taken = "is the name of another model too" if name in self._fixed else "cannot be the name of a model"
+            raise ArtifactError(
+                f"{place}: {name!r} {taken}",
+                allowed="letters, digits, dots, dashes and underscores, each name once",
+                next_step="rename the folder, or put it into a folder of NAME/VERSION/artifact",
+            )
+        self._fixed[name] = ArtifactSource(place)
+
+    def names(self) -> list[str]:
+        """Return the names of all models that are there now."""
+        found = set(self._fixed)
+        for root in self._roots:
+            found.update(path.name for path in root.iterdir() if self._versions_in(root, path.name))
+        return sorted(found)
+
+    def versions(self, name: str) -> dict[int, Source]:
+        """Return the versions of a model that are there now; none where there is no such model.
+
+        A name that is no plain name is that of no model: nothing outside the roots is ever looked at.
+        """
+        if name in self._fixed:
+            return {_ONLY: self._fixed[name]}
+        for root in self._roots:
+            found = self._versions_in(root, name)
+            if found:
+                return found
+        return {}
+
+    def _versions_in(self, root: Path, name: str) -> dict[int, Source]:
+        if not _NAME.fullmatch(name):
+            return {}
+        model = root / name
+        if model.is_symlink() or not model.is_dir():
+            return {}
+        return {
+            int(path.name): ArtifactSource(path / "artifact")
+            for path in model.iterdir()
+            if _VERSION.fullmatch(path.name) and _is_plain_folder(path) and _is_plain_folder(path / "artifact")
+        }
+
+
+def _is_plain_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()

@@ -1,0 +1,296 @@
+"""The protocol over HTTP: which target is what, and who may ask for it."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+from urllib.parse import unquote_to_bytes
+
+import orjson
+
+from narrowcast.errors import DataError, NarrowcastError
+from narrowcast.serving.catalogue import Catalogue, ServedVersion
+from narrowcast.serving.http.message import Request, Response, json_response
+from narrowcast.serving.limits import Limits
+from narrowcast.serving.protocol import documents
+from narrowcast.serving.protocol.requests import InferRequest, read_infer
+from narrowcast.serving.protocol.responses import infer_response
+from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.scheduling.queue import Job
+from narrowcast.serving.shared_memory import SharedMemory
+from narrowcast.serving.workers.base import WorkerLostError
+
+__all__ = ["RestApi", "model_refusal"]
+
+_log = logging.getLogger(__name__)
+
+_MODEL = r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?"
+_REPOSITORY = r"/v2/repository/models/(?P<name>[^/]+)"
+_REGION = r"/v2/systemsharedmemory(?:/region/(?P<region>[^/]+))?"
+#: Method, pattern and the handler's name, in the order in which they are tried.
+_ROUTES: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
+    (method, re.compile(pattern), endpoint)
+    for method, pattern, endpoint in (
+        ("POST", _MODEL + "/infer", "infer"),
+        ("GET", "/v2/?", "server"),
+        ("GET", "/v2/health/live", "live"),
+        ("GET", "/v2/health/ready", "ready"),
+        ("GET", "/v2/models/stats", "statistics"),
+        ("GET", _MODEL, "metadata"),
+        ("GET", _MODEL + "/ready", "model_ready"),
+        ("GET", _MODEL + "/config", "config"),
+        ("GET", _MODEL + "/stats", "statistics"),
+        ("POST", "/v2/repository/index", "index"),
+        ("POST", _REPOSITORY + "/load", "load"),
+        ("POST", _REPOSITORY + "/unload", "unload"),
+        ("POST", _REPOSITORY + "/versions/(?P<version>[^/]+)/promote", "promote"),
+        ("POST", _REPOSITORY + "/rollback", "rollback"),
+        ("GET", _REGION + "/status", "shared_status"),
+        ("POST", _REGION + "/register", "shared_register"),
+        ("POST", _REGION + "/unregister", "shared_unregister"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class _Route:
+    """What a target means: handler by method, and the names in it."""
+
+    endpoints: dict[bytes, str]
+    name: str
+    version: str
+
+
+@lru_cache(4096)
+def _route(target: bytes) -> _Route | None:
+    """Return what a target means, or None where it means nothing."""
+    path = target.partition(b"?")[0].decode("latin-1")
+    endpoints: dict[bytes, str] = {}
+    names: dict[str, str] = {}
+    for method, pattern, endpoint in _ROUTES:
+        match = pattern.fullmatch(path)
+        if match and method.encode() not in endpoints:
+            endpoints[method.encode()] = endpoint
+            names |= {key: _unquoted(value) for key, value in match.groupdict(default="").items()}
+    if not endpoints:
+        return None
+    if b"GET" in endpoints:
+        endpoints[b"HEAD"] = endpoints[b"GET"]
+    return _Route(endpoints, names.get("name", "") or names.get("region", ""), names.get("version", ""))
+
+
+def _unquoted(text: str) -> str:
+    return unquote_to_bytes(text).decode("utf-8", "replace")
+
+
+def model_refusal(error: Exception) -> Refusal:
+    """Return what a client is told when its request failed in the model."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, WorkerLostError):
+        return Refusal(503, error.what, retry_after=1)
+    if isinstance(error, DataError):
+        return Refusal(400, error.what)
+    _log.error("a model failed", exc_info=error)
+    return Refusal(500, error.what if isinstance(error, NarrowcastError) else f"the model failed: {error}")
+
+
+class RestApi:
+    """Answers requests from the models of a catalogue.
+
+    Args:
+        catalogue: The models.
+        limits: Bounds on tensors.
+        shared: Regions of shared memory.
+        token: What an administrator must send as ``Authorization: Bearer TOKEN``; None turns administration off.
+    """
+
+    def __init__(self, catalogue: Catalogue, limits: Limits, shared: SharedMemory, token: str | None = None) -> None:
+        self.draining = False
+        self._catalogue = catalogue
+        self._limits = limits
+        self._shared = shared
+        self._token = token
+        self._loop = asyncio.get_running_loop()
+        self._endpoints: dict[str, Callable[[Request, _Route], Response | asyncio.Future[Response]]] = {
+            "infer": self._infer,
+            "server": lambda request, route: json_response(documents.server_metadata()),
+            "live": lambda request, route: Response(),
+            "ready": self._ready,
+            "metadata": self._metadata,
+            "model_ready": self._model_ready,
+            "config": self._config,
+            "statistics": self._statistics,
+            "index": self._index,
+            "load": self._load,
+            "unload": self._unload,
+            "promote": self._promote,
+            "rollback": self._rollback,
+            "shared_status": self._shared_status,
+            "shared_register": self._shared_register,
+            "shared_unregister": self._shared_unregister,
+        }
+
+    def handle(self, request: Request) -> Response | asyncio.Future[Response]:
+        """Answer a request, at once or later.
+
+        Raises:
+            Refusal: It gets no result.
+        """
+        route = _route(request.target)
+        if route is None:
+            shown = request.target[:200].decode("latin-1")
+            raise Refusal(404, f"{shown} is no target of the Open Inference Protocol")
+        endpoint = route.endpoints.get(request.method)
+        if endpoint is None:
+            allowed = ", ".join(method.decode() for method in route.endpoints)
+            response = json_response({"error": f"method {request.method.decode()} is not allowed; {allowed} is"}, 405)
+            response.headers = ((b"Allow", allowed.encode()),)
+            return response
+        return self._endpoints[endpoint](request, route)
+
+    # inference --------------------------------------------------------------------------------------------------------
+
+    def _infer(self, request: Request, route: _Route) -> Response | asyncio.Future[Response]:
+        if self.draining:
+            raise Refusal(503, "the server is ending; send the request to another", retry_after=1, close=True)
+        served = self._catalogue.find(route.name, route.version)
+        scheduler = served.scheduler
+        infer = read_infer(request.body, _header_length(request), scheduler.signature, self._limits, self._shared)
+        job = scheduler.submit(infer.inputs, infer.rows, priority=infer.priority, timeout=infer.timeout)
+        if job.finished:
+            return self._answer(served, infer, job)
+        future: asyncio.Future[Response] = self._loop.create_future()
+
+        def settle(job: Job) -> None:
+            if not future.done():
+                try:
+                    future.set_result(self._answer(served, infer, job))
+                except Refusal as refusal:
+                    future.set_exception(refusal)
+
+        def cancelled(future: asyncio.Future[Response]) -> None:
+            if future.cancelled():
+                scheduler.cancel(job)
+
+        job.done = settle
+        future.add_done_callback(cancelled)
+        return future
+
+    def _answer(self, served: ServedVersion, infer: InferRequest, job: Job) -> Response:
+        if job.outputs is None:
+            raise model_refusal(job.error or RuntimeError("the job ended without an answer"))
+        return infer_response(served.name, served.version, infer, job.outputs, self._shared)
+
+    # reading ----------------------------------------------------------------------------------------------------------
+
+    def _ready(self, request: Request, route: _Route) -> Response:
+        if self.draining:
+            raise Refusal(503, "the server is ending")
+        if not self._catalogue.ready:
+            raise Refusal(503, "a model has no worker that is alive", retry_after=1)
+        return Response()
+
+    def _metadata(self, request: Request, route: _Route) -> Response:
+        served = self._catalogue.find(route.name, route.version)
+        return json_response(documents.model_metadata(served, self._catalogue.versions(served.name)))
+
+    def _model_ready(self, request: Request, route: _Route) -> Response:
+        served = self._catalogue.find(route.name, route.version)
+        if self.draining or not served.scheduler.workers_alive:
+            raise Refusal(503, f"model {served.name!r} cannot run requests now", retry_after=1)
+        return Response()
+
+    def _config(self, request: Request, route: _Route) -> Response:
+        served = self._catalogue.find(route.name, route.version)
+        return json_response(documents.model_config(served, self._catalogue.hosting))
+
+    def _statistics(self, request: Request, route: _Route) -> Response:
+        return json_response(documents.model_statistics(self._catalogue.served(route.name, route.version)))
+
+    def _index(self, request: Request, route: _Route) -> Response:
+        ready = _json_object(request).get("ready", False)
+        return json_response(documents.index(self._catalogue.index(), ready=bool(ready)))
+
+    # administration ---------------------------------------------------------------------------------------------------
+
+    def _authorise(self, request: Request) -> None:
+        if self._token is None:
+            raise Refusal(403, "administration is off; start the server with a token to turn it on")
+        given = request.headers.get(b"authorization", b"")
+        if not hmac.compare_digest(given, b"Bearer " + self._token.encode()):
+            raise Refusal(401, "administration needs the header 'Authorization: Bearer TOKEN' with the server's token")
+
+    def _administer(
+        self, request: Request, change: Callable[[], Coroutine[Any, Any, object]]
+    ) -> asyncio.Future[Response]:
+        self._authorise(request)
+        return asyncio.ensure_future(_changed(change()))
+
+    def _load(self, request: Request, route: _Route) -> asyncio.Future[Response]:
+        if cast(dict[str, Any], _json_object(request).get("parameters") or {}):
+            raise Refusal(501, "a load takes no parameters here: how models are served is set when the server starts")
+        return self._administer(request, lambda: self._catalogue.load(route.name))
+
+    def _unload(self, request: Request, route: _Route) -> asyncio.Future[Response]:
+        return self._administer(request, lambda: self._catalogue.unload(route.name))
+
+    def _promote(self, request: Request, route: _Route) -> asyncio.Future[Response]:
+        if not (route.version.isascii() and route.version.isdecimal() and len(route.version) < 19):
+            raise Refusal(400, f"version {route.version[:40]!r} is no positive integer")
+        return self._administer(request, lambda: self._catalogue.promote(route.name, int(route.version)))
+
+    def _rollback(self, request: Request, route: _Route) -> asyncio.Future[Response]:
+        return self._administer(request, lambda: self._catalogue.rollback(route.name))
+
+    # shared memory ----------------------------------------------------------------------------------------------------
+
+    def _shared_status(self, request: Request, route: _Route) -> Response:
+        return json_response(self._shared.status(route.name))
+
+    def _shared_register(self, request: Request, route: _Route) -> Response:
+        document = _json_object(request)
+        self._shared.register(route.name, document.get("key"), document.get("offset", 0), document.get("byte_size"))
+        return json_response({})
+
+    def _shared_unregister(self, request: Request, route: _Route) -> Response:
+        self._shared.unregister(route.name)
+        return json_response({})
+
+
+def _header_length(request: Request) -> int | None:
+    """Return the length of the JSON before binary data, or None where all is JSON."""
+    text = request.headers.get(b"inference-header-content-length")
+    if text is None:
+        return None
+    if not text.isdigit() or len(text) > 12:
+        raise Refusal(400, "Inference-Header-Content-Length is no length")
+    return int(text)
+
+
+def _json_object(request: Request) -> dict[str, Any]:
+    """Return the JSON object of a body; an empty body is an empty object."""
+    if not request.body.strip():
+        return {}
+    try:
+        document = orjson.loads(request.body)
+    except orjson.JSONDecodeError as error:
+        raise Refusal(400, f"the request is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise Refusal(400, "the request is no JSON object")
+    return cast(dict[str, Any], document)
+
+
+async def _changed(change: Awaitable[object]) -> Response:
+    """Return the answer to a change of what is served."""
+    try:
+        await change
+    except NarrowcastError as error:
+        raise Refusal(400, str(error)) from error
+    return json_response({})

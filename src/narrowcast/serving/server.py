@@ -1,0 +1,127 @@
+"""The server: its listeners, its models, and how it begins and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from dataclasses import dataclass, field
+
+from narrowcast.errors import OutputError
+from narrowcast.serving.catalogue import Catalogue, Hosting
+from narrowcast.serving.http.server import HttpServer
+from narrowcast.serving.limits import Limits
+from narrowcast.serving.metrics import MetricsApi
+from narrowcast.serving.repository import Repository
+from narrowcast.serving.rest import RestApi
+from narrowcast.serving.shared_memory import SharedMemory
+
+__all__ = ["InferenceServer", "ServerOptions"]
+
+_log = logging.getLogger(__name__)
+#: How long the server still answers "ending" after its last request, so that clients see an answer and no reset.
+_LINGER_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where a server listens and what it allows.
+
+    Attributes:
+        host: Address of all listeners.
+        port: Port of the REST protocol; 0 lets the system choose.
+        metrics_port: Port of the metrics, or None for no such listener.
+        limits: Bounds on requests.
+        token: The administrators' token, or None for no administration.
+        shared_memory: Whether clients may register shared memory.
+        grace: Seconds that requests have to finish when the server ends.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    metrics_port: int | None = 8002
+    limits: Limits = field(default_factory=Limits)
+    token: str | None = None
+    shared_memory: bool = False
+    grace: float = 30.0
+
+
+class InferenceServer:
+    """Serves the models of a repository.
+
+    Args:
+        repository: The models.
+        hosting: How they are run.
+        options: Where and for whom.
+    """
+
+    def __init__(self, repository: Repository, hosting: Hosting, options: ServerOptions) -> None:
+        self.options = options
+        self.catalogue = Catalogue(repository, hosting)
+        self.ports: dict[str, int] = {}
+        self._api = RestApi(
+            self.catalogue, options.limits, SharedMemory(allowed=options.shared_memory), token=options.token
+        )
+        self._http = HttpServer(self._api.handle, options.limits)
+        self._metrics = HttpServer(MetricsApi(self.catalogue).handle, options.limits)
+
+    async def start(self) -> None:
+        """Load all models, then listen.
+
+        Raises:
+            NarrowcastError: A model cannot be loaded, or an address cannot be had.
+        """
+        options = self.options
+        try:
+            await self.catalogue.load_all()
+            self.ports["http"] = await _listen(self._http, options.host, options.port)
+            if options.metrics_port is not None:
+                self.ports["metrics"] = await _listen(self._metrics, options.host, options.metrics_port)
+        except BaseException:
+            await self._close()
+            raise
+
+    async def run_until_signal(self) -> bool:
+        """Serve until SIGTERM or SIGINT, then end; return whether all requests were finished within the grace."""
+        asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked.set)
+        try:
+            await asked.wait()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+        return await self.stop()
+
+    async def stop(self) -> bool:
+        """Take no more requests, let those that run finish within the grace, and close; return whether they did.
+
+        While they finish, the server still listens and says that it is not ready.
+        """
+        self._api.draining = True
+        _log.info("the server is ending: %.0f seconds for what runs", self.options.grace)
+        finished = True
+        try:
+            async with asyncio.timeout(self.options.grace):
+                while self.catalogue.busy or self._http.busy:
+                    await asyncio.sleep(0.005)
+                await asyncio.sleep(_LINGER_SECONDS)
+        except TimeoutError:
+            finished = not (self.catalogue.busy or self._http.busy)
+        await self._close()
+        return finished
+
+    async def _close(self) -> None:
+        """Refuse what still waits, answer it, and close everything."""
+        await self.catalogue.close()
+        await asyncio.gather(self._http.close(), self._metrics.close())
+
+
+async def _listen(server: HttpServer, host: str, port: int) -> int:
+    try:
+        return await server.listen(host, port)
+    except OSError as error:
+        raise OutputError(
+            f"{host}:{port} cannot be listened on: {error.strerror or error}", next_step="name another port"
+        ) from error
