@@ -14,69 +14,29 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from narrowcast.training.adamw_reference import LARGEST_SQUARE, Group, Member, logarithm
+from narrowcast.training.adamw_reference import LARGEST_SQUARE, Group
+from narrowcast.training.adamw_tables import Launch, Layout, Tables
 
 __all__ = ["Kernels"]
 
 _CHUNK = 16384  # elements that one program works on, in tiles
 _TILE = 1024
 _WARPS = 4
-_ALIGNMENT = 16  # bytes: what one thread reads at once
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class _Launch(NamedTuple):
-    """A range of chunks whose tensors are of one kind; the chunks of all launches lie in one table."""
-
-    first: int
-    chunks: int
-    group: int
-    parameter: torch.dtype
-    gradient: torch.dtype
-    aligned: bool
-    compensated: bool
-
-
-class _Layout(NamedTuple):
-    """Where everything is, on the device.
-
-    Args:
-        launches: What the second pass runs; the first pass joins neighbours whose gradients are of one kind.
-        rows: The members in the order of the rows of the tables: position in the groups, one after the other.
-        addresses: Of parameters, gradients, moments and compensations: int64, shape [5, rows].
-        lengths: Elements of each row: int64.
-        indices: ``Member.number`` of each row: int32.
-        places: Row in the step counters: int32.
-        chunk_rows: Row of each chunk: int32, shape [chunks].
-        chunk_starts: First element of each chunk: int64, shape [chunks].
-        logarithms: Of both betas: float64, shape [rows, 2].
-    """
-
-    launches: list[_Launch]
-    rows: list[int]
-    addresses: torch.Tensor
-    lengths: torch.Tensor
-    indices: torch.Tensor
-    places: torch.Tensor
-    chunk_rows: torch.Tensor
-    chunk_starts: torch.Tensor
-    logarithms: torch.Tensor
 
 
 class Kernels:
     """The update of ``adamw_reference.update`` by kernels; it keeps the tables while no tensor moves."""
 
     def __init__(self) -> None:
-        self._key: object = None
-        self._layout: _Layout | None = None
-        self._gradients: list[int] = []
+        self._tables: Tables | None = None
 
     def update(
         self,
@@ -91,8 +51,10 @@ class Kernels:
         device = steps.device
         norm, factor = torch.empty(2, dtype=torch.float32, device=device).unbind()
         finite = torch.empty((), dtype=torch.bool, device=device)
+        if self._tables is None:
+            self._tables = Tables(device, _CHUNK)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            layout = self._placed(groups, device)
+            layout = self._tables.of(groups)
             sums, corrections = _measure(layout, inverse_scale, device)
             _decide[(1,)](
                 *(*sums, len(layout.chunk_rows)),
@@ -107,72 +69,9 @@ class Kernels:
                 _run(launch, groups[launch.group], layout, steps, corrections, factor, finite, zero)
         return norm, finite
 
-    def _placed(self, groups: Sequence[Group], device: torch.device) -> _Layout:
-        """Return the tables: kept, with new addresses of gradients, or new."""
-        members = [member for group in groups for member in group.members]
-        gradients = [member.gradient.data_ptr() for member in members]
-        key = (
-            *((len(group.members), group.betas) for group in groups),
-            *(_kind(member) for member in members),
-            *(member.parameter.data_ptr() for member in members),
-            *(member.exp_avg.data_ptr() for member in members),
-        )
-        if self._layout is None or key != self._key:
-            self._layout = _lay_out(groups, device)
-        elif gradients != self._gradients:
-            moved = torch.tensor([gradients[row] for row in self._layout.rows])
-            self._layout.addresses[1].copy_(_pinned(moved, device), non_blocking=True)
-        self._key, self._gradients = key, gradients
-        return self._layout
-
-
-def _kind(member: Member) -> tuple[torch.dtype, bool, torch.dtype, bool]:
-    """Return what tensors must have in common to share a launch."""
-    tensors = [x for x in member[1:] if x is not None]
-    aligned = all(x.data_ptr() % _ALIGNMENT == 0 for x in tensors)
-    return member.gradient.dtype, aligned, member.parameter.dtype, member.compensation is not None
-
-
-def _lay_out(groups: Sequence[Group], device: torch.device) -> _Layout:
-    listed = [(number, member) for number, group in enumerate(groups) for member in group.members]
-    order = sorted(range(len(listed)), key=lambda at: (str(_kind(listed[at][1])), listed[at][0]))
-    lengths = torch.tensor([listed[at][1].parameter.numel() for at in order])
-    counts = (lengths + _CHUNK - 1) // _CHUNK
-    chunk_rows = torch.repeat_interleave(torch.arange(len(order)), counts)
-    chunk_starts = (torch.arange(len(chunk_rows)) - (counts.cumsum(0) - counts)[chunk_rows]) * _CHUNK
-    launches, first, row = [], 0, 0
-    for (kind, group), same in groupby(order, key=lambda at: (_kind(listed[at][1]), listed[at][0])):
-        rows = len(list(same))
-        chunks = int(counts[row : row + rows].sum())
-        gradient, aligned, parameter, compensated = kind
-        launches.append(_Launch(first, chunks, group, parameter, gradient, aligned, compensated))
-        first, row = first + chunks, row + rows
-    addresses = torch.tensor([[0 if x is None else x.data_ptr() for x in listed[at][1][1:]] for at in order]).T
-    betas = [[logarithm(beta) for beta in groups[listed[at][0]].betas] for at in order]
-
-    def there(values: torch.Tensor) -> torch.Tensor:
-        return _pinned(values.contiguous(), device).to(device, non_blocking=True)
-
-    return _Layout(
-        launches,
-        order,
-        addresses=there(addresses),
-        lengths=there(lengths),
-        indices=there(torch.tensor([listed[at][1].number for at in order], dtype=torch.int32)),
-        places=there(torch.tensor(order, dtype=torch.int32)),
-        chunk_rows=there(chunk_rows.int()),
-        chunk_starts=there(chunk_starts),
-        logarithms=there(torch.tensor(betas, dtype=torch.float64)),
-    )
-
-
-def _pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor that the device can fetch while the host goes on."""
-    return values.pin_memory() if device.type == "cuda" else values
-
 
 def _measure(
-    layout: _Layout, inverse_scale: torch.Tensor, device: torch.device
+    layout: Layout, inverse_scale: torch.Tensor, device: torch.device
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Run the first pass; return each chunk's sum of squares and non-finite elements, and room for the corrections."""
     count = len(layout.chunk_rows)
@@ -190,9 +89,9 @@ def _measure(
 
 
 def _run(
-    launch: _Launch,
+    launch: Launch,
     group: Group,
-    layout: _Layout,
+    layout: Layout,
     steps: torch.Tensor,
     corrections: torch.Tensor,
     factor: torch.Tensor,
