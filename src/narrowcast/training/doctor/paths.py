@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 def layer_names(model: nn.Module) -> dict[int, str]:
-    """Return names of modules by ``id``, without what ``torch.compile`` and checkpointing put in; the first of several counts."""
+    """Return names of modules by ``id``, the first of several, without what ``torch.compile`` and checkpointing put in."""
     names = {id(part): name for name, part in reversed(list(model.named_modules(remove_duplicate=False)))}
     return {key: _plain(name) for key, name in names.items()}
 

@@ -85,7 +85,7 @@ def trials(scene: Scene, fault: Fault) -> Iterator[Trial]:
     backward = fault.place.part is Part.BACKWARD
     if function in ("exp", "exp2"):
         yield _rewritten(scene, fault, "maximum", "subtract the maximum before the exponential", without_maximum())
-    if not fault.overflows or fault.kind == "nan":
+    if any(one.zeros for one in fault.inputs[:-1]) and (not fault.overflows or fault.kind == "nan"):
         yield from _epsilons(scene, fault)
     if backward and scene.scale != 1.0:
         yield lower_scale(scene)
@@ -130,7 +130,7 @@ def _epsilons(scene: Scene, fault: Fault) -> Iterator[Trial]:
     epsilon = _EPSILONS.get(fault.dtype, 2.0**-20)
     lost = lost_epsilon(fault)
     now = f" (it is {lost:.0e} now, which {_short(fault.dtype)} rounds to zero)" if lost else ""
-    setting = f"keep an epsilon of {epsilon:.1g} or more under {_function(fault)}{now}"
+    setting = f"keep an epsilon of {epsilon:.1g} or more in {_function(fault)}{now}"
     yield _rewritten(scene, fault, "epsilon", setting, with_epsilon(epsilon))
 
 
@@ -256,7 +256,9 @@ def drop_samples(scene: Scene, samples: tuple[int, ...], size: int) -> Trial:
 
 
 def _function(fault: Fault) -> str:
-    return fault.operator.split(".")[-1].rstrip("_")
+    """Return the operator as people call it; in the backward pass the one that is differentiated."""
+    node = fault.place.node.partition("Backward")[0].lower()
+    return node or fault.operator.split(".")[-1].rstrip("_")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from narrowcast.training.policies import Precision
 from narrowcast.training.random_state import random_state, set_random_state
-from narrowcast.training.trainer import Loss
+from narrowcast.training.window import Loss
 
 __all__ = ["Outcome", "Scene", "bare", "local", "restored", "run"]
 
@@ -101,7 +101,7 @@ def _run(scene: Scene) -> Outcome:
     inputs, targets = scene.batch
     with torch.enable_grad(), scene.precision.running(scene.device):
         with scene.precision.autocast(scene.device):
-            value = scene.loss(_call(model, inputs), targets)
+            value = scene.loss(_call(model, scene.precision.inputs(inputs)), targets)
         mean = value.total / value.weight if isinstance(value, Loss) else value
         if mean.requires_grad:
             (mean.float() * scene.scale).backward()

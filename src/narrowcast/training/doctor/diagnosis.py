@@ -1,0 +1,212 @@
+"""From what was counted to what is wrong: which findings are normal, which need a replay, and what it showed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowcast.training.doctor import replay
+from narrowcast.training.doctor.casts import CastCounter, Found, Probe
+from narrowcast.training.doctor.cause import agreed_cause, explain_vanishing
+from narrowcast.training.doctor.exchange import gather
+from narrowcast.training.doctor.paths import Paths
+from narrowcast.training.doctor.record import Cause, Event, EventKind, Part, Remedy
+from narrowcast.training.doctor.replay import Scene
+from narrowcast.training.doctor.sampling import Target
+from narrowcast.training.doctor.updates import explain_stagnation
+from narrowcast.training.doctor.verdict import cause_sentence
+from narrowcast.training.loss_scale import DynamicScale
+from narrowcast.training.policies import Precision
+
+__all__ = ["Diagnosis"]
+
+_REPLAYS = 8  # causes that are looked for in a run
+_GROWN = 64  # updates after which left-out steps are judged by how many they are
+_OFTEN = 0.2  # share of the latest steps that a healthy dynamic scale leaves out at most
+_ZERO_STEPS = 3  # steps without any gradient in a row
+_STUCK = 0.9  # share of the numbers with a gradient that do not move
+_SAMPLES = 2000  # numbers with a gradient that have to be seen first
+
+
+class Diagnosis:
+    """Judges findings and explains them.
+
+    Args:
+        precision: The policy.
+        optimizer: What moves the weights, if it is known.
+        rank: Number of this process.
+    """
+
+    def __init__(self, precision: Precision, optimizer: torch.optim.Optimizer | None, rank: int) -> None:
+        self._precision = precision
+        self._optimizer = optimizer
+        self._rank = rank
+        self._replays = 0
+        self._skips: list[int] = []  # updates done before each left-out step
+        self._zero_steps = 0
+        self._stuck: Tensor | None = None
+        self._suspect: int | None = None
+        self._cast: Found | None = None
+        self._told: set[EventKind] = set()
+
+    @property
+    def pending(self) -> bool:
+        """Whether something waits to be explained."""
+        vanished = self._zero_steps >= _ZERO_STEPS and EventKind.VANISHED not in self._told
+        return vanished or self._suspect is not None or self._cast is not None
+
+    # Steps that broke
+
+    def nonfinite(self, scene: Scene, updates: int) -> list[Event]:
+        """Return what is to be said of a step that was left out; every rank has to call it.
+
+        Args:
+            scene: The micro-batch.
+            updates: Done so far.
+        """
+        self._skips.append(updates)
+        if self._is_backoff(scene, updates):
+            sentence = (
+                f"Step {scene.step}: left out at a loss scale of {scene.scale:g}; without it the gradients are finite, so "
+                "the dynamic scale falls: normal"
+            )
+            return [Event(kind=EventKind.BACKOFF, step=scene.step, rank=self._rank, normal=True, sentence=sentence)]
+        self._replays += 1
+        cause = agreed_cause(scene) if self._replays <= _REPLAYS else None
+        kind = EventKind.DATA if cause is not None and cause.operator == "data" else EventKind.NONFINITE
+        if cause is None:
+            why = "the replay was sound" if self._replays <= _REPLAYS else f"{_REPLAYS} steps were replayed before"
+            sentence = f"Step {scene.step}: a loss or a gradient was not finite; {why}"
+        else:
+            sentence = cause_sentence(cause)
+        rank = self._rank if cause is None else cause.rank
+        return [Event(kind=kind, step=scene.step, rank=rank, normal=False, sentence=sentence, cause=cause)]
+
+    def _is_backoff(self, scene: Scene, updates: int) -> bool:
+        """Return whether the scale alone is too high, as it is now and then while a dynamic scale is found."""
+        if not isinstance(scene.precision.scale, DynamicScale):
+            return False
+        latest = [one for one in self._skips if one > updates - _GROWN]
+        if updates >= _GROWN and len(latest) > _OFTEN * _GROWN:
+            return False
+        sound = replay.run(scene.but(scale=1.0)).finite
+        return all(text == "sound" for text in gather("sound" if sound else "broken", scene.device))
+
+    # What counts say
+
+    def read_norm(self, norm: float) -> None:
+        """Read the norm of a step's gradients."""
+        self._zero_steps = self._zero_steps + 1 if norm == 0 else 0
+
+    def read_stuck(self, stuck: Tensor) -> None:
+        """Read, for each target, how many numbers have a gradient and did not move, and how many have one; shape [T, 2]."""
+        self._stuck = stuck.clone() if self._stuck is None else self._stuck + stuck
+        if self._precision.update != "plain" or EventKind.STAGNATION in self._told:
+            return  # with stochastic rounding or Kahan sums a weight need not move in every step
+        shares = torch.where(self._stuck[:, 1] >= _SAMPLES, self._stuck[:, 0] / self._stuck[:, 1].clamp(min=1), 0)
+        if float(shares.max()) >= _STUCK:
+            self._suspect = int(shares.argmax())
+
+    def read_casts(self, places: Any, rows: list[list[float]]) -> None:
+        """Read which casts cut numbers off."""
+        found = [one for one in CastCounter.found(places, rows) if one.saturates]
+        if found and EventKind.SATURATION not in self._told:
+            self._cast = found[0]
+
+    # What waits to be explained
+
+    def explain(self, targets: Sequence[Target], scene: Scene | None, step: int) -> list[Event]:
+        """Return what is to be said of findings that wait.
+
+        Args:
+            targets: The modules.
+            scene: The latest micro-batch; None where it cannot be run again.
+            step: Its step.
+        """
+        found: list[tuple[EventKind, Cause]] = []
+        if self._zero_steps >= _ZERO_STEPS and EventKind.VANISHED not in self._told:
+            found.append((EventKind.VANISHED, (scene and explain_vanishing(scene)) or self._vanished(step)))
+        if self._suspect is not None and self._stuck is not None:
+            found.append((EventKind.STAGNATION, self._stagnant(targets[self._suspect], step)))
+            self._suspect = None
+        if self._cast is not None:
+            found.append((EventKind.SATURATION, self._saturated(self._cast, scene, step)))
+            self._cast = None
+        self._told |= {kind for kind, _ in found}
+        return [
+            Event(kind=kind, step=step, rank=self._rank, normal=False, sentence=cause_sentence(cause), cause=cause)
+            for kind, cause in found
+        ]
+
+    def _vanished(self, step: int) -> Cause:
+        return Cause(
+            step=step,
+            rank=self._rank,
+            part=Part.BACKWARD,
+            layer="",
+            operator="unknown",
+            kind="zero",
+            seen=f"the gradients' norm was 0 in {_ZERO_STEPS} steps in a row",
+            reproduced=False,
+        )
+
+    def _stagnant(self, target: Target, step: int) -> Cause:
+        assert self._stuck is not None
+        assert self._suspect is not None
+        share = float(self._stuck[self._suspect, 0] / self._stuck[self._suspect, 1])
+        name, parameter = max(target.parameters, key=lambda entry: entry[1].numel())
+        if self._optimizer is None or parameter.grad is None:
+            return Cause(
+                step=step,
+                rank=self._rank,
+                part=Part.UPDATE,
+                layer=target.name,
+                operator="unknown",
+                kind="stagnant",
+                seen=f"{share:.1%} of the numbers that have a gradient did not move",
+            )
+        return explain_stagnation(
+            self._optimizer, target.name, name, parameter, step=step, rank=self._rank, stuck=share
+        )
+
+    def _saturated(self, cast: Found, scene: Scene | None, step: int) -> Cause:
+        share = (cast.beyond + cast.infinite) / max(cast.numbers, 1)
+        hidden = f", {cast.infinite} infinities among them" if cast.infinite else ""
+        seen = (
+            f"{cast.operator} cut off {share:.2%} of {cast.numbers} numbers at ±{cast.limit:g}, the end of {cast.format}"
+            f"{hidden}: they reach {cast.largest:.4g}, which what comes out does not show"
+        )
+        probed = None
+        if scene is not None:
+            paths = Paths(scene.model)
+            probe = Probe(paths, cast)
+            replay.run(scene, paths.following(), probe)
+            probed = probe.probed
+        remedies: tuple[Remedy, ...] = ()
+        if probed is not None:
+            remedies = (
+                Remedy(
+                    kind="fresh scale",
+                    setting=f"take the scale from the tensor at hand: {probed.fresh:g} times the one in use, which is stale",
+                    mended=probed.fresh_snr > probed.snr and math.isfinite(probed.snr),
+                    evidence=f"in the replay the cast keeps {probed.fresh_snr:.1f} dB of signal over noise with it and "
+                    f"{probed.snr:.1f} dB as it is, and none of the numbers is cut off",
+                ),
+            )
+        return Cause(
+            step=step,
+            rank=self._rank,
+            part=cast.place.part,
+            layer=cast.place.layer,
+            operator=cast.operator,
+            call=0 if probed is None else probed.call,
+            kind="saturated",
+            inputs=() if probed is None else (probed.inputs,),
+            seen=seen,
+            reproduced=probed is not None or scene is None,
+            remedies=remedies,
+        )

@@ -1,0 +1,153 @@
+"""Histograms over time, in main memory, and what they advise. NumPy alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from narrowcast.formats.kinds import Format
+from narrowcast.training.doctor import whatif
+from narrowcast.training.doctor.buckets import BUCKETS, INFINITE, PER_OCTAVE, fold
+from narrowcast.training.doctor.record import FormatAdvice, Part, ScaleAdvice, Series
+
+__all__ = ["Histories", "format_advice", "scale_advice", "shifted"]
+
+_TIMES = 64  # samples that a series keeps; when there are more, every other one goes
+_MARGIN = 8.0  # room above the largest gradient seen
+_HIGHEST = 2.0**24  # a loss scale beyond it gains nothing: FP32's own products end soon after
+_LOST = 1e-3  # share of the numbers that a format may turn to zero and still be advised
+
+
+@dataclass
+class _History:
+    steps: list[int] = field(default_factory=list[int])
+    scales: list[float] = field(default_factory=list[float])
+    columns: list[np.ndarray] = field(default_factory=list[np.ndarray])
+    largest: list[float] = field(default_factory=list[float])
+    total: np.ndarray = field(default_factory=lambda: np.zeros(BUCKETS, np.int64))
+    stride: int = 1
+    seen: int = 0
+
+    def add(self, step: int, scale: float, counts: np.ndarray, largest: float) -> None:
+        self.total += counts
+        if self.seen % self.stride == 0:
+            self.steps.append(step)
+            self.scales.append(scale)
+            self.columns.append(fold(counts))
+            self.largest.append(largest)
+        self.seen += 1
+        if len(self.steps) > _TIMES:
+            self.stride *= 2
+            for values in (self.steps, self.scales, self.columns, self.largest):
+                del values[1::2]
+
+    def series(self, layer: str, part: Part) -> Series:
+        return Series(
+            layer,
+            part,
+            np.array(self.steps, np.int64),
+            np.array(self.scales),
+            np.stack(self.columns),
+            np.array(self.largest),
+            self.total.copy(),
+        )
+
+
+class Histories:
+    """The histograms of all layers and parts."""
+
+    def __init__(self) -> None:
+        self._all: dict[tuple[str, Part], _History] = {}
+
+    def add(self, layer: str, part: Part, step: int, scale: float, counts: np.ndarray, largest: float) -> None:
+        """Add a sample: counts of shape [BUCKETS], and the largest finite magnitude."""
+        self._all.setdefault((layer, part), _History()).add(step, scale, counts, largest)
+
+    def series(self, layers: Sequence[str]) -> tuple[Series, ...]:
+        """Return all series, in the order of the layers."""
+        order = {name: number for number, name in enumerate(layers)}
+        keys = sorted(self._all, key=lambda key: (order.get(key[0], len(order)), list(Part).index(key[1])))
+        return tuple(self._all[key].series(*key) for key in keys)
+
+
+def shifted(counts: np.ndarray, octaves: float) -> np.ndarray:
+    """Return a histogram of the same numbers times ``2**octaves``, to the nearest bucket; the ends gather what leaves."""
+    places = round(octaves * PER_OCTAVE)
+    if not places:
+        return counts
+    moved = counts.copy()
+    moved[1:INFINITE] = 0
+    targets = np.clip(np.arange(1, INFINITE) + places, 1, INFINITE - 1)
+    np.add.at(moved, targets, counts[1:INFINITE])
+    return moved
+
+
+def scale_advice(series: Sequence[Series], format: str = "fp16") -> ScaleAdvice | None:
+    """Return the loss scale that the gradients seen ask for; None if none was seen.
+
+    Args:
+        series: Any; gradients of activations count where there are some, since they are what FP16 holds, else those of
+            parameters.
+        format: What gradients are computed in.
+    """
+    chosen = [one for one in series if one.part is Part.BACKWARD] or [
+        one for one in series if one.part is Part.GRADIENT
+    ]
+    largest = max((float(one.largest.max()) for one in chosen if one.largest.size), default=0.0)
+    if not largest:
+        return None
+    total = np.sum([one.total for one in chosen], axis=0)
+    found = whatif.element(format)
+    exponent = math.floor(math.log2(found.max / _MARGIN / largest))
+    scale = min(2.0**exponent, _HIGHEST)
+    before = whatif.shares(total, format).zero.high
+    after = whatif.shares(total, format, scale=scale).zero.high
+    numbers = int(total.sum())
+    margin = found.max / (largest * scale)
+    return ScaleAdvice(
+        scale=scale,
+        format=found.name,
+        margin=margin,
+        lost=before,
+        lost_scaled=after,
+        evidence=(
+            f"the largest of {numbers:,} gradients counted is {largest:.3g}, so times {scale:g} it stays {margin:.3g} times "
+            f"below {found.name}'s largest number; the share that becomes zero falls from {before:.3%} to {after:.3%}"
+        ),
+    )
+
+
+def format_advice(series: Sequence[Series], formats: Sequence[str]) -> tuple[FormatAdvice, ...]:
+    """Return the narrowest format for each layer's activations and their gradients, with a power of two as its scale.
+
+    Args:
+        series: Any; forward and backward ones count.
+        formats: Floating-point formats to choose from; FP32 stands for none of them.
+    """
+    known = [one for one in map(whatif.element, formats) if isinstance(one, Format)]
+    ordered = sorted(known, key=lambda one: (one.bits, -one.mantissa_bits))
+    return tuple(
+        _advice(one, ordered) for one in series if one.part in (Part.FORWARD, Part.BACKWARD) and one.total.any()
+    )
+
+
+def _advice(series: Series, formats: Sequence[Format]) -> FormatAdvice:
+    largest = float(series.largest.max())
+    tried: list[str] = []
+    for format in formats:
+        scale = 2.0 ** math.floor(math.log2(format.max / 2 / largest)) if largest else 1.0
+        shares = whatif.shares(series.total, format, scale=scale, largest=largest)
+        seen = f"{format.name} times {scale:g}: {shares.zero.high:.3%} would be zero, {shares.subnormal.high:.3%} subnormal"
+        if shares.zero.high <= _LOST and not shares.overflow.high:
+            return FormatAdvice(
+                layer=series.layer,
+                part=series.part,
+                format=format.name,
+                scale=scale,
+                evidence="; ".join([*tried, f"{seen}, none would overflow"]),
+            )
+        tried.append(seen)
+    return FormatAdvice(layer=series.layer, part=series.part, format="fp32", scale=1.0, evidence="; ".join(tried))
