@@ -155,10 +155,11 @@ class _Shown:
         self._bar.update(self._task, numbers=", ".join(parts))
 
     def validated(self, step: int, result: Result) -> None:
-        self.note(f"step {step}: validation {_score(result)}")
+        if self._console.is_terminal:
+            self.note(f"step {step}: validation {_score(result)}")
 
     def note(self, text: str) -> None:
-        if not self._quiet and self._console.is_terminal:
+        if not self._quiet:
             self._bar.console.print(f"  {text}", markup=False, soft_wrap=True)
 
 
@@ -175,7 +176,7 @@ def _described(run: Assembled) -> list[tuple[str, str]]:
     lines = [
         ("network", f"{run.architecture.name}, {run.parameters:,} parameters"),
         ("data", f"{', '.join(sources)}: {', '.join(shares)}"),
-        ("precision", f"{run.policy.name} on {run.place.device.type}, {_scaling(run.policy.scale)}"),
+        ("precision", f"{run.policy.name} on {run.ranks.device.type}, {_scaling(run.policy.scale)}"),
         ("training", f"{length} ({run.windows:,} steps), {batch}, {config.optimizer.name}, seed {config.seed}"),
     ]
     if config.distill is not None:

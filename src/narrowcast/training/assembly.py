@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,19 +14,22 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from narrowcast.data.dataset import digest_of
 from narrowcast.errors import DeviceError
 from narrowcast.models.runs import Architecture
 from narrowcast.training import fused
 from narrowcast.training.config import Adam as AdamSettings
-from narrowcast.training.config import AdamW, Config, PrecisionSettings, Scale, Schedule, Sgd
+from narrowcast.training.config import AdamW, Augment, Config, PrecisionSettings, Scale, Schedule, Sgd
 from narrowcast.training.distillation import Distillation
-from narrowcast.training.feeding import Batch, Feeder, Parts, Place, in_order, parts_of
+from narrowcast.training.distributed import Ranks
+from narrowcast.training.feeding import Batch, Feeder, Parts, in_order, load, on_device, parts_of
 from narrowcast.training.float8 import Float8
 from narrowcast.training.loss_scale import DynamicScale, NoScale, StaticScale
 from narrowcast.training.loss_scale import Scale as LossScale
 from narrowcast.training.networks import inputs_of, parameters_of, trainable, trained
 from narrowcast.training.objectives import Measure, Result, loss_of, measure_of
 from narrowcast.training.policies import Precision, precision
+from narrowcast.training.teacher_cache import CachedData, TeacherCache
 from narrowcast.training.window import Loss
 
 __all__ = ["Assembled", "assemble", "device_of", "factor", "policy_of"]
@@ -46,7 +50,7 @@ class Assembled:
         measure: What the network is judged by.
         distillation: The teacher's part of the loss; None without one.
         windows: Updates that are planned, if none is left out.
-        place: The device and this process.
+        ranks: The processes and this one's device.
     """
 
     config: Config
@@ -59,7 +63,7 @@ class Assembled:
     measure: Measure
     distillation: Distillation | None
     windows: int
-    place: Place
+    ranks: Ranks
 
     @property
     def parameters(self) -> int:
@@ -71,11 +75,15 @@ class Assembled:
         """Batches in all; None where only updates are counted."""
         return None if self.config.epochs is None else self.config.epochs * self.feeder.per_epoch
 
+    def is_done(self, steps: int, skipped: int) -> bool:
+        """Return whether a run with so many updates, and so many left out, has come as far as the config asks."""
+        return (steps if self.config.steps is not None else steps + skipped) >= self.windows
+
     def example(self) -> Any:
         """Return the inputs of two samples, on the device."""
         few = self.parts.train.take(self.feeder.indices(0)[:2])
         targets = self.config.data.targets
-        return next(in_order(few, self.names, targets, size=2, device=self.place.device)).inputs
+        return next(in_order(few, self.names, targets, size=2, device=self.ranks.device)).inputs
 
     def taught(self, batch: Batch) -> tuple[Any, Any]:
         """Return a batch as the trainer takes it, with what the teacher says of it where there is one."""
@@ -83,15 +91,43 @@ class Assembled:
             return batch.inputs, batch.targets
         return self.distillation.batch(batch.inputs, batch.targets, batch.samples)
 
+    def keep_teacher(self, folder: Path, note: Callable[[str], None]) -> None:
+        """Ask the teacher about all samples once, and look its answers up from then on, where the config asks for it.
+
+        Raises:
+            TrainingError: The images are augmented, so that the student would see others than the teacher.
+            OutputError: The folder cannot be written.
+        """
+        if self.distillation is None or self.config.distill is None or not self.config.distill.cache:
+            return
+        part, targets, device = self.parts.train, self.config.data.targets, self.ranks.device
+        augment = self.config.data.augment
+
+        def inputs(index: Tensor) -> Any:
+            wanted = index.numpy()
+            return on_device(part, load(part, wanted, "the teacher"), self.names, targets, wanted, device).inputs
+
+        note("asking the teacher about every sample once")
+        self.distillation.cache = TeacherCache.fill(
+            folder,
+            self.distillation,
+            CachedData(
+                digest_of(part.sha256, part.source, str(self.config.data.split_seed), str(part.size)),
+                part.size,
+                inputs,
+                augmentation="" if augment == Augment() else str(augment),
+            ),
+        )
+
     def score(self, module: nn.Module, part: str, within: AbstractContextManager[object] | None = None) -> Result:
         """Return the score of a module on the part ``validation`` or ``report``."""
         data = getattr(self.parts, part)
-        batches = in_order(data, self.names, self.config.data.targets, size=self.config.batch, device=self.place.device)
+        batches = in_order(data, self.names, self.config.data.targets, size=self.config.batch, device=self.ranks.device)
         return self.measure(module, batches, data, within)
 
 
-def assemble(config: Config, place: Place) -> Assembled:
-    """Return what a config describes; torch's seed is set to the config's.
+def assemble(config: Config, ranks: Ranks) -> Assembled:
+    """Return what a config describes.
 
     Raises:
         ModelError: The network cannot be found, built or trained.
@@ -103,7 +139,7 @@ def assemble(config: Config, place: Place) -> Assembled:
         RuntimeMissingError: A package that is needed is not installed.
     """
     policy = policy_of(config.precision)
-    policy.check(place.device)
+    policy.check(ranks.device)
     made, architecture = trainable(config.network, seed=config.seed)
     model = inputs_of(made, architecture.name)
     parts = parts_of(config.data, model)
@@ -114,11 +150,10 @@ def assemble(config: Config, place: Place) -> Assembled:
         size=config.batch,
         seed=config.seed,
         augment=config.data.augment,
-        place=place,
+        ranks=ranks,
     )
     loss = loss_of(config.loss)
-    network = made.module.to(place.device).train()
-    torch.manual_seed(config.seed + place.rank)
+    network = made.module.to(ranks.device).train()
     return Assembled(
         config=config,
         architecture=architecture,
@@ -128,14 +163,14 @@ def assemble(config: Config, place: Place) -> Assembled:
         feeder=feeder,
         policy=policy,
         measure=measure_of(config.metric, config.data.targets, loss),
-        distillation=_distillation(config, loss, place.device),
+        distillation=_distillation(config, loss, ranks.device),
         windows=config.steps or math.ceil((config.epochs or 0) * feeder.per_epoch / config.accumulate),
-        place=place,
+        ranks=ranks,
     )
 
 
-def device_of(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device that a config asks for.
+def device_of(name: str) -> str:
+    """Return the kind of device that a config asks for.
 
     Raises:
         DeviceError: There is none.
@@ -147,8 +182,8 @@ def device_of(name: str, local_rank: int = 0) -> torch.device:
             next_step="--set device=cpu",
         )
     if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank)
+        return "cpu"
+    return "cuda"
 
 
 def policy_of(settings: PrecisionSettings) -> Precision:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +20,9 @@ from narrowcast.data.loaders import load_data
 from narrowcast.errors import ConfigError, DataError, TrainingError, choices
 from narrowcast.models.reference import Model
 from narrowcast.training.config import Augment, Data
+from narrowcast.training.distributed import Ranks
 
-__all__ = ["Batch", "Feeder", "Parts", "Place", "parts_of"]
+__all__ = ["Batch", "Feeder", "Parts", "parts_of"]
 
 Indices = NDArray[np.int64]
 
@@ -47,15 +47,6 @@ class Batch(NamedTuple):
     inputs: torch.Tensor | tuple[torch.Tensor, ...]
     targets: torch.Tensor
     samples: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where batches go: the device, and this process among those that share them."""
-
-    device: torch.device
-    rank: int = 0
-    world: int = 1
 
 
 def parts_of(settings: Data, model: Model) -> Parts:
@@ -95,14 +86,14 @@ class Feeder:
         size: Samples of a batch, over all processes.
         seed: Seed of order and augmentation.
         augment: What images go through.
-        place: Where batches go.
+        ranks: The processes that share batches, and this one's device.
 
     Raises:
         ConfigError: The batch is larger than the part, or cannot be shared by the processes, or inputs are no images.
     """
 
     def __init__(
-        self, data: Dataset, names: list[str], targets: str, *, size: int, seed: int, augment: Augment, place: Place
+        self, data: Dataset, names: list[str], targets: str, *, size: int, seed: int, augment: Augment, ranks: Ranks
     ) -> None:
         if size > data.size:
             raise ConfigError(
@@ -110,11 +101,11 @@ class Feeder:
                 allowed=f"1 to {data.size}",
                 next_step=f"--set batch={data.size}",
             )
-        if size % place.world:
+        if size % ranks.world:
             raise ConfigError(
-                f"batch = {size} for {place.world} processes",
-                allowed=f"a multiple of {place.world}: the batch is shared by all",
-                next_step=f"--set batch={max(size // place.world, 1) * place.world}",
+                f"batch = {size} for {ranks.world} processes",
+                allowed=f"a multiple of {ranks.world}: the batch is shared by all",
+                next_step=f"--set batch={max(size // ranks.world, 1) * ranks.world}",
             )
         self.data = data
         self.size = size
@@ -123,7 +114,7 @@ class Feeder:
         self._targets = targets
         self._seed = seed
         self._augment = augment
-        self._place = place
+        self._ranks = ranks
         self._order: tuple[int, Indices] = (-1, np.empty(0, np.int64))
         if augment != Augment():
             _check_images(data, names, augment)
@@ -142,14 +133,14 @@ class Feeder:
             TrainingError: The data end before their size is reached.
         """
         wanted = self.indices(number)
-        share = self.size // self._place.world
-        mine = slice(self._place.rank * share, (self._place.rank + 1) * share)
+        share = self.size // self._ranks.world
+        mine = slice(self._ranks.rank * share, (self._ranks.rank + 1) * share)
         arrays = load(self.data, wanted[mine], f"batch {number}")
         if self._augment != Augment():
             rng = np.random.default_rng([self._seed, 1, number])
             name = self._names[0]
             arrays[name] = augmented(arrays[name], self._augment, rng, len(wanted), mine)
-        return on_device(self.data, arrays, self._names, self._targets, wanted[mine], self._place.device)
+        return on_device(self.data, arrays, self._names, self._targets, wanted[mine], self._ranks.device)
 
     def batches(self, first: int, end: int | None) -> Generator[Batch]:
         """Yield batches ``first`` to ``end - 1``, or without end; the next one is loaded while one is computed with."""

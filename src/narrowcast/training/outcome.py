@@ -126,6 +126,7 @@ def write_weights(folder: Path, state: dict[str, torch.Tensor]) -> str:
     try:
         # A copy each: tied weights share memory, which the format does not have.
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, partial)
+        partial.chmod(0o644)
         partial.replace(file)
         return sha256_of(file)
     except OSError as error:

@@ -15,6 +15,7 @@ from narrowcast.errors import NarrowcastError, TrainingError
 from narrowcast.models.loaders import fresh_module
 from narrowcast.models.runs import Architecture
 from narrowcast.training.config import Config, Sgd
+from narrowcast.training.distributed import Ranks
 
 __all__ = ["is_shortage", "shortage"]
 
@@ -31,15 +32,15 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "not enough memory" in text)
 
 
-def shortage(config: Config, architecture: Architecture, device: torch.device, world: int) -> TrainingError:
+def shortage(config: Config, architecture: Architecture, ranks: Ranks) -> TrainingError:
     """Return the error for a batch that does not fit, with the accounting's estimate where it can follow the network.
 
     Args:
         config: Of the run.
         architecture: The network.
-        device: Where it ran out of memory.
-        world: Processes that share a batch.
+        ranks: The processes that share a batch, and this one's device.
     """
+    device, world = ranks.device, ranks.world
     there = _memory_of(device)
     what = f"a batch of {config.batch} does not fit the memory of {device.type} ({there / _GIGA:.1f} GB)"
     samples = -(-config.batch // world)

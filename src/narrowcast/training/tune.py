@@ -19,8 +19,9 @@ from narrowcast.errors import ConfigError, NarrowcastError, OutputError, Runtime
 from narrowcast.training.assembly import Assembled
 from narrowcast.training.config import Config, Range, Tune
 from narrowcast.training.objectives import Measure, Result, loss_of, measure_of
+from narrowcast.training.progress import Progress, Silent
 from narrowcast.training.reading import dump, put, validated
-from narrowcast.training.run import Progress, Silent, fit
+from narrowcast.training.run import fit
 from narrowcast.training.run_folder import output_errors
 
 __all__ = ["BEST", "STUDY", "TRIALS", "Trial", "Tuned", "tune"]

@@ -1,0 +1,279 @@
+"""The loop of a managed run: batches in, steps, lines of the log, validations, checkpoints, and the result at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from narrowcast.models.loaders import fresh_module
+from narrowcast.models.runs import load_weights, read_weights
+from narrowcast.training import sharded_checkpoint as checkpoints
+from narrowcast.training.assembly import Assembled, optimizer_of, schedule_of
+from narrowcast.training.checkpoint import check_keys
+from narrowcast.training.checks import unwrapped
+from narrowcast.training.distributed import replicate
+from narrowcast.training.interrupts import Interrupts
+from narrowcast.training.logs import SKIPS, RunLog, keep_lines
+from narrowcast.training.objectives import Result
+from narrowcast.training.outcome import RunResult, environment, part_of, read_result, write_result, write_weights
+from narrowcast.training.progress import Progress
+from narrowcast.training.random_state import random_state, set_random_state
+from narrowcast.training.run_folder import CHECKPOINTS
+from narrowcast.training.sharding import shard
+from narrowcast.training.trainer import Trainer
+from narrowcast.training.window import StepInfo
+
+__all__ = ["Loop"]
+
+
+@dataclass
+class _Position:
+    """How far a run has come."""
+
+    batches: int = 0
+    lines: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    validation: dict[str, Any] | None = None
+
+
+class Loop:
+    """One run, from its first or its next batch to its result.
+
+    Args:
+        run: What is trained.
+        out: Folder of the run; the first process writes into it.
+        shown: Told about the run as it goes.
+    """
+
+    def __init__(self, run: Assembled, out: Path, shown: Progress) -> None:
+        self._run = run
+        self._config = run.config
+        self._ranks = run.ranks
+        self._out = out
+        self._shown = shown
+        self._at = _Position()
+        self._log: RunLog | None = None
+        torch.manual_seed(run.config.seed)  # of projections that distillation adds
+        module = _placed(run)
+        torch.manual_seed(run.config.seed + run.ranks.rank)  # of dropout, which differs between processes
+        parameters = [one for one in module.parameters() if one.requires_grad]
+        optimizer = optimizer_of(run.config, parameters, run.policy)
+        self._trainer = Trainer(
+            module,
+            optimizer,
+            run.distillation or run.measure.loss,
+            precision=run.policy,
+            schedule=schedule_of(run.config.schedule, optimizer, run.windows),
+            clip_norm=run.config.clip_norm,
+            accumulate=run.config.accumulate,
+            ranks=run.ranks,
+        )
+
+    def run(self, *, resume: bool) -> RunResult:
+        """Train to the end and return the result.
+
+        Raises:
+            KeyboardInterrupt: On SIGINT or SIGTERM, after a checkpoint was written.
+            UserError: Training cannot go on, or the folder cannot be written.
+        """
+        if resume:
+            self._restore()
+        self._shown.started(self._run, self._out, self._trainer.steps)
+        started = time.perf_counter() - self._at.seconds
+        with self._logging(), Interrupts() as interrupts:
+            self._train(interrupts, started)
+            self._trainer.finish()
+            self._at.seconds = time.perf_counter() - started
+            self._save()
+            return self._finish()
+
+    # The loop ---------------------------------------------------------------------------------------------------------
+
+    def _train(self, interrupts: Interrupts, started: float) -> None:
+        run, trainer, at = self._run, self._trainer, self._at
+        pace = _Pace(self._config.batch)
+        closed = at.batches
+        batches = run.feeder.batches(at.batches, run.batches)
+        try:
+            while not self._done():
+                info = trainer.step(run.taught(next(batches)))
+                at.batches += 1
+                pace.count()
+                if at.batches == run.batches:
+                    info = trainer.flush() or info
+                if not (info.updated or info.skipped):
+                    continue
+                self._shown.stepped(trainer.steps, trainer.skipped)
+                new_epoch = at.batches // run.feeder.per_epoch > closed // run.feeder.per_epoch
+                closed = at.batches
+                logged = self._after(info, pace, new_epoch=new_epoch)
+                at.seconds = time.perf_counter() - started
+                if info.updated and trainer.steps % self._config.checkpoint.every == 0:
+                    self._save()
+                if self._stops(interrupts, logged=logged):
+                    self._save()
+                    raise KeyboardInterrupt
+        finally:
+            batches.close()
+
+    def _done(self) -> bool:
+        if self._config.steps is not None:
+            return self._trainer.steps >= self._config.steps
+        return self._run.batches is not None and self._at.batches >= self._run.batches
+
+    def _stops(self, interrupts: Interrupts, *, logged: bool) -> bool:
+        """Return whether to stop between two steps; several processes agree on it where they log, which waits anyway."""
+        if self._ranks.world == 1:
+            return interrupts.asked and not self._done()
+        return logged and self._ranks.any(interrupts.asked) and not self._done()
+
+    def _after(self, info: StepInfo, pace: _Pace, *, new_epoch: bool) -> bool:
+        """Log and validate where it is time to; return whether a line was logged."""
+        step, every = self._trainer.steps, self._config.validate_every
+        logs = info.updated and (step % self._config.log.every == 0 or self._done())
+        if logs:
+            self._at.loss = info.loss
+            line = {
+                "loss": info.loss,
+                "grad_norm": info.grad_norm,
+                "scale": info.scale,
+                "skipped": self._trainer.skipped,
+                "lr": info.lr,
+                "samples_per_s": pace.rate(),
+            }
+            self._write(step, line)
+            self._shown.logged(step, line)
+        due = new_epoch if every is None else info.updated and step % every == 0
+        if self._run.parts.validation is not None and (due or self._done()):
+            result = self._run.score(self._trainer.model, "validation", self._run.policy.autocast(self._ranks.device))
+            self._at.validation = result.model_dump()
+            self._write(step, {"validation": self._at.validation})
+            self._shown.validated(step, result)
+            pace.restart()
+        return logs
+
+    # What is written --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _logging(self) -> Generator[None]:
+        """Write the log and the skips from the first process, on from where the run stands."""
+        if self._ranks.rank != 0:
+            yield
+            return
+        skips = self._out / SKIPS
+        keep_lines(skips, self._trainer.skipped)
+        self._trainer.ledger.write_to(skips)
+        tensorboard, step = self._config.log.tensorboard, self._trainer.steps
+        with RunLog(self._out, tensorboard=tensorboard, lines=self._at.lines, step=step) as self._log:
+            yield
+
+    def _write(self, step: int, record: dict[str, Any]) -> None:
+        self._at.lines += 1
+        if self._log is not None:
+            self._log.write(step, record)
+
+    def _save(self) -> None:
+        checkpoints.save(
+            self._out / CHECKPOINTS,
+            {"trainer": self._trainer.state_dict(), "position": asdict(self._at)},
+            step=self._trainer.steps,
+            ranks=self._ranks,
+            own={"random": random_state()},
+            keep=self._config.checkpoint.keep,
+        )
+
+    def _restore(self) -> None:
+        """Go on from the last good checkpoint, if there is one."""
+        model = unwrapped(self._trainer.model)
+        layout = checkpoints.Layout.of(model, self._trainer.optimizer)
+        found = checkpoints.load_latest(self._out / CHECKPOINTS, ranks=self._ranks, layout=layout)
+        if found is None:
+            self._shown.note(f"{self._out} holds no checkpoint yet: training begins anew")
+            return
+        check_keys(model.state_dict(), found.state["trainer"]["model"], f"checkpoint {found.path}")
+        self._trainer.load_state_dict(found.state["trainer"])
+        self._at = _Position(**found.state["position"])
+        if found.own is not None:
+            set_random_state(found.own["random"])
+        else:  # other processes than before: any numbers do, if they are the same each time
+            torch.manual_seed(hash((self._config.seed, self._trainer.steps, self._ranks.rank)))
+
+    def _finish(self) -> RunResult:
+        """Write the weights and the result, from the first process."""
+        weights = {name: _whole(tensor) for name, tensor in self._run.network.state_dict().items()}
+        if self._ranks.rank == 0:
+            write_result(self._out, self._result(write_weights(self._out, weights)))
+        self._ranks.gather(None)  # the others wait for the files
+        result = read_result(self._out)
+        assert result is not None
+        return result
+
+    def _result(self, sha256: str) -> RunResult:
+        """Return what the run came to; the report part is scored with the weights as they were written, in FP32."""
+        run = self._run
+        module = fresh_module(run.architecture).module
+        load_weights(module, read_weights(self._out, sha256), str(self._out))
+        return RunResult(
+            model=run.architecture.name,
+            arguments=dict(run.architecture.arguments),
+            input=run.architecture.input,
+            sha256=sha256,
+            parameters=run.parameters,
+            precision=run.policy.name,
+            seed=self._config.seed,
+            split_seed=self._config.data.split_seed,
+            parts={name: part_of(part) for name, part in run.parts._asdict().items() if part is not None},
+            validation=None if self._at.validation is None else Result(**self._at.validation),
+            report=run.score(module.to(self._ranks.device), "report"),
+            loss=self._at.loss,
+            steps=self._trainer.steps,
+            skipped=self._trainer.skipped,
+            seconds=self._at.seconds,
+            environment=environment(self._ranks.device, self._ranks.world),
+        )
+
+
+def _placed(run: Assembled) -> nn.Module:
+    """Return what is trained, on the processes: the network, or a student around it whose features are compared."""
+    module = run.network
+    if run.distillation is not None:
+        module = run.distillation.student(module, run.example())
+    spread = shard if run.config.ranks == "sharded" else replicate
+    return spread(module, run.ranks, run.policy)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class _Pace:
+    """Samples per second since it was last asked."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew: what came between was no training."""
+        self._count = 0
+        self._since = time.perf_counter()
+
+    def count(self) -> None:
+        """A batch was computed."""
+        self._count += 1
+
+    def rate(self) -> float | None:
+        """Return the rate, None without batches, and begin anew."""
+        seconds = time.perf_counter() - self._since
+        rate = self._count * self._batch / seconds if self._count else None
+        self.restart()
+        return rate
