@@ -88,6 +88,10 @@ def compare(what, groups, clip_norm, zero, broken, kernels):
     their_steps, inverse = torch.full((5,), 3.0), torch.tensor(1 / 1024)
     steps, there = their_steps.to(DEVICE, copy=True), inverse.to(DEVICE)
     for turn in range(2):
+        if turn == 1:  # a gradient of another address; the old one would be noticed
+            moved = groups[0].members[1]
+            groups[0].members[1] = moved._replace(gradient=moved.gradient.clone())
+            moved.gradient.fill_(torch.nan)
         if broken is not None and turn == 1:
             for one in (groups, theirs):
                 adamw_reference.flat(one[0].members[1].gradient)[2000] = broken
