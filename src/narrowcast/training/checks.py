@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from narrowcast.errors import TrainingError
 
-__all__ = ["check_rounding", "check_weights", "check_settings", "trained_parameters", "unwrapped"]
+__all__ = ["check_rounding", "check_settings", "check_weights", "replicas_in", "trained_parameters", "unwrapped"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -27,6 +27,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def replicas_in(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the replicas that a module is, or that it was compiled from; None if there are none."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod  # pyright: ignore[reportPrivateUsage]
+    return model if isinstance(model, DistributedDataParallel) else None
 
 
 def trained_parameters(model: nn.Module, loss: Any, optimizer: Optimizer) -> dict[str, nn.Parameter]:

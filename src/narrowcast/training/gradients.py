@@ -122,9 +122,12 @@ class Gradients:
 
     def _norms(self) -> Tensor:
         """Return the norm of each gradient, FP32."""
+        groups = self._by_device()
+        if len(groups) == 1:
+            return torch.stack(multi_tensor.norms(self._values)).to(self._device, torch.float32)
         norms = {
             id(one): norm
-            for values in self._by_device().values()
+            for values in groups.values()
             for one, norm in zip(values, multi_tensor.norms(values), strict=True)
         }
         return torch.stack([norms[id(one)].to(self._device, torch.float32) for one in self._values])

@@ -5,30 +5,50 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from narrowcast.training import multi_tensor
+from narrowcast.training.checks import replicas_in, unwrapped
 from narrowcast.training.gradients import Broken, Ranks
 
-__all__ = ["Reduction"]
+if TYPE_CHECKING:
+    from torch.distributed import GradBucket
+
+__all__ = ["Origin", "Reduction"]
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = 1 << 24  # elements that are summed over ranks at once
 
 
-class Reduction:
-    """Brings gradients of ranks together once in a window: by DistributedDataParallel during backward, or afterwards.
+class Origin(NamedTuple):
+    """Where numbers of an update broke first.
 
     Args:
-        model: The module as it is called; sharded modules bring their gradients together themselves.
+        rank: The first rank whose own numbers were not finite; None if only their sum is known.
+        layers: Parameters whose gradients are not finite, in the order of the backward pass.
+        kind: What the first of them holds.
+    """
+
+    rank: int | None
+    layers: tuple[str, ...]
+    kind: Literal["inf", "nan"]
+
+
+class Reduction:
+    """Brings gradients of ranks together: by PyTorch during the backward pass that closes a window, or afterwards.
+
+    Sharded modules bring them together after each backward pass themselves.
+
+    Args:
+        model: The module as it is called.
         parameters: Parameters by name, in the order of the forward pass.
         ranks: The processes that train together; None if there is one.
-        guards: Whether updates are left out; then each rank's own norms are taken before they are summed.
-        afterwards: Whether gradients are summed in FP32 when the window closes, as for BF16 weights.
+        guards: Whether updates are left out: then each rank's own norms are taken before gradients are summed.
+        afterwards: Whether replicas sum gradients in FP32 when the window has closed, as for BF16 weights.
     """
 
     def __init__(
@@ -41,31 +61,40 @@ class Reduction:
         afterwards: bool,
     ) -> None:
         self._ranks = ranks if ranks is not None and ranks.world > 1 else None
-        self._replicas = model if self._ranks is not None and isinstance(model, DistributedDataParallel) else None
+        self._replicas = replicas_in(model) if self._ranks is not None else None
         self._parameters = parameters
-        self._places = {id(one): place for place, one in enumerate(reversed(list(parameters.values())))}
+        self._names = {id(one): name for name, one in parameters.items()}
         self._afterwards = afterwards
-        self._own: list[tuple[list[int], tuple[Tensor, ...]]] = []
-        if self._replicas is not None and guards and not afterwards:
-            self._listen(self._replicas)
+        self._heard: list[tuple[list[str], Tensor]] = []  # parameters, and the norm of their gradients on this rank
+        if self._ranks is not None and guards:
+            if self._replicas is None:
+                from narrowcast.training.sharding import listen
+
+                listen(unwrapped(model), lambda names, row: self._heard.append((names, torch.linalg.vector_norm(row))))
+            elif not afterwards:
+                self._listen(self._replicas)
 
     def _listen(self, replicas: DistributedDataParallel) -> None:
-        from torch.distributed import GradBucket
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-        def hook(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-            places = [self._places.get(id(one), len(self._places)) for one in bucket.parameters()]
-            self._own.append((places, multi_tensor.norms(bucket.gradients())))
-            return allreduce_hook(state, bucket)
+        def heard(bucket: GradBucket) -> None:
+            norms = multi_tensor.norms(bucket.gradients())
+            names = [self._names.get(id(one), "") for one in bucket.parameters()]
+            self._heard.extend(([name], norm) for name, norm in zip(names, norms, strict=True))
 
-        try:
-            replicas.register_comm_hook(replicas.process_group, hook)
+        try:  # a lambda, as annotations that are strings are refused
+            replicas.register_comm_hook(
+                replicas.process_group, lambda group, bucket: (heard(bucket), allreduce_hook(group, bucket))[1]
+            )
         except RuntimeError:  # there is one already
             _log.info("the replicas have a communication hook of their own: the ledger will name no ranks")
 
+    def open(self) -> None:
+        """Forget what was heard in the window before."""
+        self._heard = []
+
     def backward(self, *, last: bool) -> AbstractContextManager[None]:
-        """Return the context of a backward pass, of which the last in a window brings gradients together."""
-        self._own = []
+        """Return the context of a backward pass; gradients of replicas come together in the last one of a window."""
         if self._replicas is None or (last and not self._afterwards):
             return nullcontext()
         return self._replicas.no_sync()
@@ -84,36 +113,39 @@ class Reduction:
             if one.grad is None:  # it may have one on another rank
                 one.grad = torch.zeros_like(one, dtype=one.grad_dtype)
             held.append(one.grad)
+        self._heard += [([name], norm) for name, norm in zip(self._parameters, multi_tensor.norms(held), strict=True)]
         for part in _parts(held):
             flat = torch.cat([one.reshape(-1) for one in part])
             means = (self._ranks.sum(flat) / self._ranks.world).split([one.numel() for one in part])
             multi_tensor.copy_(part, [mean.view_as(one) for mean, one in zip(means, part, strict=True)])
 
-    def first(self, broken: tuple[Broken, ...], loss: Tensor) -> tuple[int | None, tuple[Broken, ...]]:
-        """Return the first rank whose own numbers were not finite, and what is broken, with that rank's first ahead.
+    def origin(self, broken: tuple[Broken, ...], loss: Tensor) -> Origin:
+        """Return where numbers broke first; all ranks must ask, and all get the same rank, first layer and kind.
 
         Args:
             broken: What is broken after gradients came together, in the order of the backward pass.
             loss: This rank's own loss.
         """
+        layers = tuple(one.name for one in broken)
+        kind = broken[0].kind if broken else "nan" if loss.isnan() else "inf"
         if self._ranks is None:
-            return 0, broken
-        nowhere = len(self._places) + 1
-        place = min(
-            (at for places, norms in self._own for at, norm in zip(places, norms, strict=True) if not norm.isfinite()),
-            default=nowhere,
-        )
-        if not loss.isfinite():
-            place = min(place, 0)
+            return Origin(0, layers, kind)
+        order = [*reversed(list(self._parameters)), ""]  # of the backward pass
+        place = {name: number for number, name in enumerate(order)}
+        nowhere = 2 * len(order)
+        own = [(min(place.get(name, len(place) - 1) for name in names), norm) for names, norm in self._heard]
+        own.append((0, loss))
+        found = [2 * at + int(norm.isnan()) for at, norm in own if not norm.isfinite()]
         mine = torch.zeros(self._ranks.world, device=loss.device)
-        mine[self._ranks.rank] = place
-        everyone = self._ranks.sum(mine).tolist()
+        mine[self._ranks.rank] = min(found, default=nowhere)
+        everyone = [int(one) for one in self._ranks.sum(mine).tolist()]
         least = min(everyone)
         if least == nowhere:
-            return None, broken
-        names = list(reversed(list(self._parameters)))
-        ahead = names[int(least)] if least < len(names) else ""
-        return everyone.index(least), tuple(sorted(broken, key=lambda one: one.name != ahead))
+            return Origin(None, layers, kind)
+        first = order[least // 2]
+        return Origin(
+            everyone.index(least), (first, *(one for one in layers if one != first)), "nan" if least % 2 else "inf"
+        )
 
 
 def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:

@@ -175,8 +175,7 @@ class Trainer:
 
     def discard(self) -> None:
         """Drop the micro-batches of a window that has not closed."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self._window = Window()
+        self._open()
 
     def finish(self) -> None:
         """Wait until it is known that all updates so far were finite.
@@ -250,11 +249,9 @@ class Trainer:
         assert own is not None
         if self.watch is not None and (batch := window.first_broken()) is not None:
             self.watch.on_nonfinite(self, batch, self.steps)
-        rank, broken = self._reduction.first(gradients.broken(), own)
-        layers = tuple(one.name for one in broken)
+        rank, layers, kind = self._reduction.origin(gradients.broken(), own)
         if not self._guards:
             raise self._stopped(self.steps, f"; the first in the backward pass is {layers[0]}" if layers else "")
-        kind = broken[0].kind if broken else "nan" if own.isnan() else "inf"
         skip = Skip(self.steps, self.steps + self.skipped, rank, layers, kind, self.scale)
         self.ledger.add(skip)
         self.skipped += 1
@@ -303,6 +300,7 @@ class Trainer:
     def _open(self) -> None:
         """Open the next window."""
         self.optimizer.zero_grad(set_to_none=True)
+        self._reduction.open()
         self._window = Window()
         self._closed_at = time.perf_counter()
 

@@ -14,7 +14,7 @@ from narrowcast.training import Trainer, precision
 from narrowcast.training.float8 import Float8
 
 pytest.importorskip("torchao")
-from torchao.float8.float8_linear import Float8Linear  # noqa: E402
+from torchao.float8.float8_linear import Float8Linear
 
 EMULATED = Float8(emulate=True)
 

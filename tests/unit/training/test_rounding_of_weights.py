@@ -84,9 +84,14 @@ def test_kahan_keeps_about_16_bits_of_a_weight():
 def test_an_exception_leaves_the_weights_as_they_were():
     weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     address = weight.data_ptr()
-    with pytest.raises(ZeroDivisionError), WideUpdate([weight], "stochastic").widened():
-        weight.data.zero_()
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with WideUpdate([weight], "stochastic").widened():
+            weight.data.zero_()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert torch.equal(weight, torch.ones(4, dtype=torch.bfloat16))
     assert weight.data_ptr() == address
 

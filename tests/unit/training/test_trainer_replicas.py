@@ -1,0 +1,71 @@
+"""Two processes with the same weights: the steps of one process, and one decision."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import replicas
+
+SIZES = [6, 3, 8, 2, 5, 5, 1, 10]
+SCRIPT = Path(replicas.__file__)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each of two processes saw."""
+    folder = tmp_path_factory.mktemp("replicas")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = []
+    for one in running:
+        with one:
+            said.append((*one.communicate(timeout=240), one.returncode))
+    assert all(code == 0 for _, _, code in said), "\n".join(err for _, err, _ in said)
+    return [json.loads(out.splitlines()[-1]) for out, _, _ in said]
+
+
+@pytest.mark.parametrize("flush", [False, True], ids=["whole", "flushed"])
+@pytest.mark.parametrize("policy", ["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"])
+def test_two_processes_take_the_steps_of_one(both, policy, flush):
+    """Losses weigh tokens that count: micro-batches of 1 to 10 samples, some of them ignored, dealt out to two ranks."""
+    key = f"{policy}{' flushed' if flush else ''}"
+    alone = replicas.trained(None, policy, SIZES, flush=flush)
+    first, second = (seen["training"][key] for seen in both)
+    assert first == second
+    bound = 1e-5 if policy in ("fp32", "fp16-mixed") else 2e-2
+    for (loss, norm, updated), (expected, expected_norm, _) in zip(first["losses"], alone["losses"], strict=True):
+        assert updated
+        assert loss == pytest.approx(expected, rel=bound)
+        assert norm == pytest.approx(expected_norm, rel=2 * bound)
+    assert first["weights"] == pytest.approx(alone["weights"], abs=bound)
+
+
+@pytest.mark.parametrize(
+    ("where", "layer", "kind"), [("backward", "second.bias", "inf"), ("forward", "head.bias", "nan")]
+)
+def test_a_fault_on_one_rank_is_a_skip_on_all_and_the_ledger_names_the_rank(both, where, layer, kind):
+    for seen in both:
+        fault = seen["faults"][where]
+        assert fault == {
+            "skipped": True,
+            "moved": False,
+            "scale": 32.0,
+            "steps": 1,
+            "rank": 1,
+            "layer": layer,
+            "kind": kind,
+        }
