@@ -184,7 +184,8 @@ class Sampler:
         rows = [
             (slot // len(_PARTS), _PARTS[slot % len(_PARTS)], step, scale) for slot, (step, scale) in self._used.items()
         ]
-        index = torch.tensor(slots, device=self.device)
+        pinned = self.device.type == "cuda"  # from pageable memory a copy would wait for the device
+        index = torch.tensor(slots, dtype=torch.int64, pin_memory=pinned).to(self.device, non_blocking=True)
         places, casts = self._casts.take() if self._casts is not None else ([], None)
         tensors = [
             self._counter.counts[index],
