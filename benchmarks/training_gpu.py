@@ -13,7 +13,6 @@ whole model compiled. With --tiny --device cpu everything runs small, to try the
 import argparse
 import contextlib
 import gc
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -28,7 +27,9 @@ from statistics import median, quantiles
 
 import torch
 from torch import nn
+from training_loops import Ours, Plain, loss_itself, optimizer_of
 from training_models import text_workload, workloads
+from training_text import collected_text
 
 from narrowcast.training.fused import FusedAdamW
 from narrowcast.training.gradients import Gradients
@@ -42,7 +43,6 @@ PRECISIONS = {
     "wide": ["bf16-mixed", "fp8-mixed"],
     "resnet": ["tf32", "bf16-mixed", "fp16-mixed", "fp32"],
 }
-CAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16, "fp8-mixed": torch.bfloat16}
 CLIP = 1.0
 ROUND_SECONDS = 0.5  # what one loop runs for in a round, about
 
@@ -112,68 +112,6 @@ def spread(values):
 def set_tf32(allowed):
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
-
-
-def optimizer_of(workload, parameters, name):
-    if workload.unit == "images":
-        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-5, fused=True)
-    make = {
-        "torch": lambda: torch.optim.AdamW(parameters, lr=1e-4, fused=True),
-        "fused": lambda: FusedAdamW(parameters, 1e-4),
-    }
-    return make[name]()
-
-
-# A loop written by hand
-
-
-class Plain:
-    """What a person writes with PyTorch's parts alone."""
-
-    def __init__(self, model, optimizer, precision, device, clip_norm):
-        if precision == "fp8-mixed":
-            convert_to_float8(model)
-        self.model, self.optimizer, self.device, self.clip_norm = model, optimizer, device, clip_norm
-        self.cast = CAST.get(precision)
-        self.scaler = torch.amp.GradScaler(device, enabled=precision == "fp16-mixed")
-
-    def step(self, batch):
-        with torch.autocast(self.device, dtype=self.cast, enabled=self.cast is not None):
-            loss = self.model(*batch)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-
-def convert_to_float8(model):
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-    linear = [name for name, part in model.named_modules() if type(part) is nn.Linear]
-    convert_to_float8_training(
-        model,
-        config=Float8LinearConfig.from_recipe_name("tensorwise"),
-        module_filter_fn=lambda _part, name: name not in (linear[0], linear[-1]),
-    )
-
-
-class Ours:
-    """The same through the trainer."""
-
-    def __init__(self, model, optimizer, precision, device, clip_norm):
-        self.model, self.optimizer = model, optimizer
-        self.trainer = Trainer(model, optimizer, loss_itself, precision=precision, clip_norm=clip_norm)
-
-    def step(self, batch):
-        return self.trainer.step((batch, batch[1])).mean_loss
-
-
-def loss_itself(value, _targets):
-    return value
 
 
 # How fast a step is
@@ -394,36 +332,6 @@ def tune(report, options):
 
 
 # Whether losses agree on real text
-
-
-def collected_text(limit):
-    """Return documentation that installed packages ship, as bytes, and what it is made of."""
-    roots = sorted({Path(path) for path in sys.path if path.endswith("-packages") and Path(path).is_dir()})
-    roots += [Path(os.__file__).parent]
-    found, files, seen = bytearray(), 0, set()
-    for root in roots:
-        for path in sorted(itertools.chain(root.rglob("*.md"), root.rglob("*.rst"), root.rglob("*.txt"))):
-            if path.name in ("top_level.txt", "entry_points.txt", "SOURCES.txt") or len(found) >= limit:
-                continue
-            text = path.read_bytes()
-            digest = hashlib.sha256(text).digest()
-            if 2000 <= len(text) <= 400_000 and digest not in seen and text.isascii():
-                seen.add(digest)
-                found += text[: limit - len(found)] + b"\n"
-                files += 1
-    kind = "*.md, *.rst and *.txt of installed packages"
-    if len(found) < limit // 4:  # too few documents: the sources of the standard library, docstrings and all
-        kind += ", and the standard library's sources"
-        for path in sorted(Path(os.__file__).parent.glob("*.py")):
-            found += path.read_bytes() + b"\n"
-            files += 1
-    return bytes(found), {
-        "text": kind,
-        "tokens": "bytes",
-        "bytes": len(found),
-        "files": files,
-        "sha256": hashlib.sha256(found).hexdigest(),
-    }
 
 
 def run_curves(options):
