@@ -84,7 +84,7 @@ class Tables:
             return self._layout
         kinds = [_kind(member) for member in members]
         if self._layout is not None and fixed == self._fixed and kinds == self._kinds:
-            moved = torch.tensor([gradients[row] for row in self._layout.rows])
+            moved = torch.tensor([gradients[row] for row in self._layout.rows], device="cpu")
             self._layout.addresses[1].copy_(_pinned(moved, self._device), non_blocking=True)
         else:
             self._layout = _lay_out(groups, self._device, self._chunk)
@@ -102,10 +102,10 @@ def _kind(member: Member) -> tuple[torch.dtype, bool, torch.dtype, bool]:
 def _lay_out(groups: Sequence[Group], device: torch.device, chunk: int) -> Layout:
     listed = [(number, member) for number, group in enumerate(groups) for member in group.members]
     order = sorted(range(len(listed)), key=lambda at: (str(_kind(listed[at][1])), listed[at][0]))
-    lengths = torch.tensor([listed[at][1].parameter.numel() for at in order])
+    lengths = torch.tensor([listed[at][1].parameter.numel() for at in order], device="cpu")
     counts = (lengths + chunk - 1) // chunk
-    chunk_rows = torch.repeat_interleave(torch.arange(len(order)), counts)
-    chunk_starts = (torch.arange(len(chunk_rows)) - (counts.cumsum(0) - counts)[chunk_rows]) * chunk
+    chunk_rows = torch.repeat_interleave(torch.arange(len(order), device="cpu"), counts)
+    chunk_starts = (torch.arange(len(chunk_rows), device="cpu") - (counts.cumsum(0) - counts)[chunk_rows]) * chunk
     launches, first, row = [], 0, 0
     for (kind, group), same in groupby(order, key=lambda at: (_kind(listed[at][1]), listed[at][0])):
         rows = len(list(same))
@@ -113,7 +113,8 @@ def _lay_out(groups: Sequence[Group], device: torch.device, chunk: int) -> Layou
         gradient, aligned, parameter, compensated = kind
         launches.append(Launch(first, chunks, group, parameter, gradient, aligned, compensated))
         first, row = first + chunks, row + rows
-    addresses = torch.tensor([[0 if x is None else x.data_ptr() for x in listed[at][1][1:]] for at in order]).T
+    pointers = [[0 if x is None else x.data_ptr() for x in listed[at][1][1:]] for at in order]
+    addresses = torch.tensor(pointers, device="cpu").T
     betas = [[logarithm(beta) for beta in groups[listed[at][0]].betas] for at in order]
 
     def there(values: torch.Tensor) -> torch.Tensor:
@@ -124,11 +125,11 @@ def _lay_out(groups: Sequence[Group], device: torch.device, chunk: int) -> Layou
         order,
         addresses=there(addresses),
         lengths=there(lengths),
-        indices=there(torch.tensor([listed[at][1].number for at in order], dtype=torch.int32)),
-        places=there(torch.tensor(order, dtype=torch.int32)),
+        indices=there(torch.tensor([listed[at][1].number for at in order], dtype=torch.int32, device="cpu")),
+        places=there(torch.tensor(order, dtype=torch.int32, device="cpu")),
         chunk_rows=there(chunk_rows.int()),
         chunk_starts=there(chunk_starts),
-        logarithms=there(torch.tensor(betas, dtype=torch.float64)),
+        logarithms=there(torch.tensor(betas, dtype=torch.float64, device="cpu")),
     )
 
 

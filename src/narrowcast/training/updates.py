@@ -88,8 +88,13 @@ class _Fused:
         self._clip_norm = clip_norm
         self._ranks = ranks
         self._before = before
+        keeps = isinstance(optimizer, SGD) and any(group["momentum"] for group in optimizer.param_groups)
+        self._first = _Plain(optimizer, clip_norm, ranks, before) if keeps else None
 
     def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
+        if self._first is not None and not self._optimizer.state:
+            # SGD keeps its first gradients as momentum: told to leave that update out, it would keep what the memory held.
+            return self._first(gradients, factor, loss, decide=decide)
         norm, finite, factor = _measured(gradients, factor, loss, self._clip_norm, self._ranks)
         self._before()
         if isinstance(factor, Tensor):
