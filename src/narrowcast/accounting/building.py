@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from narrowcast.errors import ModelError, NarrowcastError
 
-__all__ = ["failed", "fake_copy", "fake_module"]
+__all__ = ["dtype_of", "failed", "fake_copy", "fake_module", "in_dtype_of"]
 
 _SMALL = 4096  # elements
 _KNOWN = frozenset(
@@ -89,6 +89,20 @@ def failed(error: Exception, where: str) -> ModelError:
 def _first_line(error: Exception) -> str:
     """Return what an error says, in one line; its class if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """Return what all floating parameters of a module are in; None if there are none, or if they differ."""
+    found = {one.dtype for one in module.parameters() if one.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+def in_dtype_of(module: nn.Module, inputs: Any) -> Any:
+    """Return inputs that a module in half precision takes: those of FP32 in its own dtype."""
+    dtype = dtype_of(module)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return inputs
+    return tree_map_only(torch.Tensor, lambda one: one.to(dtype) if one.dtype is torch.float32 else one, inputs)
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -1,7 +1,7 @@
 """Operators that take functions (``torch.cond``, ``while_loop``, ``flex_attention``), for runs without numbers.
 
-A branch that numbers decide is not known, so all are run: the count keeps the one with the most MACs, and memory follows the one
-that needs most. Of a loop one pass is run, and the passes after it are listed as not counted.
+A branch that numbers decide is not known, so all are run: the count keeps the one with the most MACs, and memory follows the
+one that needs most. Of a loop one pass is run, and the passes after it are listed as not counted.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from narrowcast.accounting.building import fake_module
+from narrowcast.accounting.building import dtype_of, fake_module
 from narrowcast.accounting.lives import Life, Lives
 from narrowcast.accounting.packing import packed_sizes
 from narrowcast.accounting.policies import POLICIES
@@ -272,6 +272,7 @@ def _run(
     mode: str,
     loss: Callable[[Any], torch.Tensor] | None,
 ) -> _Followed:
+    _check_dtype(module, setting)
     module = placed(module, fake, setting)
     if mode == "train":
         lives = training(module, fake, args, kwargs, setting, loss)
@@ -281,6 +282,24 @@ def _run(
     gradients = sum(tensor.numel() * tensor.element_size() for tensor in trained) if mode == "train" else 0
     return _Followed(
         lives, gradients, largest_unit(module, DTYPES.get(setting.policy.compute, torch.bfloat16).itemsize)
+    )
+
+
+def _check_dtype(module: nn.Module, setting: Setting) -> None:
+    """Make sure that a module is in the format that a policy keeps parameters in.
+
+    Raises:
+        ModelError: It is in another one, whatever it was built under.
+    """
+    own = dtype_of(module)
+    if own is None or own is setting.dtype:
+        return
+    fitting = [entry.name for entry in POLICIES.values() if DTYPES[entry.rest] is own]
+    raise ModelError(
+        f"the module is in {str(own).removeprefix('torch.')}, and {setting.policy.name} keeps its parameters in "
+        f"{setting.policy.rest}",
+        allowed=", ".join(fitting),
+        next_step="take one of these, or have the model built without a dtype of its own",
     )
 
 

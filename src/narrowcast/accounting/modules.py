@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from narrowcast.accounting.building import dtype_of
 from narrowcast.accounting.experts import idle_parameters
 from narrowcast.accounting.operators import Trace
 from narrowcast.accounting.profile import Counted, Layer, Parameters
@@ -75,4 +76,5 @@ def _parameters(module: nn.Module, run: Trace) -> Parameters:
         by_kind=dict(kinds.most_common()),
         tied=tied,
         bytes=size,
+        dtype=str(dtype_of(module) or "").removeprefix("torch."),
     )

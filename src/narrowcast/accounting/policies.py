@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from narrowcast.errors import FormatError
 
-__all__ = ["POLICIES", "Policy", "policy"]
+__all__ = ["POLICIES", "Policy", "own_policy", "policy"]
 
 
 class Policy(NamedTuple):
@@ -71,6 +71,15 @@ POLICIES: dict[str, Policy] = {
         Policy("nf4-double", "nf4", "bf16", "bf16", "bf16", double_quantised=True),
     )
 }
+
+
+def own_policy(dtype: str) -> Policy:
+    """Return the policy of a model as it is.
+
+    Args:
+        dtype: What its floating parameters are in, ``float16`` or ``bfloat16``; FP32 is taken for everything else.
+    """
+    return POLICIES[{"float16": "fp16", "bfloat16": "bf16"}.get(dtype, "fp32")]
 
 
 #: Other names of policies, by those in use.

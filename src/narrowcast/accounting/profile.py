@@ -36,6 +36,7 @@ class Parameters(_Frozen):
         by_kind: By the class of the module that owns them (the first, if several do); by operator type in ONNX graphs.
         tied: Names of tensors that are another's under a second name.
         bytes: In the dtypes that the model was built with, or is stored in.
+        dtype: What all floating ones of a module are in, such as ``float16``; empty if they differ, and for ONNX graphs.
     """
 
     total: int
@@ -44,6 +45,7 @@ class Parameters(_Frozen):
     by_kind: dict[str, int]
     tied: dict[str, str]
     bytes: int
+    dtype: str = ""
 
 
 class Part(_Frozen):

@@ -57,11 +57,12 @@ class Source:
         Raises:
             ModelError: The inputs do not fit, or the run depends on numbers.
         """
+        from narrowcast.accounting.building import fake_module, in_dtype_of
         from narrowcast.accounting.modules import count_module
-        from narrowcast.accounting.trace import fake_module
 
         module, mode = fake_module(self.build)
-        return count_module(module, self.examples(), self.named(), mode=mode, train=train)
+        args, named = in_dtype_of(module, (self.examples(), self.named()))
+        return count_module(module, args, named, mode=mode, train=train)
 
 
 @dataclass(frozen=True)
@@ -202,11 +203,55 @@ def _transformers(reference: str, given: Sequence[Given], tokens: int, batch: in
         config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}/config.json cannot be used: {str(error).splitlines()[0]}") from error
-    kind = library.AutoModelForCausalLM
-    if type(config) not in kind._model_mapping:
-        kind = library.AutoModel
+    kind = _auto_class(library, config)
 
     def examples() -> tuple[Any, ...]:
-        return _positional(given) if given else (torch.zeros(batch, tokens, dtype=torch.int64),)
+        return _positional(given) if given else (_main_input(reference, kind, config, tokens, batch),)
 
-    return Source(reference, lambda: kind.from_config(config), examples, lambda: _named(given), config)
+    def named() -> dict[str, Any]:
+        ids = (
+            {} if given or not decodes(config) else {"decoder_input_ids": torch.zeros(batch, tokens, dtype=torch.int64)}
+        )
+        return ids | _named(given)
+
+    return Source(reference, lambda: kind.from_config(config), examples, named, config)
+
+
+def decodes(config: Any) -> bool:
+    """Return whether a configuration of transformers is of an encoder and a decoder that attends to it."""
+    return bool(config.is_encoder_decoder)
+
+
+def _auto_class(library: Any, config: Any) -> Any:
+    """Return what builds a configuration: whole encoder-decoders before what is their decoder alone."""
+    whole = (library.AutoModelForSeq2SeqLM, library.AutoModelForSpeechSeq2Seq)
+    wanted = whole if decodes(config) else (library.AutoModelForCausalLM,)
+    for kind in (*wanted, library.AutoModel):
+        if type(config) in kind._model_mapping:
+            return kind
+    raise ModelError(
+        f"transformers builds no model from {type(config).__name__}", allowed="the configuration of a model"
+    )
+
+
+def _main_input(reference: str, kind: Any, config: Any, tokens: int, batch: int) -> Any:
+    """Return what a model of transformers takes first: tokens, or a whole window of audio features.
+
+    Raises:
+        ModelError: It takes something whose shape its configuration does not say.
+    """
+    torch = require_torch(reference)
+    built = kind._model_mapping[type(config)]
+    name = (built[0] if isinstance(built, tuple) else built).main_input_name
+    if name == "input_ids":
+        return torch.zeros(batch, tokens, dtype=torch.int64)
+    fields = config.to_dict()
+    if name == "input_features" and {"num_mel_bins", "max_source_positions"} <= fields.keys():
+        return torch.zeros(batch, fields["num_mel_bins"], 2 * fields["max_source_positions"])
+    if name == "pixel_values" and {"num_channels", "image_size"} <= fields.keys():
+        side = fields["image_size"]
+        return torch.zeros(batch, fields["num_channels"], *(side if isinstance(side, list | tuple) else (side, side)))
+    raise ModelError(
+        f"{reference} takes {name}, whose shape its configuration does not say",
+        next_step=f"give it: --input {name}=...",
+    )

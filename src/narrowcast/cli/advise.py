@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
+from narrowcast.cli.garbage import seldom_collected
 from narrowcast.cli.numbers import plain
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ def advise(
     ],
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16, bf16 ...; the widest that the device multiplies in unless given."),
+        typer.Option(
+            help="fp32, fp16, bf16, int8-static ...; the module's own half precision, or the widest that the device multiplies "
+            "in, unless given."
+        ),
     ] = None,
     runtime: Annotated[
         str | None, typer.Option(help="onnxruntime or torch; the usual one for the device unless given.")
@@ -71,10 +75,11 @@ def advise(
     from narrowcast.accounting.sources import source
 
     target = device_of(device)
-    formats = policy(precision) if precision else default_policy(target)
+    given = policy(precision) if precision else None
     asked = source(model, inputs=inputs or [], tokens=tokens, batch=batch)
-    with errors_console().status("tracing", spinner="dots"):
-        context = Context(profile(asked), target, formats, runtime)
+    with seldom_collected(), errors_console().status("tracing", spinner="dots"):
+        counted = profile(asked)
+        context = Context(counted, target, given or default_policy(target, counted.parameters.dtype), runtime)
         found = find(context)
     shown = [item for item in found if everything or item.worth_showing][:top]
     if json:
@@ -157,6 +162,7 @@ def _closing(context: Context, shown: list[Advice], hidden: int) -> list[str]:
         lines.append("Gains do not add up: several items concern the same operators.")
     if hidden:
         lines.append(f"{hidden} more not shown: narrowcast advise --all shows everything that was found.")
+    lines += [f"{note[0].upper()}{note[1:]}." for note in context.estimate.notes]
     lines.append(f"Estimated from: {context.estimate.source}")
     return lines
 

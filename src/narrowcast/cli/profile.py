@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from narrowcast.accounting.policies import POLICIES, Policy, policy
+from narrowcast.accounting.policies import POLICIES, Policy, own_policy, policy
 from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
 from narrowcast.cli.files import check_file, write_file
+from narrowcast.cli.garbage import seldom_collected
 from narrowcast.errors import ModelError, UserError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class _Asked:
     tokens: int | None
     batch: int | None
     train: bool
-    policy: Policy
+    policy: Policy | None  # what the model is in unless given
     device: Device | None
     largest: bool
     training: dict[str, Any]
@@ -65,7 +66,12 @@ def profile(
         ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a language model (128 unless given).", rich_help_panel=_COUNTED)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a language model, on both sides of an encoder-decoder (128 unless given).",
+            rich_help_panel=_COUNTED,
+        ),
     ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Samples, where no shape is given (1).", rich_help_panel=_COUNTED)
@@ -78,13 +84,14 @@ def profile(
         typer.Option(help="Another model, shown side by side.", metavar="MODEL", rich_help_panel=_COUNTED),
     ] = None,
     precision: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help=f"Number formats: {', '.join(POLICIES)}.",
+            help=f"Number formats: {', '.join(POLICIES)}. int8, int4 and nf4 are formats for weights alone, int8-static (W8A8) "
+            "for activations too. Unless given: fp32, or what the module itself is in.",
             metavar="NAME",
             rich_help_panel=_FORMATS,
         ),
-    ] = "fp32",
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -170,12 +177,12 @@ def profile(
         tokens=tokens,
         batch=batch,
         train=mode is Mode.TRAIN,
-        policy=policy(precision),
+        policy=None if precision is None else policy(precision),
         device=chosen,
         largest=largest_batch,
         training={name: value for name, value in training.items() if value is not None},
     )
-    with _quiet(debug), errors_console().status("tracing", spinner="dots"):
+    with seldom_collected(), _quiet(debug), errors_console().status("tracing", spinner="dots"):
         found = [_costs(name, asked) for name in (model, *([compare] if compare else []))]
         if html is not None:
             from narrowcast.report.profile import render_profile
@@ -222,24 +229,25 @@ def _costs(model: str, asked: _Asked) -> Costs:
 
     origin = source(model, inputs=asked.inputs, tokens=asked.tokens, batch=asked.batch)
     found = count(origin, train=asked.train)
-    times = None if asked.device is None else estimate(found.operators, asked.device, asked.policy)
+    formats = asked.policy or own_policy(found.parameters.dtype)
+    times = None if asked.device is None else estimate(found.operators, asked.device, formats)
     held = largest = None
     if isinstance(origin, Source):
         from narrowcast.accounting.capacity import largest_batch
         from narrowcast.accounting.memory import memory
 
-        setting = _setting(asked)
+        setting = _setting(asked, formats)
         held = memory(origin, **setting)
         if asked.largest and asked.device is not None and asked.device.memory.bytes is not None:
             largest = largest_batch(lambda batch: _of_batch(model, asked, batch), asked.device.memory.bytes, **setting)
     elif asked.largest:
         raise ModelError(f"the memory of {model} cannot be followed", allowed="a PyTorch module with --largest-batch")
     config = origin.config if isinstance(origin, Source) else None
-    kept = _cache(config, asked.policy) if found.attention.masked else None  # nothing is kept where all tokens see all
-    return Costs(found, asked.policy, asked.device, times, held, kept, largest)
+    kept = _cache(config, formats) if found.attention.masked else None  # nothing is kept where all tokens see all
+    return Costs(found, formats, asked.device, times, held, kept, largest)
 
 
-def _setting(asked: _Asked) -> dict[str, Any]:
+def _setting(asked: _Asked, formats: Policy) -> dict[str, Any]:
     """Return what memory depends on."""
     device = asked.device
     known = {} if device is None or device.capability is None else {"capability": device.capability}
@@ -247,7 +255,7 @@ def _setting(asked: _Asked) -> dict[str, Any]:
         asked.training
         | known
         | {
-            "policy": asked.policy.name,
+            "policy": formats.name,
             "mode": "train" if asked.train else "infer",
             "device": "cuda" if device is not None and device.kind == "gpu" else "cpu",
         }

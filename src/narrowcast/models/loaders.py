@@ -236,12 +236,6 @@ def _python(ref: ModelRef, seed: int, architecture: Architecture | None = None) 
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             raise ModelError(f"model {ref}: example input {name!r} is {type(value).__name__}", allowed=hint)
-        if value.shape[0] < 2:
-            raise ModelError(
-                f"model {ref}: example input {name!r} has batch {value.shape[0]}",
-                allowed="a batch of at least 2, because PyTorch's exporter fixes a batch of 1",
-                next_step="repeat the example along its first axis",
-            )
     return TorchModel(module, values, names)
 
 
@@ -271,6 +265,13 @@ def _run(ref: ModelRef, seed: int) -> TorchModel:
 
 def _load_torch(ref: ModelRef, seed: int) -> Model:
     made = _MODULES[ref.scheme](ref, seed)
+    for name, value in zip(made.names, made.examples, strict=True):
+        if value.shape[0] < 2:
+            raise ModelError(
+                f"model {ref}: example input {name!r} has batch {value.shape[0]}",
+                allowed="a batch of at least 2, because PyTorch's exporter fixes a batch of 1",
+                next_step="repeat the example along its first axis",
+            )
     model = export(made.module, made.examples, made.names, str(ref))
     return _finish(ref, model, random_weights=made.random_weights, image=made.image, tokenize=made.tokenize)
 

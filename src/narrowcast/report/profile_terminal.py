@@ -90,6 +90,9 @@ def notes(costs: Costs) -> Iterator[str]:
         names = ", ".join(f"{name} is {first}" for name, first in list(tied.items())[:3])
         more = f" and {len(tied) - 3} more" if len(tied) > 3 else ""
         yield f"Tied, counted once in the total: {names}{more}"
+    own = costs.profile.parameters.dtype
+    if own in ("float16", "bfloat16"):
+        yield f"The module itself is in {own}."
     if costs.estimate is not None and costs.estimate.source:
         yield f"Times: {costs.estimate.source}"
         yield from (f"{note[0].upper()}{note[1:]}" for note in costs.estimate.notes)

@@ -11,7 +11,7 @@ from narrowcast.accounting.advice.rewriting import batched
 from narrowcast.accounting.advice.widths import IMAGE_CHANNELS
 from narrowcast.accounting.devices import Device
 from narrowcast.accounting.kinds import Kind
-from narrowcast.accounting.policies import POLICIES, Policy
+from narrowcast.accounting.policies import POLICIES, Policy, own_policy
 from narrowcast.accounting.roofline import Estimate
 from narrowcast.errors import DeviceError
 from narrowcast.formats.table import get
@@ -77,8 +77,19 @@ def _candidates(device: Device) -> Iterator[_Candidate]:
             yield _Candidate(policy, "weight-only", how, _WEIGHTS_LIMITS)
 
 
-def default_policy(device: Device) -> Policy:
-    """Return the widest precision that a device multiplies in: the one that a model needs no change for."""
+def default_policy(device: Device, dtype: str = "float32") -> Policy:
+    """Return the precision that a model needs no change for: its own, or the widest that a device multiplies in.
+
+    Args:
+        device: Where it runs.
+        dtype: What the model's parameters are in.
+
+    Raises:
+        DeviceError: Nobody states how fast the device multiplies in any usual format.
+    """
+    own = own_policy(dtype)
+    if own.name != "fp32" and device.peak(own.compute):
+        return own
     known = (*(POLICIES[name] for name in ("fp32", "fp16", "bf16")), _STATIC_INT8)
     found = next((policy for policy in known if device.peak(policy.compute)), None)
     if found is None:
