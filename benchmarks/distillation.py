@@ -1,6 +1,6 @@
 """A student with and without a teacher on mnist5k, over five seeds: does distillation help, and by how much?
 
-    python benchmarks/distillation.py       # about five minutes on one core; writes results/distillation.json
+    python benchmarks/distillation.py       # about six minutes on one core; writes results/distillation.json
 
 The data are split in three as ``narrowcast optimize`` splits them. A convolutional teacher is trained once on the first part,
 with random shifts. For each seed the student, of at most a tenth of its parameters, is trained twice on the same part, from the
@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,10 @@ def teacher_network(width: int = 32) -> nn.Sequential:
         nn.Dropout(0.3),
         nn.Linear(36 * width, 10),
     )
+
+
+def dense_student(width: int = 8) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 def student_network(width: int = 8) -> nn.Sequential:
@@ -129,9 +133,11 @@ def train_teacher(data: Part) -> nn.Module:
     return trained(teacher_network(), F.cross_entropy, batches, RATES["teacher"])
 
 
-def train_student(data: Part, seed: int, distillation: Distillation | None) -> nn.Module:
+def train_student(
+    data: Part, seed: int, distillation: Distillation | None, make: Callable[[], nn.Module] = student_network
+) -> nn.Module:
     torch.manual_seed(seed)
-    network = student_network()
+    network = make()
     batches: list[Any] = []
     for index in order(len(data.labels), EPOCHS["student"], seed):
         images, labels = data.images[index], data.labels[index]
@@ -178,6 +184,31 @@ def compared(data: tuple[Part, Part, Part], teacher: nn.Module, sha256: str, fol
     }
 
 
+def others(data: tuple[Part, Part, Part], teacher: nn.Module, sha256: str, folder: str) -> list[dict[str, Any]]:
+    """Return the paired differences of other students, at each temperature: where distillation helps, and where it harms."""
+    train, _, report = data
+    found: list[dict[str, Any]] = []
+    for name, make in OTHERS.items():
+        alone = [report.accuracy(train_student(train, seed, None, make)) for seed in SEEDS]
+        for temperature in TEMPERATURES:
+            distillation = Distillation(teacher, temperature=temperature, alpha=ALPHA)
+            cached = CachedData(sha256, len(train.labels), lambda index: train.images[index])
+            distillation.cache = TeacherCache.fill(folder, distillation, cached)
+            distilled = [report.accuracy(train_student(train, seed, distillation, make)) for seed in SEEDS]
+            difference = interval([b - a for a, b in zip(alone, distilled, strict=True)])
+            about = {"student": name, "parameters": parameters(make()), "temperature": temperature}
+            found.append(about | {"labels_alone": float(np.mean(alone)), "difference": difference})
+            print(name, temperature, difference["mean"], difference["low"], difference["high"], flush=True)
+    return found
+
+
+#: Students whose temperature is not chosen: they only show how much depends on the student.
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "convolutional, 2 channels": lambda: student_network(2),
+    "fully connected, 8 hidden": dense_student,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "distillation.json")
@@ -190,6 +221,7 @@ def main() -> None:
     print(f"teacher: {parameters(teacher)} parameters, {report.accuracy(teacher):.4f}, {seconds:.0f} s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         found = compared((train, choose, report), teacher, sha256, folder)
+        more = others((train, choose, report), teacher, sha256, folder)
     result = {
         "protocol": " ".join((__doc__ or "").split("\n\n")[-1].split()),
         "data": {"source": "bundled:mnist5k", "sha256": sha256, "split_seed": 0}
@@ -208,6 +240,7 @@ def main() -> None:
         },
         "seeds": list(SEEDS),
         **found,
+        "other_students": more,
         "environment": environment().model_dump(mode="json")
         | {"threads": 1, "also": versions_of(["scipy", "mlxtend"])},
     }

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from narrowcast._version import __version__
 from narrowcast.report import text
 from narrowcast.report.doctor_plots import HeatRow, Mark, heat_map, timeline
-from narrowcast.report.doctor_run import PARTS, Held, LayerView, PartView, Run, harm
+from narrowcast.report.doctor_run import CAST, PARTS, Held, LayerView, PartView, Run, harm
 from narrowcast.report.doctor_words import (
     bounds,
     cause_title,
@@ -129,7 +129,7 @@ def render_doctor(run: Run) -> str:
         "maps": list(_maps(run)),
         "parts": [(part, PARTS[part]) for part in PARTS if any(part in layer.parts for layer in run.layers)],
         "formats": run.formats,
-        "tables": [(words, _table(run, part)) for part, words in PARTS.items() if _seen(run, part)],
+        "tables": [(PARTS[part], _table(run, part)) for part in CAST if _seen(run, part)],
         "stagnation": _stagnation(run),
         "scale": None if summary is None else summary.scale,
         "scale_words": "" if summary is None or summary.scale is None else scale_words(summary.scale.scale),
@@ -144,10 +144,13 @@ def _keys(run: Run) -> list[_Key]:
     setting = run.record.setting
     readings = run.readings
     last = readings[-1] if readings else None
-    level = f"every step, deep each {setting.every} steps" if setting.level == "deep" else f"each {setting.every} steps"
     keys = [
         _Key("Precision", setting.precision, f"computes in {setting.compute}"),
-        _Key("Steps seen", text.integer(last.step if last else 0), f"{setting.level} level, {level}"),
+        _Key(
+            "Steps seen",
+            text.integer(last.step if last else 0),
+            f"{setting.level} level, sampled each {setting.every} steps",
+        ),
         _Key("Left out", text.integer(len(run.skipped)), "updates with a gradient that is not finite"),
     ]
     if any(reading.scale != 1 for reading in readings):

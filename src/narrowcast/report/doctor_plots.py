@@ -173,17 +173,19 @@ def _path(curve: _Curve, across: Axis, up: Axis) -> str:
 
 
 def _marks(marks: Sequence[Mark], across: Axis, bottom: float) -> Iterator[str]:
-    """Yield a line for what needs attention, labelled where there is room."""
-    taken = -math.inf
+    """Yield a line for what needs attention, labelled on the side where there is room."""
+    taken: list[tuple[float, float]] = []
     for mark in sorted((mark for mark in marks if not mark.normal), key=lambda mark: mark.step):
         x = across.place(mark.step)
         yield f'<path class="o" d="M{x:.1f} 4V{bottom:.1f}"><title>{escape(f"step {mark.step}: {mark.words}")}</title></path>'
         label = f"{mark.kind} at {mark.step}"
-        end = x > (across.start + across.stop) / 2
-        left = x - 6 - _LETTER * len(label) if end else x + 6
-        if left > taken + 6:
-            taken = left + _LETTER * len(label)
-            yield f'<text x="{x - 6 if end else x + 6:.1f}" y="12" class="{"e" if end else "s"} warm">{label}</text>'
+        size = _LETTER * len(label)
+        for left, at, align in ((x + 6, x + 6, "s"), (x - 6 - size, x - 6, "e")):
+            free = all(left + size < other[0] or left > other[1] for other in taken)
+            if free and left > 0 and left + size < across.stop + 10:
+                taken.append((left - 6, left + size + 6))
+                yield f'<text x="{at:.1f}" y="12" class="{align} warm">{label}</text>'
+                break
 
 
 # Exponents by layer ---------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from narrowcast.training.doctor.record import FOLDER, Event, Part, Reading, Reco
 from narrowcast.training.doctor.whatif import Bounds, Shares, element, overflow_limit, shares, stagnant
 from narrowcast.training.logs import LOG, SKIPS
 
-__all__ = ["PARTS", "Held", "LayerView", "PartView", "Run", "SkipLine", "harm", "open_run", "worst"]
+__all__ = ["CAST", "PARTS", "Held", "LayerView", "PartView", "Run", "SkipLine", "harm", "open_run", "worst"]
 
-#: What is cast to a format in training, with its words: these parts get a heat map and an answer to "what if".
+#: The parts that are shown, with their words.
 PARTS = {
     Part.FORWARD: "activations",
     Part.BACKWARD: "gradients of activations",
@@ -29,6 +29,8 @@ PARTS = {
     Part.WEIGHT: "weights",
     Part.UPDATE: "updates",
 }
+#: Those that may be cast to another format in training; updates are computed in FP32.
+CAST = tuple(part for part in PARTS if part is not Part.UPDATE)
 #: Parts that carry the loss scale where there is one.
 _SCALED = (Part.BACKWARD, Part.GRADIENT)
 #: What is asked about first, by what the policy computes in.
@@ -156,6 +158,12 @@ class Run:
         if self.skips:
             return tuple(skip.step for skip in self.skips)
         return tuple(reading.step for reading in self.record.readings if reading.skipped)
+
+    @property
+    def stored(self) -> str:
+        """The format that weights are kept in."""
+        name = self.record.setting.precision
+        return name.removesuffix("-true") if name.endswith("-true") else "fp32"
 
     @property
     def events(self) -> tuple[Event, ...]:

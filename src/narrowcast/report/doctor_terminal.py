@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from narrowcast.report import text
-from narrowcast.report.doctor_run import PARTS, LayerView, PartView, Run, worst
+from narrowcast.report.doctor_run import CAST, PARTS, LayerView, PartView, Run, worst
 from narrowcast.report.doctor_words import bounds, cause_title, held_words, magnitude, part_words, scale_words
 from narrowcast.training.doctor.record import Cause, Part
 
@@ -102,7 +102,7 @@ def _layers(run: Run, say: Say, width: int) -> Table:
     """Return the layers with their largest numbers, and what the main format does to activations and gradients."""
     main = run.formats[0]
     shown = {part: any(part in layer.parts for layer in run.layers) for part in (Part.FORWARD, Part.BACKWARD)}
-    stagnant = any(main in layer.stagnant for layer in run.layers)
+    stagnant = run.stored == main and any(main in layer.stagnant for layer in run.layers)
     table = _table()
     table.add_column(say(f"layer, as {main}"), overflow="fold", min_width=12)
     if width >= _NARROW:
@@ -152,7 +152,7 @@ def _formats(run: Run, say: Say) -> Table:
     table.add_column("cast as they are")
     table.add_column("with a scale of its own")
     for format in run.formats:
-        for part, words in PARTS.items():
+        for part in CAST:
             found = worst(run, part, format)
             if found is None:
                 continue
@@ -160,7 +160,7 @@ def _formats(run: Run, say: Say) -> Table:
             bad = held.plain.overflow.high > 0
             table.add_row(
                 say(format, _HEAD),
-                say(words),
+                say(PARTS[part]),
                 say(text.tail(name or "(model)", 28)),
                 say(held_words(held.plain), "red" if bad else ""),
                 say(f"{held_words(held.scaled)} (times {scale_words(held.factor)})", _QUIET),
