@@ -22,6 +22,7 @@ from narrowcast.cli.devices import devices
 from narrowcast.cli.doctor import doctor
 from narrowcast.cli.format import format_
 from narrowcast.cli.formats import formats
+from narrowcast.cli.models import models
 from narrowcast.cli.optimize import optimize
 from narrowcast.cli.profile import profile
 from narrowcast.cli.run import run
@@ -49,6 +50,7 @@ app.command()(profile)
 app.command()(train)
 app.command()(advise)
 app.command()(serve)
+app.command()(models)
 app.command()(doctor)
 # A value may be negative: what begins with a dash and is no option is a value.
 app.command("format", context_settings={"ignore_unknown_options": True})(format_)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,9 @@ def serve(
     ],
     host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the REST protocol; 0: any.")] = 8000,
+    grpc_port: Annotated[
+        int, typer.Option(min=-1, max=65535, help="Port of the gRPC protocol; 0: any, -1: none.")
+    ] = 8001,
     metrics_port: Annotated[
         int, typer.Option(min=-1, max=65535, help="Port of the Prometheus metrics; 0: any, -1: none.")
     ] = 8002,
@@ -54,6 +58,8 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve artifacts over HTTP until SIGTERM; exit code 1 if requests were cut off at the end of the grace."""
+    # gRPC would report, for each worker process, that it did not prepare for a fork; the worker is another program.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     try:
         from narrowcast.serving import running
         from narrowcast.serving.catalogue import Hosting
@@ -73,11 +79,20 @@ def serve(
         policy=read_versions(versions),
     )
     options = ServerOptions(
-        host, port, None if metrics_port < 0 else metrics_port, token=token, shared_memory=shared_memory, grace=grace
+        host,
+        port,
+        None if grpc_port < 0 else grpc_port,
+        None if metrics_port < 0 else metrics_port,
+        token=token,
+        shared_memory=shared_memory,
+        grace=grace,
     )
 
     def listening(server: InferenceServer) -> None:
-        addresses = {name: f"http://{host}:{number}" for name, number in server.ports.items()}
+        addresses = {
+            name: f"{host}:{number}" if name == "grpc" else f"http://{host}:{number}"
+            for name, number in server.ports.items()
+        }
         names = [entry.name for entry in server.catalogue.index() if entry.state == "READY"]
         if json:
             print_json({"listening": addresses, "models": names})

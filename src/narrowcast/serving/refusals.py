@@ -6,7 +6,13 @@ a client why its request got no result.
 
 from __future__ import annotations
 
-__all__ = ["Refusal"]
+import logging
+
+from narrowcast.errors import DataError, NarrowcastError
+
+__all__ = ["Refusal", "WorkerLostError", "model_refusal"]
+
+_log = logging.getLogger(__name__)
 
 
 class Refusal(Exception):  # noqa: N818  it is an answer, and no mistake of ours
@@ -25,3 +31,19 @@ class Refusal(Exception):  # noqa: N818  it is an answer, and no mistake of ours
         self.message = message
         self.retry_after = retry_after
         self.close = close
+
+
+class WorkerLostError(NarrowcastError):
+    """The process that ran a batch has ended; its requests can be sent again."""
+
+
+def model_refusal(error: Exception) -> Refusal:
+    """Return what a client is told when its request failed in the model."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, WorkerLostError):
+        return Refusal(503, error.what, retry_after=1)
+    if isinstance(error, DataError):
+        return Refusal(400, error.what)
+    _log.error("a model failed", exc_info=error)
+    return Refusal(500, error.what if isinstance(error, NarrowcastError) else f"the model failed: {error}")

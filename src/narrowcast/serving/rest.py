@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
 import re
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -14,21 +13,18 @@ from urllib.parse import unquote_to_bytes
 
 import orjson
 
-from narrowcast.errors import DataError, NarrowcastError
+from narrowcast.errors import NarrowcastError
 from narrowcast.serving.catalogue import Catalogue, ServedVersion
 from narrowcast.serving.http.message import Request, Response, json_response
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol import documents
 from narrowcast.serving.protocol.requests import InferRequest, read_infer
 from narrowcast.serving.protocol.responses import infer_response
-from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.refusals import Refusal, model_refusal
 from narrowcast.serving.scheduling.queue import Job
 from narrowcast.serving.shared_memory import SharedMemory
-from narrowcast.serving.workers.base import WorkerLostError
 
-__all__ = ["RestApi", "model_refusal"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["RestApi"]
 
 _MODEL = r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?"
 _REPOSITORY = r"/v2/repository/models/(?P<name>[^/]+)"
@@ -87,18 +83,6 @@ def _route(target: bytes) -> _Route | None:
 
 def _unquoted(text: str) -> str:
     return unquote_to_bytes(text).decode("utf-8", "replace")
-
-
-def model_refusal(error: Exception) -> Refusal:
-    """Return what a client is told when its request failed in the model."""
-    if isinstance(error, Refusal):
-        return error
-    if isinstance(error, WorkerLostError):
-        return Refusal(503, error.what, retry_after=1)
-    if isinstance(error, DataError):
-        return Refusal(400, error.what)
-    _log.error("a model failed", exc_info=error)
-    return Refusal(500, error.what if isinstance(error, NarrowcastError) else f"the model failed: {error}")
 
 
 class RestApi:

@@ -12,8 +12,11 @@ from narrowcast.serving.catalogue import Catalogue, Hosting
 from narrowcast.serving.http.server import HttpServer
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.metrics import MetricsApi
+from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.rest import RestApi
+from narrowcast.serving.rpc.server import GrpcServer
+from narrowcast.serving.rpc.service import SERVICE, InferenceService
 from narrowcast.serving.shared_memory import SharedMemory
 
 __all__ = ["InferenceServer", "ServerOptions"]
@@ -30,6 +33,7 @@ class ServerOptions:
     Attributes:
         host: Address of all listeners.
         port: Port of the REST protocol; 0 lets the system choose.
+        grpc_port: Port of the gRPC protocol; 0 lets the system choose, None is for no such listener.
         metrics_port: Port of the metrics, or None for no such listener.
         limits: Bounds on requests.
         token: The administrators' token, or None for no administration.
@@ -39,6 +43,7 @@ class ServerOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = 8001
     metrics_port: int | None = 8002
     limits: Limits = field(default_factory=Limits)
     token: str | None = None
@@ -59,9 +64,10 @@ class InferenceServer:
         self.options = options
         self.catalogue = Catalogue(repository, hosting)
         self.ports: dict[str, int] = {}
-        self._api = RestApi(
-            self.catalogue, options.limits, SharedMemory(allowed=options.shared_memory), token=options.token
-        )
+        shared = SharedMemory(allowed=options.shared_memory)
+        self._api = RestApi(self.catalogue, options.limits, shared, token=options.token)
+        self._service = InferenceService(self.catalogue, options.limits, shared, token=options.token)
+        self._grpc = GrpcServer(self._service, self._probe, options.limits)
         self._http = HttpServer(self._api.handle, options.limits)
         self._metrics = HttpServer(MetricsApi(self.catalogue).handle, options.limits)
 
@@ -75,6 +81,8 @@ class InferenceServer:
         try:
             await self.catalogue.load_all()
             self.ports["http"] = await _listen(self._http, options.host, options.port)
+            if options.grpc_port is not None:
+                self.ports["grpc"] = await self._grpc.listen(options.host, options.grpc_port)
             if options.metrics_port is not None:
                 self.ports["metrics"] = await _listen(self._metrics, options.host, options.metrics_port)
         except BaseException:
@@ -99,7 +107,7 @@ class InferenceServer:
 
         While they finish, the server still listens and says that it is not ready.
         """
-        self._api.draining = True
+        self._api.draining = self._service.draining = True
         _log.info("the server is ending: %.0f seconds for what runs", self.options.grace)
         finished = True
         try:
@@ -112,10 +120,19 @@ class InferenceServer:
         await self._close()
         return finished
 
+    def _probe(self, name: str) -> bool | None:
+        """Return whether the server (an empty name, or the service's) or a model can answer."""
+        if name in ("", SERVICE):
+            return self.catalogue.ready and not self._service.draining
+        try:
+            return self.catalogue.find(name).scheduler.workers_alive > 0 and not self._service.draining
+        except Refusal:
+            return None
+
     async def _close(self) -> None:
         """Refuse what still waits, answer it, and close everything."""
         await self.catalogue.close()
-        await asyncio.gather(self._http.close(), self._metrics.close())
+        await asyncio.gather(self._http.close(), self._grpc.close(), self._metrics.close())
 
 
 async def _listen(server: HttpServer, host: str, port: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -13,7 +14,15 @@ from narrowcast.serving.limits import Limits
 from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.signature import Signature, Tensors, TensorSpec
 
-__all__ = ["InferRequest", "RequestedOutput", "SharedRegions", "SharedSlice", "check_shape", "read_infer"]
+__all__ = [
+    "InferRequest",
+    "RequestedOutput",
+    "SharedRegions",
+    "SharedSlice",
+    "check_shape",
+    "read_document",
+    "read_infer",
+]
 
 Object = dict[str, Any]
 
@@ -96,10 +105,26 @@ def read_infer(
     if header_length is not None and not 0 < header_length <= len(body):
         raise Refusal(400, f"Inference-Header-Content-Length is {header_length}, but the body has {len(body)} bytes")
     text = body if header_length is None else memoryview(body)[:header_length]
-    document = _load(text)
-    data = memoryview(body)[len(text) :]
+    return read_document(_load(text), [memoryview(body)[len(text) :]], signature, limits, shared)
+
+
+def read_document(
+    document: Object, data: Sequence[memoryview], signature: Signature, limits: Limits, shared: SharedRegions
+) -> InferRequest:
+    """Return the request that a document describes.
+
+    Args:
+        document: The request as JSON has it.
+        data: Data of its binary tensors: one behind the other, or a part for each.
+        signature: What the model takes and gives.
+        limits: Bounds on tensors.
+        shared: Regions of shared memory that tensors may be in.
+
+    Raises:
+        Refusal: Anything does not fit.
+    """
     parameters = _object(document, "parameters", "the request")
-    inputs = _read_inputs(document, data, signature, limits, shared)
+    inputs = _read_inputs(document, _Tail(data), signature, limits, shared)
     outputs = _read_outputs(document, parameters, signature, limits)
     identity = document.get("id", "")
     if not isinstance(identity, str):
@@ -143,12 +168,33 @@ def _objects(document: Object, key: str, limits: Limits) -> list[Object]:
     return cast(list[Object], items)
 
 
-def _read_inputs(
-    document: Object, data: memoryview, signature: Signature, limits: Limits, shared: SharedRegions
-) -> Tensors:
+class _Tail:
+    """The data of binary tensors, taken in order."""
+
+    def __init__(self, parts: Sequence[memoryview]) -> None:
+        self._parts = parts
+        self._part = 0
+        self._at = 0
+
+    def take(self, name: str, size: object) -> memoryview:
+        """Return the next bytes; a tensor never spans two parts."""
+        if self._part < len(self._parts) - 1 and self._at == len(self._parts[self._part]):
+            self._part, self._at = self._part + 1, 0
+        left = len(self._parts[self._part]) - self._at if self._parts else 0
+        if type(size) is not int or not 0 <= size <= left:
+            raise Refusal(400, f"input {name!r}: 'binary_data_size' is {size!r}, but {left} bytes are left")
+        self._at += size
+        return self._parts[self._part][self._at - size : self._at] if self._parts else memoryview(b"")
+
+    @property
+    def left(self) -> int:
+        """Bytes that nobody took."""
+        return sum(map(len, self._parts[self._part :])) - self._at
+
+
+def _read_inputs(document: Object, data: _Tail, signature: Signature, limits: Limits, shared: SharedRegions) -> Tensors:
     specs = {spec.name: spec for spec in signature.inputs}
     inputs: Tensors = {}
-    at = 0
     for item in _objects(document, "inputs", limits):
         name = item.get("name")
         if not isinstance(name, str):
@@ -166,14 +212,11 @@ def _read_inputs(
         if size is None:
             inputs[name] = _read_elsewhere(name, spec.datatype, shape, item, parameters, shared)
             continue
-        if type(size) is not int or not 0 <= size <= len(data) - at:
-            raise Refusal(400, f"input {name!r}: 'binary_data_size' is {size!r}, but {len(data) - at} bytes are left")
         if "data" in item:
             raise Refusal(400, f"input {name!r} has both 'data' and 'binary_data_size'")
-        inputs[name] = decode_binary(name, spec.datatype, shape, data[at : at + size])
-        at += size
-    if at != len(data):
-        raise Refusal(400, f"{len(data) - at} bytes of the body belong to no input")
+        inputs[name] = decode_binary(name, spec.datatype, shape, data.take(name, size))
+    if data.left:
+        raise Refusal(400, f"{data.left} bytes belong to no input")
     return inputs
 
 

@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.refusals import Refusal, WorkerLostError
 from narrowcast.serving.scheduling.queue import DEFAULT_PRIORITY, Batching, Job, JobQueue
 from narrowcast.serving.scheduling.statistics import Statistics
 from narrowcast.serving.signature import Signature, Tensors
-from narrowcast.serving.workers.base import Batch, Result, Worker, WorkerLostError
+from narrowcast.serving.workers.base import Batch, Result, Worker
 
 __all__ = ["Scheduler", "Settings"]
 

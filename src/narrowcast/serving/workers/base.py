@@ -8,14 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from narrowcast.errors import NarrowcastError
 from narrowcast.serving.signature import Signature, Tensors
 
-__all__ = ["Batch", "Done", "LoadedModel", "Result", "Worker", "WorkerLostError", "joined"]
-
-
-class WorkerLostError(NarrowcastError):
-    """The process that ran a batch has ended; its requests can be sent again."""
+__all__ = ["Batch", "Done", "LoadedModel", "Result", "Worker", "joined"]
 
 
 @dataclass(slots=True)

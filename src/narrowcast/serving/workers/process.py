@@ -17,9 +17,10 @@ from typing import Any
 
 from narrowcast import errors
 from narrowcast.errors import NarrowcastError, RuntimeFailedError
+from narrowcast.serving.refusals import WorkerLostError
 from narrowcast.serving.signature import Signature
 from narrowcast.serving.workers.arena import Arena, anonymous_file
-from narrowcast.serving.workers.base import Batch, Done, Result, Worker, WorkerLostError
+from narrowcast.serving.workers.base import Batch, Done, Result, Worker
 from narrowcast.serving.workers.frames import Frames, pack, read_signature
 
 __all__ = ["ProcessWorker"]

@@ -1,0 +1,257 @@
+"""``inference.GRPCInferenceService`` on the models of a catalogue."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.json_format import ParseDict
+
+from narrowcast.errors import NarrowcastError
+from narrowcast.serving.catalogue import Catalogue
+from narrowcast.serving.limits import Limits
+from narrowcast.serving.protocol import documents
+from narrowcast.serving.refusals import Refusal, model_refusal
+from narrowcast.serving.rpc.messages import INFERENCE
+from narrowcast.serving.rpc.tensors import read_message, response_message
+from narrowcast.serving.scheduling.queue import Job
+from narrowcast.serving.shared_memory import SharedMemory
+
+__all__ = ["SERVICE", "InferenceService"]
+
+#: The service's full name.
+SERVICE = "inference.GRPCInferenceService"
+
+_log = logging.getLogger(__name__)
+Context = Any  # grpc.aio.ServicerContext, whose type takes parameters that nobody can give
+Method = Callable[[Any, Context], Awaitable[Any]]
+
+#: What an HTTP status is called in gRPC.
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    499: grpc.StatusCode.CANCELLED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+    507: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+#: Requests of one stream that are accepted before the answer to the first is taken.
+_STREAM_DEPTH = 64
+
+
+class InferenceService:
+    """Answers the calls of the service.
+
+    Args:
+        catalogue: The models.
+        limits: Bounds on tensors.
+        shared: Regions of shared memory.
+        token: What an administrator must send as the metadata ``authorization: Bearer TOKEN``; None for nobody.
+    """
+
+    def __init__(self, catalogue: Catalogue, limits: Limits, shared: SharedMemory, token: str | None = None) -> None:
+        self.draining = False
+        self._catalogue = catalogue
+        self._limits = limits
+        self._shared = shared
+        self._token = token
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return the service as a server takes it."""
+        methods = {
+            "ServerLive": self._live,
+            "ServerReady": self._ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelReady": self._model_ready,
+            "ModelMetadata": self._model_metadata,
+            "ModelConfig": self._config,
+            "ModelStatistics": self._statistics,
+            "ModelInfer": self._infer,
+            "RepositoryIndex": self._index,
+            "RepositoryModelLoad": self._load,
+            "RepositoryModelUnload": self._unload,
+            "SystemSharedMemoryStatus": self._shared_status,
+            "SystemSharedMemoryRegister": self._shared_register,
+            "SystemSharedMemoryUnregister": self._shared_unregister,
+        }
+        handlers: dict[str, Any] = {
+            name: grpc.unary_unary_rpc_method_handler(
+                _answering(method),
+                request_deserializer=INFERENCE[f"{name}Request"].FromString,
+                response_serializer=INFERENCE[f"{name}Response"].SerializeToString,
+            )
+            for name, method in methods.items()
+        }
+        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            self._stream,
+            request_deserializer=INFERENCE["ModelInferRequest"].FromString,
+            response_serializer=INFERENCE["ModelStreamInferResponse"].SerializeToString,
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    # inference --------------------------------------------------------------------------------------------------------
+
+    async def _infer(self, request: Any, context: Context) -> Any:
+        remaining = context.time_remaining()
+        return await self._run(request, remaining)
+
+    async def _run(self, request: Any, remaining: float | None) -> Any:
+        """Return the response to a ``ModelInferRequest``.
+
+        Args:
+            request: The message.
+            remaining: Seconds until the call's deadline, or None.
+
+        Raises:
+            Refusal: It gets no result.
+        """
+        if self.draining:
+            raise Refusal(503, "the server is ending; send the request to another", retry_after=1)
+        served = self._catalogue.find(request.model_name, request.model_version)
+        scheduler = served.scheduler
+        infer = read_message(request, scheduler.signature, self._limits, self._shared)
+        timeouts = [seconds for seconds in (infer.timeout, remaining) if seconds is not None]
+        timeout = min(timeouts, default=None)
+        job = scheduler.submit(infer.inputs, infer.rows, priority=infer.priority, timeout=timeout)
+        if not job.finished:
+            ended: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
+            job.done = lambda job: None if ended.done() else ended.set_result(job)
+            try:
+                await ended
+            except asyncio.CancelledError:
+                scheduler.cancel(job)
+                raise
+        if job.outputs is None:
+            raise model_refusal(job.error or RuntimeError("the job ended without an answer"))
+        return response_message(served.name, served.version, infer, job.outputs, self._shared)
+
+    async def _stream(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        """Yield a response to each request of a stream, in order; a request that fails does not end the stream."""
+        waiting: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(_STREAM_DEPTH)
+
+        async def accept() -> None:
+            async for request in requests:
+                await waiting.put(asyncio.create_task(self._stream_one(request)))
+            await waiting.put(None)
+
+        accepting = asyncio.create_task(accept())
+        try:
+            while (task := await waiting.get()) is not None:
+                yield await task
+        finally:
+            accepting.cancel()
+            while not waiting.empty():
+                task = waiting.get_nowait()
+                if task is not None:
+                    task.cancel()
+
+    async def _stream_one(self, request: Any) -> Any:
+        response = INFERENCE["ModelStreamInferResponse"]
+        try:
+            return response(infer_response=await self._run(request, None))
+        except Refusal as refusal:
+            return response(
+                error_message=refusal.message, infer_response=INFERENCE["ModelInferResponse"](id=request.id)
+            )
+
+    # reading ----------------------------------------------------------------------------------------------------------
+
+    async def _live(self, request: Any, context: Context) -> Any:
+        return INFERENCE["ServerLiveResponse"](live=True)
+
+    async def _ready(self, request: Any, context: Context) -> Any:
+        return INFERENCE["ServerReadyResponse"](ready=self._catalogue.ready and not self.draining)
+
+    async def _server_metadata(self, request: Any, context: Context) -> Any:
+        return ParseDict(documents.server_metadata(), INFERENCE["ServerMetadataResponse"]())
+
+    async def _model_ready(self, request: Any, context: Context) -> Any:
+        served = self._catalogue.find(request.name, request.version)
+        ready = served.scheduler.workers_alive > 0 and not self.draining
+        return INFERENCE["ModelReadyResponse"](ready=ready)
+
+    async def _model_metadata(self, request: Any, context: Context) -> Any:
+        served = self._catalogue.find(request.name, request.version)
+        document = documents.model_metadata(served, self._catalogue.versions(served.name))
+        return ParseDict(document, INFERENCE["ModelMetadataResponse"]())
+
+    async def _config(self, request: Any, context: Context) -> Any:
+        served = self._catalogue.find(request.name, request.version)
+        document = {"config": documents.model_config(served, self._catalogue.hosting)}
+        return ParseDict(document, INFERENCE["ModelConfigResponse"]())
+
+    async def _statistics(self, request: Any, context: Context) -> Any:
+        document = documents.model_statistics(self._catalogue.served(request.name, request.version))
+        return ParseDict(document, INFERENCE["ModelStatisticsResponse"]())
+
+    async def _index(self, request: Any, context: Context) -> Any:
+        document = {"models": documents.index(self._catalogue.index(), ready=request.ready)}
+        return ParseDict(document, INFERENCE["RepositoryIndexResponse"]())
+
+    # administration ---------------------------------------------------------------------------------------------------
+
+    def _authorise(self, context: Context) -> None:
+        if self._token is None:
+            raise Refusal(403, "administration is off; start the server with a token to turn it on")
+        given = dict(context.invocation_metadata() or ()).get("authorization", "")
+        if not hmac.compare_digest(str(given).encode(), b"Bearer " + self._token.encode()):
+            raise Refusal(
+                401, "administration needs the metadata 'authorization: Bearer TOKEN' with the server's token"
+            )
+
+    async def _load(self, request: Any, context: Context) -> Any:
+        self._authorise(context)
+        if request.parameters:
+            raise Refusal(501, "a load takes no parameters here: how models are served is set when the server starts")
+        await self._catalogue.load(request.model_name)
+        return INFERENCE["RepositoryModelLoadResponse"]()
+
+    async def _unload(self, request: Any, context: Context) -> Any:
+        self._authorise(context)
+        await self._catalogue.unload(request.model_name)
+        return INFERENCE["RepositoryModelUnloadResponse"]()
+
+    # shared memory ----------------------------------------------------------------------------------------------------
+
+    async def _shared_status(self, request: Any, context: Context) -> Any:
+        regions = {region["name"]: region for region in self._shared.status(request.name)}
+        return ParseDict({"regions": regions}, INFERENCE["SystemSharedMemoryStatusResponse"]())
+
+    async def _shared_register(self, request: Any, context: Context) -> Any:
+        self._shared.register(request.name, request.key, request.offset, request.byte_size)
+        return INFERENCE["SystemSharedMemoryRegisterResponse"]()
+
+    async def _shared_unregister(self, request: Any, context: Context) -> Any:
+        self._shared.unregister(request.name)
+        return INFERENCE["SystemSharedMemoryUnregisterResponse"]()
+
+
+def _answering(method: Method) -> Method:
+    """Return a method whose refusals become the status of its call."""
+
+    async def answer(request: Any, context: Context) -> Any:
+        try:
+            return await method(request, context)
+        except Refusal as refusal:
+            await _abort(context, refusal)
+        except NarrowcastError as error:
+            await _abort(context, Refusal(400, str(error)))
+        except Exception as error:
+            _log.error("a call failed", exc_info=error)
+            await _abort(context, Refusal(500, "the server made a mistake; its log says more"))
+
+    return answer
+
+
+async def _abort(context: Context, refusal: Refusal) -> None:
+    trailing = () if refusal.retry_after is None else (("retry-after", str(max(1, round(refusal.retry_after)))),)
+    await context.abort(_CODES.get(refusal.status, grpc.StatusCode.INTERNAL), refusal.message, trailing)
