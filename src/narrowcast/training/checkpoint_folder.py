@@ -167,7 +167,10 @@ def output_errors(folder: Path) -> Generator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "there is a file where a folder should be"
+        else:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise OutputError(
             f"checkpoint in {folder} cannot be written: {reason}",
             allowed="a folder with permission to write and room for the state",

@@ -124,17 +124,20 @@ def unpack(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         raise TrainingError(f"the state's tree does not fit its tensors: {error!r}") from error
 
 
-def leaves(tree: Any) -> Iterator[Leaf]:
-    """Go through the tensors that a tree names; shared ones come as often as they are held."""
+def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Leaf]]:
+    """Go through the tensors that a tree names, with the keys that lead to them; shared ones come as often as held."""
     if isinstance(tree, list):
-        for part in cast("list[Any]", tree):
-            yield from leaves(part)
+        for place, part in enumerate(cast("list[Any]", tree)):
+            yield from leaves(part, (*path, str(place)))
     elif isinstance(tree, dict):
         for key, part in cast("dict[str, Any]", tree).items():
             if key in _LEAVES:
-                yield Leaf.from_json(part)
+                yield path, Leaf.from_json(part)
+            elif key in ("$dict", "$counter"):
+                for name, value in part:
+                    yield from leaves(value, (*path, str(name)))
             else:
-                yield from leaves(part)
+                yield from leaves(part, path if key.startswith(_MARK) else (*path, key))
 
 
 class _Packer:
@@ -205,6 +208,8 @@ class _Packer:
         if value.layout != torch.strided or value.device.type == "meta" or value.dtype not in _NAMES:
             raise _refused(f"a tensor of dtype {value.dtype}, layout {value.layout} on {value.device}", path)
         if is_sharded(value):
+            if value.dtype in _AS_BYTES:
+                raise _refused(f"a sharded tensor of dtype {value.dtype}", path)
             return self._named(value, Leaf("", value.dtype, tuple(value.shape)), path)
         if type(value) not in _PLAIN_TENSORS:
             raise _refused(f"a tensor of class {type(value).__name__}", path)

@@ -141,15 +141,16 @@ def test_repeated_and_holed_views_come_back_by_value() -> None:
     assert back["holed"].is_contiguous()
 
 
-def test_leaves_say_what_every_tensor_is() -> None:
-    packed = pack({"w": torch.zeros(2, 3, dtype=torch.bfloat16), "n": [np.zeros(4, np.uint16)]})
-    found = {leaf.name: (leaf.dtype, leaf.shape, leaf.stored_dtype, leaf.stored_shape) for leaf in leaves(packed.tree)}
+def test_leaves_say_where_every_tensor_is_and_what() -> None:
+    packed = pack({"w": torch.zeros(2, 3, dtype=torch.bfloat16), "n": (1, {3: np.zeros(4, np.uint16)})})
+    found = {path: (leaf.name, leaf.dtype, leaf.shape) for path, leaf in leaves(packed.tree)}
     assert found == {
-        "w": (torch.bfloat16, (2, 3), torch.bfloat16, (2, 3)),
-        "n/0": (torch.uint16, (4,), torch.uint8, (8,)),
+        ("w",): ("w", torch.bfloat16, (2, 3)),
+        ("n", "1", "3"): ("n/1/3", torch.uint16, (4,)),
     }
-    for name, (_, _, dtype, shape) in found.items():
-        assert (packed.tensors[name].dtype, tuple(packed.tensors[name].shape)) == (dtype, shape)
+    for _, leaf in leaves(packed.tree):
+        stored = packed.tensors[leaf.name]
+        assert (stored.dtype, tuple(stored.shape)) == (leaf.stored_dtype, leaf.stored_shape)
 
 
 class Pair(NamedTuple):

@@ -1,0 +1,240 @@
+"""Training on several processes: who they are, what they agree on, and how a module's weights are held among them.
+
+The processes are started by ``torchrun``, and every part is PyTorch's own: the process group (gloo on the CPU, NCCL on
+CUDA) and DistributedDataParallel for modules that every process holds whole; :mod:`narrowcast.training.sharding` has FSDP2
+for modules that are held in parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from narrowcast.errors import DeviceError, TrainingError
+from narrowcast.training.policies import Precision
+from narrowcast.training.policies import precision as policy_of
+
+__all__ = ["Ranks", "lost_ranks", "replicate"]
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+#: What gloo and the store say of a process that is gone or does not answer.
+_LOST = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|[Tt]imeout|Wait timeout|Rank \d+ .*(failed|error)"
+    r"|NCCL|recvValue failed|sendBytes failed|closed by remote peer|wait_socket|ProcessGroup|gloo"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The processes that train together.
+
+    Attributes:
+        rank: The number of this one, from 0.
+        world: How many there are.
+        device: Where this one computes.
+        mesh: Their devices in a row; None if there is one process alone.
+        timeout_s: Seconds after which a process that does not answer is given up.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
+    timeout_s: float = 300.0
+
+    @classmethod
+    def from_environment(cls, device: str | torch.device = "cpu", *, timeout_s: float = 300.0) -> Ranks:
+        """Join the processes that ``torchrun`` started; without its variables this process is alone.
+
+        Args:
+            device: ``cpu`` or ``cuda``; each process takes the GPU of its local rank.
+            timeout_s: Seconds that the others are waited for, here and in every exchange: longer than the longest time
+                that one process works alone, such as rank 0 in a validation.
+
+        Raises:
+            TrainingError: Variables are missing or contradict each other, or the others do not come.
+            DeviceError: There is no GPU for this process.
+        """
+        kind = torch.device(device).type
+        given = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+        if "RANK" not in given and "WORLD_SIZE" not in given:
+            return cls(device=torch.device(device), timeout_s=timeout_s)
+        rank, world, local = _numbers(given)
+        if kind not in _BACKENDS:
+            raise DeviceError(f"several processes on device {kind}", allowed=", ".join(_BACKENDS))
+        if kind == "cuda" and local >= torch.cuda.device_count():
+            raise DeviceError(
+                f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}",
+                next_step=f"start at most {torch.cuda.device_count()} with torchrun --nproc-per-node",
+            )
+        place = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
+        if kind == "cuda":
+            torch.cuda.set_device(place)
+        with lost_ranks(timeout_s):
+            dist.init_process_group(
+                _BACKENDS[kind],
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=place if kind == "cuda" else None,
+            )
+            return cls(rank, world, place, init_device_mesh(kind, (world,)), timeout_s)
+
+    def all_finite(self, flag: Tensor) -> Tensor:
+        """Return whether a flag (0-d, bool, on the device) is true on every rank, without a host synchronisation."""
+        if self.world == 1:
+            return flag
+        agreed = flag.to(torch.int32)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        return agreed.bool()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks, without a host synchronisation."""
+        if self.world == 1:
+            return tensor
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what each rank gave, which JSON can hold, in order of ranks."""
+        return [json.loads(text) for text in self.gather_bytes(json.dumps(value).encode())]
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """Return the bytes that each rank gave, in order of ranks."""
+        if self.world == 1:
+            return [content]
+        own = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8).to(self.device)
+        length = torch.tensor([len(content)], device=self.device)
+        lengths = [torch.empty_like(length) for _ in range(self.world)]
+        dist.all_gather(lengths, length)
+        sizes = [int(one) for one in lengths]
+        padded = torch.zeros(max(*sizes, 1), dtype=torch.uint8, device=self.device)
+        padded[: own.numel()] = own[: padded.numel()]
+        received = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(received, padded)
+        return [one[:size].cpu().numpy().tobytes() for one, size in zip(received, sizes, strict=True)]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether a flag is true on some rank: an interruption, an end of data."""
+        return True in self.gather(flag)
+
+    def check_same(self, value: Any, what: str) -> None:
+        """Make sure that every rank has the same value, which JSON can hold.
+
+        Raises:
+            TrainingError: They differ.
+        """
+        everyone = self.gather(value)
+        others = [rank for rank, one in enumerate(everyone) if one != everyone[0]]
+        if others:
+            raise TrainingError(
+                f"{what} is {everyone[0]!r} on rank 0 and {everyone[others[0]]!r} on rank {others[0]}",
+                allowed="the same on all ranks",
+                next_step="start all processes with the same command",
+            )
+
+    @contextmanager
+    def watched(self) -> Generator[None]:
+        """Say in one error that another process is gone or does not answer, whatever noticed it.
+
+        Raises:
+            TrainingError: An exchange failed, or took longer than the timeout.
+        """
+        with lost_ranks(self.timeout_s):
+            yield
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.mesh is not None and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def replicate(
+    module: nn.Module, ranks: Ranks, precision: str | Precision = "fp32", *, unused: bool = False
+) -> nn.Module:
+    """Return a module whose weights every rank holds, with the mean of all ranks' gradients; rank 0's weights count.
+
+    Statistics such as those of batch normalisation are rank 0's.
+
+    Args:
+        module: On the ranks' device; it is prepared for the precision.
+        ranks: The processes.
+        precision: What the module will be trained in.
+        unused: Whether some parameters may get no gradient in a step, which costs a walk through the graph each time.
+
+    Returns:
+        The module itself where there is one process.
+    """
+    policy_of(precision).prepare(module)
+    if ranks.world == 1 or not any(one.requires_grad for one in module.parameters()):
+        return module
+    with ranks.watched():
+        return DistributedDataParallel(
+            module,
+            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=unused,
+        )
+
+
+@contextmanager
+def lost_ranks(timeout_s: float) -> Generator[None]:
+    """Turn what the process group raises for a lost process into an error.
+
+    Raises:
+        TrainingError: Another process is gone or does not answer.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"another process of this training is gone, or has not answered for {timeout_s:g} s: {first}",
+            next_step="look at what the other processes said, then start all of them again with --resume",
+        ) from error
+
+
+def _numbers(given: Mapping[str, str]) -> tuple[int, int, int]:
+    """Return rank, number of ranks and rank on this machine."""
+    missing = [name for name in _VARIABLES if name not in given]
+    if missing:
+        raise TrainingError(
+            f"variables of torchrun are missing: {', '.join(missing)}",
+            allowed="all of " + ", ".join(_VARIABLES) + ", or none",
+            next_step="start with torchrun --nproc-per-node N -m narrowcast train CONFIG",
+        )
+    try:
+        rank, world, local = (int(given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except ValueError:
+        rank, world, local = -1, 0, -1
+    if not 0 <= rank < world or not 0 <= local < world:
+        said = ", ".join(f"{name}={given[name]}" for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        raise TrainingError(
+            f"variables of torchrun contradict each other: {said}", allowed="ranks from 0, below WORLD_SIZE"
+        )
+    return rank, world, local

@@ -1,0 +1,140 @@
+"""Modules whose weights, gradients and optimizer states are spread over processes: PyTorch's FSDP2.
+
+Gradients come together after every backward pass, so that none is ever whole for longer than its unit computes: a window of
+several micro-batches needs no more memory than one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from narrowcast.errors import TrainingError
+from narrowcast.training.distributed import Ranks
+from narrowcast.training.policies import Precision
+from narrowcast.training.policies import precision as policy_of
+
+__all__ = ["listen", "shard"]
+
+
+def shard(
+    module: nn.Module,
+    ranks: Ranks,
+    precision: str | Precision = "fp32",
+    *,
+    units: Sequence[str] | None = None,
+    gather: str = "stored",
+) -> nn.Module:
+    """Spread a module's weights, gradients and optimizer states over the ranks, in place (FSDP2).
+
+    Each unit's weights are together only while it computes. Make the optimizer afterwards: the parameters are new objects.
+
+    Args:
+        module: On the ranks' device, with the same weights on every rank; it is prepared for the precision.
+        ranks: The processes; nothing is done where there is one.
+        precision: What the module will be trained in.
+        units: Names of the modules whose weights come together at once; the repeated blocks unless given. What is left
+            belongs to the module itself.
+        gather: ``stored``: weights come together as they are stored, and everything is computed as in one process;
+            ``compute``: in what a mixed precision computes in, which halves the traffic, and rounds also those weights and
+            gradients that one process keeps in FP32 (norms, biases). Gradients are summed in FP32 in both.
+
+    Returns:
+        The module.
+
+    Raises:
+        TrainingError: A unit does not exist, or the precision does not go with what is asked for.
+    """
+    policy = policy_of(precision)
+    policy.prepare(module)
+    if ranks.mesh is None:
+        return module
+    if policy.parameters == "bf16":
+        raise TrainingError(
+            f"sharded weights in {policy.name}, whose rounding sees whole weights",
+            allowed="replicated weights, or another precision",
+            next_step="use ranks: replicated, or bf16-mixed",
+        )
+    parts = _units(module, units)
+    mixed = _mixed(policy, gather)
+    with ranks.watched():
+        for part in (*parts, module):
+            fully_shard(part, mesh=ranks.mesh, mp_policy=mixed)
+    return module
+
+
+def listen(module: nn.Module, hear: Callable[[list[str], Tensor], None]) -> None:
+    """Have a function told of each unit's gradients on this rank alone, before those of all ranks are summed.
+
+    Args:
+        module: A sharded module; nothing happens with any other.
+        hear: Called after each backward pass of a unit, with the names of the unit's parameters and their gradients in one
+            row, on the stream that sums them.
+    """
+    units: list[tuple[str, Any]] = [(name, one) for name, one in module.named_modules() if isinstance(one, FSDPModule)]
+    taken: set[int] = set()
+    for name, unit in reversed(units):  # inner ones first: the rest is the outer ones'
+        inside = {f"{name}.{key}".lstrip("."): one for key, one in unit.named_parameters() if id(one) not in taken}
+        taken |= {id(one) for one in inside.values()}
+        unit.set_custom_reduce_scatter(_Heard(list(inside), hear))
+
+
+class _Heard:
+    """Sums gradients as FSDP2 does by itself, and tells of them first (``torch.distributed.fsdp``'s ``ReduceScatter``)."""
+
+    def __init__(self, names: list[str], hear: Callable[[list[str], Tensor], None]) -> None:
+        self._names = names
+        self._hear = hear
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        self._hear(self._names, input_tensor)
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+def _units(module: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:
+    """Return the modules that are sharded each for itself, inner ones first."""
+    named = dict(module.named_modules())
+    if names is not None:
+        unknown = [name for name in names if name not in named]
+        if unknown:
+            raise TrainingError(f"no module {unknown[0]!r} to shard", allowed="names of modules in the model")
+        chosen = {name for name in names if name}
+    else:
+        chosen = _blocks(module)
+    return [named[name] for name in reversed(list(named)) if name in chosen]
+
+
+def _blocks(module: nn.Module) -> set[str]:
+    """Return the names of the outermost repeated blocks: modules with parts, several of one class in a list."""
+    found: set[str] = set()
+    for name, part in module.named_modules():
+        if not isinstance(part, nn.ModuleList | nn.Sequential) or any(name.startswith(f"{one}.") for one in found):
+            continue
+        blocks = {key: one for key, one in part.named_children() if next(one.children(), None) is not None}
+        classes = [type(one) for one in blocks.values()]
+        found |= {f"{name}.{key}".lstrip(".") for key, one in blocks.items() if classes.count(type(one)) > 1}
+    return found
+
+
+def _mixed(policy: Precision, gather: str) -> MixedPrecisionPolicy:
+    if gather not in ("stored", "compute"):
+        raise TrainingError(f"gather = {gather!r}", allowed="stored, compute")
+    if gather == "stored" or not policy.mixed:
+        return MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if policy.overrides:
+        raise TrainingError(
+            "gather = 'compute' with overrides, whose modules need their weights as they are stored",
+            next_step="leave out one of the two",
+        )
+    compute = torch.float16 if policy.compute == "fp16" else torch.bfloat16
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -1,0 +1,46 @@
+"""Training that is killed while it saves goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killed_training import PRECISIONS, UPDATES
+
+PROGRAM = Path(__file__).with_name("killed_training.py")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    place = tmp_path_factory.mktemp("killed")
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(place)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_losses_and_weights_after_a_kill_are_those_of_the_uninterrupted_run(runs: dict[str, Any], name: str) -> None:
+    straight, interrupted = runs[name]["straight"], runs[name]["interrupted"]
+    assert straight["start"] == 0
+    assert straight["seen"][-1][0] == UPDATES
+    assert len({one["start"] for one in interrupted}) == 3  # from none and from two of them
+    for one in interrupted:
+        assert one["killed"]
+        assert one["seen"] == straight["seen"][-len(one["seen"]) :]
+        assert one["weights"] == straight["weights"]
+
+
+def test_skips_and_scales_go_on_too(runs: dict[str, Any]) -> None:
+    seen = runs["fp16-mixed"]["straight"]["seen"]
+    assert any(skipped for _, _, _, skipped in seen)
+    assert len({scale for _, _, scale, _ in seen}) > 3
