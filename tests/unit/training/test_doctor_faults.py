@@ -87,9 +87,7 @@ def test_a_product_overflows_fp16_and_the_recommended_override_mends_the_run():
 
 def test_gradients_vanish_below_the_smallest_number():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    trainer, doctor = watched(
-        model, lambda o, t: squares(o, t) * 1e-8, policy=precision("fp16-mixed", loss_scale=1.0)
-    )
+    trainer, doctor = watched(model, lambda o, t: squares(o, t) * 1e-8, policy=precision("fp16-mixed", loss_scale=1.0))
     for _ in range(4):
         trainer.step((torch.randn(4, 8), torch.randn(4, 2)))
     cause = named(the_fault(doctor, EventKind.VANISHED), layer="2", part=Part.BACKWARD, step=2)

@@ -14,7 +14,16 @@ from torch.overrides import TorchFunctionMode
 from narrowcast.training.doctor.paths import Paths, layer_names
 from narrowcast.training.overrides import run_in
 
-__all__ = ["Rewrite", "clamp_inputs", "in_format", "shrink_weights", "with_epsilon", "without_maximum"]
+__all__ = [
+    "Rewrite",
+    "clamp_inputs",
+    "in_format",
+    "power_of_two_below",
+    "rewriting",
+    "shrink_weights",
+    "with_epsilon",
+    "without_maximum",
+]
 
 #: From a function's name, its function and its arguments to other arguments; None to leave them.
 Change = Callable[[str, tuple[Any, ...], dict[str, Any]], "tuple[tuple[Any, ...], dict[str, Any]] | None"]
@@ -90,6 +99,31 @@ def without_maximum() -> Change:
         return (args[0] - args[0].detach().amax(-1, keepdim=True), *args[1:]), kwargs
 
     return change
+
+
+@contextmanager
+def rewriting(model: nn.Module, rewrite: Rewrite, layer: str) -> Generator[None]:
+    """Have a layer run within a rewrite, also where it is computed again: a backward pass leaves function modes behind.
+
+    Args:
+        model: The model.
+        rewrite: What changes calls.
+        layer: The layer's name.
+    """
+    part = _module(model, layer)
+
+    def enter(part: nn.Module, args: Any) -> None:
+        rewrite.__enter__()
+
+    def leave(part: nn.Module, args: Any, out: Any) -> None:
+        rewrite.__exit__(None, None, None)
+
+    handles = [part.register_forward_pre_hook(enter), part.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -16,8 +16,6 @@ __all__ = ["OUTSIDE", "Paths", "Place", "layer_names"]
 #: What runs outside the model: the loss function.
 OUTSIDE = "loss"
 _ENGINE: Any = torch._C  # pyright: ignore[reportPrivateUsage]
-_ENTER = nn.modules.module.register_module_forward_pre_hook
-_LEAVE = nn.modules.module.register_module_forward_hook
 
 
 class Place(NamedTuple):
@@ -47,6 +45,7 @@ class Paths:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._names = layer_names(model)
         self._stack: list[str] = []
         self._forward: dict[int, str] = {}  # by the sequence number of the operator's autograd node
@@ -56,12 +55,13 @@ class Paths:
         """Follow modules while the context lasts; modules that raise are left as those that return."""
 
         def enter(part: nn.Module, args: Any) -> None:
-            self._stack.append(self._names.get(id(part), self._stack[-1] if self._stack else OUTSIDE))
+            self._stack.append(self._names[id(part)])
 
         def leave(part: nn.Module, args: Any, out: Any) -> None:
             self._stack.pop()
 
-        handles = [_ENTER(enter), _LEAVE(leave, always_call=True)]
+        handles = [part.register_forward_pre_hook(enter) for part in self._model.modules()]
+        handles += [part.register_forward_hook(leave, always_call=True) for part in self._model.modules()]
         try:
             yield
         finally:

@@ -19,6 +19,7 @@ from narrowcast.training.doctor.interventions import (
     clamp_inputs,
     in_format,
     power_of_two_below,
+    rewriting,
     shrink_weights,
     with_epsilon,
     without_maximum,
@@ -151,7 +152,15 @@ def _rewritten(scene: Scene, fault: Fault, kind: str, setting: str, change: Chan
     def run() -> tuple[Outcome, str]:
         paths = Paths(scene.model)
         rewrite = Rewrite(paths, layer, change)
-        outcome = replay.run(scene, paths.following(), rewrite)
+        if layer == OUTSIDE:
+
+            def loss(outputs: Any, targets: Any) -> Any:
+                with rewrite:
+                    return scene.loss(outputs, targets)
+
+            outcome = replay.run(scene.but(loss=loss), paths.following())
+        else:
+            outcome = replay.run(scene, paths.following(), rewriting(replay.bare(scene.model), rewrite, layer))
         return outcome, f"{rewrite.changed} calls changed" if rewrite.changed else "no call of this layer fits"
 
     where = "the loss function" if layer == OUTSIDE else f"layer {layer!r}"

@@ -92,7 +92,7 @@ def explain_stagnation(
     share = float(small.float().mean()) if small.numel() else 0.0
     seen = (
         f"{stuck:.1%} of the numbers of {name!r} in {format} did not move though they have a gradient: in FP32, {share:.1%} of "
-        f"the updates are at most half a unit in the last place of their weight (2^-9 of its binade in bf16)"
+        f"the updates are at most half a unit in the last place of their weight (2^-8 of its binade in bf16)"
     )
     return Cause(
         step=step,
