@@ -28,7 +28,8 @@ class Origin(NamedTuple):
     """Where numbers of an update broke first.
 
     Args:
-        rank: The first rank whose own numbers were not finite; None if only their sum is known.
+        rank: The first rank whose own gradient of the first of the layers, or whose own loss, was not finite; None if only
+            the ranks' sum is known.
         layers: Parameters whose gradients are not finite, in the order of the backward pass.
         kind: What the first of them holds.
     """
@@ -120,32 +121,36 @@ class Reduction:
             multi_tensor.copy_(part, [mean.view_as(one) for mean, one in zip(means, part, strict=True)])
 
     def origin(self, broken: tuple[Broken, ...], loss: Tensor) -> Origin:
-        """Return where numbers broke first; all ranks must ask, and all get the same rank, first layer and kind.
+        """Return where numbers broke first. All ranks must ask, and all get the same answer.
 
         Args:
-            broken: What is broken after gradients came together, in the order of the backward pass.
+            broken: What is broken on this rank after gradients came together, in the order of the backward pass.
             loss: This rank's own loss.
         """
-        layers = tuple(one.name for one in broken)
+        if self._ranks is not None:
+            broken = self._on_all(broken, self._ranks, loss.device)
         kind = broken[0].kind if broken else "nan" if loss.isnan() else "inf"
+        layers = tuple(one.name for one in broken)
         if self._ranks is None:
             return Origin(0, layers, kind)
-        order = [*reversed(list(self._parameters)), ""]  # of the backward pass
-        place = {name: number for number, name in enumerate(order)}
-        nowhere = 2 * len(order)
-        own = [(min(place.get(name, len(place) - 1) for name in names), norm) for names, norm in self._heard]
-        own.append((0, loss))
-        found = [2 * at + int(norm.isnan()) for at, norm in own if not norm.isfinite()]
-        mine = torch.zeros(self._ranks.world, device=loss.device)
-        mine[self._ranks.rank] = min(found, default=nowhere)
-        everyone = [int(one) for one in self._ranks.sum(mine).tolist()]
-        least = min(everyone)
-        if least == nowhere:
-            return Origin(None, layers, kind)
-        first = order[least // 2]
-        return Origin(
-            everyone.index(least), (first, *(one for one in layers if one != first)), "nan" if least % 2 else "inf"
-        )
+        heard = any(layers[0] in names and not norm.isfinite() for names, norm in self._heard) if layers else False
+        said = torch.zeros(2, self._ranks.world, device=loss.device)
+        said[:, self._ranks.rank] = torch.tensor([heard, not loss.isfinite()])
+        by_gradient, by_loss = self._ranks.sum(said).tolist()
+        ranks = [rank for found in (by_gradient, by_loss) for rank, one in enumerate(found) if one]
+        return Origin(ranks[0] if ranks else None, layers, kind)
+
+    def _on_all(self, broken: tuple[Broken, ...], ranks: Ranks, device: torch.device) -> tuple[Broken, ...]:
+        """Return what is broken on any rank: each has seen its own parts of sharded gradients."""
+        found = {one.name: (max(one.inf, int(not one.nan)), one.nan) for one in broken}
+        counts = torch.tensor([found.get(name, (0, 0)) for name in self._parameters], dtype=torch.float64)
+        summed = ranks.sum(counts.to(device)).tolist()
+        named = [
+            Broken(name, int(inf), int(nan))
+            for name, (inf, nan) in zip(self._parameters, summed, strict=True)
+            if inf or nan
+        ]
+        return tuple(reversed(named))
 
 
 def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:

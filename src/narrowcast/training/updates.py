@@ -96,6 +96,9 @@ class _Fused:
             # SGD keeps its first gradients as momentum: told to leave that update out, it would keep what the memory held.
             return self._first(gradients, factor, loss, decide=decide)
         norm, finite, factor = _measured(gradients, factor, loss, self._clip_norm, self._ranks)
+        known = _on_host(finite, decide)  # before the step, so that the device works on it while the host goes on
+        if known is False:
+            return Outcome(norm, finite, known)
         self._before()
         if isinstance(factor, Tensor):
             divisor = factor.float().reciprocal()
@@ -107,7 +110,7 @@ class _Fused:
             self._optimizer.step()
         finally:
             del told.grad_scale, told.found_inf
-        return Outcome(norm, finite, _on_host(finite, decide))
+        return Outcome(norm, finite, known)
 
 
 class _Plain:

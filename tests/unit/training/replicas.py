@@ -9,28 +9,28 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from narrowcast.training import DynamicScale, Loss, Trainer, precision
-from narrowcast.training.gradients import Ranks
+from narrowcast.training.checks import unwrapped
+from narrowcast.training.distributed import Ranks
+from narrowcast.training.sharding import shard
 
 
-class Gloo:
-    """The ranks of the default group."""
-
-    def __init__(self) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-
-    def all_finite(self, flag: torch.Tensor) -> torch.Tensor:
-        agreed = flag.int()
-        dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        return agreed.bool()
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        total = tensor.detach().clone()
-        dist.all_reduce(total)
-        return total
+#: Policy, whether weights are sharded, and whether windows are closed early.
+CASES = [
+    ("fp32", False, False),
+    ("bf16-mixed", False, True),
+    ("fp16-mixed", False, False),
+    ("fp16-mixed", False, True),
+    ("bf16-true", False, False),
+    ("bf16-true", False, True),
+    ("fp32", True, False),
+    ("fp16-mixed", True, True),
+]
 
 
 class Faulty(nn.Module):
@@ -62,16 +62,29 @@ def data(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, targets
 
 
-def trainer_of(ranks: Ranks | None, policy: str, *, accumulate: int = 2, loss=weighted, **settings) -> Trainer:
+def trainer_of(
+    ranks: Ranks | None, policy: str, *, accumulate: int = 2, sharded: bool = False, **settings
+) -> Trainer:
     model = Faulty()
     chosen = precision(policy, **settings)
     chosen.prepare(model)
+    called = model
+    if sharded:
+        shard(model, ranks, chosen, units=["second"])
+    elif ranks is not None:
+        called = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    called = model if ranks is None else DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return Trainer(called, optimizer, loss, precision=chosen, clip_norm=0.5, accumulate=accumulate, ranks=ranks)
+    return Trainer(called, optimizer, weighted, precision=chosen, clip_norm=0.5, accumulate=accumulate, ranks=ranks)
 
 
-def trained(ranks: Ranks | None, policy: str, sizes: list[int], *, flush: bool = False) -> dict:
+def weights(trainer: Trainer) -> torch.Tensor:
+    held = [one.detach() for one in trainer.model.parameters()]
+    return torch.cat([(one.full_tensor() if isinstance(one, DTensor) else one).float().flatten() for one in held])
+
+
+def trained(
+    ranks: Ranks | None, policy: str, sizes: list[int], *, flush: bool = False, sharded: bool = False
+) -> dict:
     """Return losses and weights after two windows of micro-batches of unequal sizes, dealt out to ranks in turn."""
     settings = {"loss_scale": DynamicScale(initial=64.0), "overrides": {"*": "fp32"}} if policy == "fp16-mixed" else {}
     if policy == "bf16-true":
@@ -79,7 +92,8 @@ def trained(ranks: Ranks | None, policy: str, sizes: list[int], *, flush: bool =
     world, rank = (1, 0) if ranks is None else (ranks.world, ranks.rank)
     windows = 2
     micro = len(sizes) // world // windows
-    trainer = trainer_of(ranks, policy, accumulate=micro * world if ranks is None else micro + flush, **settings)
+    window = micro * world if ranks is None else micro + flush
+    trainer = trainer_of(ranks, policy, accumulate=window, sharded=sharded, **settings)
     if ranks is None and flush:
         trainer.accumulate += world
     inputs, targets = data(sum(sizes))
@@ -92,24 +106,23 @@ def trained(ranks: Ranks | None, policy: str, sizes: list[int], *, flush: bool =
         if flush:
             info = trainer.flush()
         losses.append([info.loss, info.grad_norm, info.updated])
-    weights = torch.cat([one.detach().float().flatten() for one in trainer.model.parameters()])
-    return {"losses": losses, "weights": weights.tolist()}
+    return {"losses": losses, "weights": weights(trainer).tolist()}
 
 
-def fault_on_one(ranks: Ranks, where: str, fault: float) -> dict:
+def fault_on_one(ranks: Ranks, where: str, fault: float, *, sharded: bool = False) -> dict:
     """Return what every rank sees of a fault on rank 1."""
-    trainer = trainer_of(ranks, "fp16-mixed", loss_scale=DynamicScale(initial=64.0))
+    trainer = trainer_of(ranks, "fp16-mixed", loss_scale=DynamicScale(initial=64.0), sharded=sharded)
     inputs, targets = data(16)
     for _ in range(2):
         trainer.step((inputs, targets))
-    before = torch.cat([one.detach().flatten() for one in trainer.model.parameters()])
+    before = weights(trainer)
     if ranks.rank == 1 and where == "backward":
-        trainer.model.module.fault = fault
+        unwrapped(trainer.model).fault = fault
     if ranks.rank == 1 and where == "forward":
         inputs = inputs * fault
     for _ in range(2):
         info = trainer.step((inputs, targets))
-    after = torch.cat([one.detach().flatten() for one in trainer.model.parameters()])
+    after = weights(trainer)
     skip = trainer.ledger[0]
     return {
         "skipped": info.skipped,
@@ -126,15 +139,16 @@ def main(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    ranks = Gloo()
+    ranks = Ranks(rank, 2, torch.device("cpu"), init_device_mesh("cpu", (2,)))
     sizes = [6, 3, 8, 2, 5, 5, 1, 10]
     seen = {"training": {}, "faults": {}}
-    for policy in ("fp32", "bf16-mixed", "fp16-mixed", "bf16-true"):
-        for flush in (False, True):
-            key = f"{policy}{' flushed' if flush else ''}"
-            seen["training"][key] = trained(ranks, policy, sizes, flush=flush)
-    seen["faults"]["backward"] = fault_on_one(ranks, "backward", float("inf"))
-    seen["faults"]["forward"] = fault_on_one(ranks, "forward", float("nan"))
+    for policy, sharded, flush in CASES:
+        how = {"flush": flush, "sharded": sharded}
+        seen["training"][f"{policy} {how}"] = trained(ranks, policy, sizes, **how)
+    for sharded in (False, True):
+        end = " sharded" if sharded else ""
+        seen["faults"][f"backward{end}"] = fault_on_one(ranks, "backward", float("inf"), sharded=sharded)
+        seen["faults"][f"forward{end}"] = fault_on_one(ranks, "forward", float("nan"), sharded=sharded)
     dist.destroy_process_group()
     print(json.dumps(seen))
 

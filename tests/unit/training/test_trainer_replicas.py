@@ -1,4 +1,4 @@
-"""Two processes with the same weights: the steps of one process, and one decision."""
+"""Two processes with the same weights or with parts of them: the steps of one process, and one decision."""
 
 from __future__ import annotations
 
@@ -38,11 +38,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [json.loads(out.splitlines()[-1]) for out, _, _ in said]
 
 
-@pytest.mark.parametrize("flush", [False, True], ids=["whole", "flushed"])
-@pytest.mark.parametrize("policy", ["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"])
-def test_two_processes_take_the_steps_of_one(both, policy, flush):
+@pytest.mark.parametrize(("policy", "sharded", "flush"), replicas.CASES)
+def test_two_processes_take_the_steps_of_one(both, policy, sharded, flush):
     """Losses weigh tokens that count: micro-batches of 1 to 10 samples, some of them ignored, dealt out to two ranks."""
-    key = f"{policy}{' flushed' if flush else ''}"
+    key = f"{policy} { {'flush': flush, 'sharded': sharded} }"
     alone = replicas.trained(None, policy, SIZES, flush=flush)
     first, second = (seen["training"][key] for seen in both)
     assert first == second
@@ -55,7 +54,13 @@ def test_two_processes_take_the_steps_of_one(both, policy, flush):
 
 
 @pytest.mark.parametrize(
-    ("where", "layer", "kind"), [("backward", "second.bias", "inf"), ("forward", "head.bias", "nan")]
+    ("where", "layer", "kind"),
+    [
+        ("backward", "second.bias", "inf"),
+        ("forward", "head.bias", "nan"),
+        ("backward sharded", "second.bias", "inf"),
+        ("forward sharded", "head.bias", "nan"),
+    ],
 )
 def test_a_fault_on_one_rank_is_a_skip_on_all_and_the_ledger_names_the_rank(both, where, layer, kind):
     for seen in both:

@@ -12,10 +12,12 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from narrowcast.errors import OutputError, TrainingError
 from narrowcast.training import DynamicScale, StaticScale, Trainer, precision
+from narrowcast.training.fused import FusedAdamW
 
 OPTIMIZERS = {
     "plain": lambda params: torch.optim.AdamW(params, lr=1e-2),
     "fused": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
+    "own": lambda params: FusedAdamW(params, lr=1e-2),
 }
 
 
