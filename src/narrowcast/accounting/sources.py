@@ -18,6 +18,7 @@ from narrowcast.models.torch_export import require_torch
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 __all__ = ["GraphSource", "Source", "parse_input", "source"]
 
@@ -40,6 +41,7 @@ class Source:
         examples: Makes the positional inputs.
         named: Makes the inputs by name.
         config: The configuration of transformers that it was built from, where there is one.
+        context: Tokens of the past whose keys and values are there already, for counts of what comes after them; None for none.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Source:
     examples: Callable[[], tuple[Any, ...]]
     named: Callable[[], dict[str, Any]] = field(default=dict)
     config: Any = None
+    context: int | None = None
 
     def count(self, *, train: bool = False) -> Counted:
         """Return what one run of the module does.
@@ -62,6 +65,8 @@ class Source:
 
         module, mode = fake_module(self.build)
         args, named = in_dtype_of(module, (self.examples(), self.named()))
+        if self.context is not None:
+            named |= {"past_key_values": past(module, mode, args[0].shape[0], self.context)}
         return count_module(module, args, named, mode=mode, train=train)
 
 
@@ -119,7 +124,12 @@ def parse_input(text: str) -> Given:
 
 
 def source(
-    reference: str, *, inputs: Sequence[str] = (), tokens: int | None = None, batch: int | None = None
+    reference: str,
+    *,
+    inputs: Sequence[str] = (),
+    tokens: int | None = None,
+    batch: int | None = None,
+    context: int | None = None,
 ) -> Source | GraphSource:
     """Return the model that a reference names, with the inputs asked for.
 
@@ -129,12 +139,19 @@ def source(
         inputs: Shapes, as :func:`parse_input` takes them; the model's own example with ``batch`` samples unless given.
         tokens: Tokens of a language model.
         batch: Samples, 1 unless given; where shapes are given, they say it.
+        context: Tokens of a language model whose keys and values are cached: what is counted are the ``tokens`` after them, 1
+            unless given.
 
     Raises:
         ModelError: The model cannot be found, an input says no shape, or a number is given that nothing would take.
         RuntimeMissingError: A package that the scheme needs is not installed.
     """
     given = tuple(parse_input(text) for text in inputs)
+    if context is not None and (given or not reference.startswith("hf:")):
+        raise ModelError(
+            f"context = {context} for {reference}" + (f" beside {_shapes(given)}" if given else ""),
+            allowed="a cache with language models of hf:CONFIG_DIR alone, without shapes of inputs",
+        )
     language = reference.startswith("hf:")
     ref = None if language else ModelRef.parse(reference)
     if ref and ref.scheme in ("onnx", "artifact"):
@@ -144,7 +161,8 @@ def source(
         if given and number is not None:
             raise ModelError(f"{what} = {number} beside {_shapes(given)}, which says it already", next_step=_ONE)
     if ref is None:
-        return _transformers(reference, given, tokens or 128, batch or 1)
+        usual = 128 if context is None else 1
+        return _transformers(reference, given, tokens or usual, batch or 1, context)
     if tokens is not None:
         raise ModelError(
             f"tokens = {tokens} for {reference}, whose inputs have shapes of their own",
@@ -186,7 +204,9 @@ def _empty(entry: Given) -> Any:
     return torch.empty(entry.shape, dtype=vars(torch)[entry.dtype or "float32"])
 
 
-def _transformers(reference: str, given: Sequence[Given], tokens: int, batch: int) -> Source:
+def _transformers(
+    reference: str, given: Sequence[Given], tokens: int, batch: int, context: int | None = None
+) -> Source:
     torch = require_torch(reference)
     folder = Path(reference.removeprefix("hf:"))
     try:
@@ -204,6 +224,10 @@ def _transformers(reference: str, given: Sequence[Given], tokens: int, batch: in
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}/config.json cannot be used: {str(error).splitlines()[0]}") from error
     kind = _auto_class(library, config)
+    if context is not None and (decodes(config) or kind is not library.AutoModelForCausalLM):
+        raise ModelError(
+            f"context = {context} for {reference}", allowed="a cache with language models that decode alone"
+        )
 
     def examples() -> tuple[Any, ...]:
         return _positional(given) if given else (_main_input(reference, kind, config, tokens, batch),)
@@ -214,7 +238,33 @@ def _transformers(reference: str, given: Sequence[Given], tokens: int, batch: in
         )
         return ids | _named(given)
 
-    return Source(reference, lambda: kind.from_config(config), examples, named, config)
+    return Source(reference, lambda: kind.from_config(config), examples, named, config, context)
+
+
+def past(module: nn.Module, mode: FakeTensorMode, batch: int, tokens: int) -> Any:
+    """Return the cache of keys and values that a model of transformers has after so many tokens, without numbers.
+
+    Args:
+        module: The model.
+        mode: The mode that its tensors live in.
+        batch: Sequences.
+        tokens: Tokens of each.
+
+    Raises:
+        ModelError: It keeps no cache, or cannot read so many tokens.
+    """
+    torch = require_torch("a cache")
+    from narrowcast.accounting.building import failed
+
+    module.eval()
+    try:
+        with mode, torch.no_grad():
+            cache = module(torch.zeros(batch, tokens, dtype=torch.int64), use_cache=True).past_key_values
+    except Exception as error:  # a model may raise anything
+        raise failed(error, "the model, while it reads the context") from error
+    if cache is None:
+        raise ModelError(f"{type(module).__name__} keeps no keys and values of past tokens")
+    return cache
 
 
 def decodes(config: Any) -> bool:

@@ -55,6 +55,12 @@ def advise(
         typer.Option("--input", help="Shape of an input: [NAME=]1x3x224x224[:DTYPE]. May be given several times."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a language model (128 unless given).")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Decode: count one new token (or --tokens) after so many whose keys and values are cached."
+        ),
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Samples, where no shape is given (1).")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Show only so many items.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show also what brings less than 0.5 %.")] = False,
@@ -76,16 +82,16 @@ def advise(
 
     target = device_of(device)
     given = policy(precision) if precision else None
-    asked = source(model, inputs=inputs or [], tokens=tokens, batch=batch)
+    asked = source(model, inputs=inputs or [], tokens=tokens, batch=batch, context=context)
     with seldom_collected(), errors_console().status("tracing", spinner="dots"):
         counted = profile(asked)
-        context = Context(counted, target, given or default_policy(target, counted.parameters.dtype), runtime)
-        found = find(context)
+        looked = Context(counted, target, given or default_policy(target, counted.parameters.dtype), runtime)
+        found = find(looked)
     shown = [item for item in found if everything or item.worth_showing][:top]
     if json:
-        print_json(_as_json(context, shown))
+        print_json(_as_json(looked, shown))
     else:
-        _print(context, shown, hidden=len(found) - len(shown), screen=console())
+        _print(looked, shown, hidden=len(found) - len(shown), screen=console())
 
 
 def _as_json(context: Context, shown: list[Advice]) -> dict[str, Any]:

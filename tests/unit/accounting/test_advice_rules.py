@@ -442,12 +442,23 @@ def test_memory_comes_first_and_says_what_fits() -> None:
     assert found("memory", context(large, "h100-sxm")) is None
 
 
+def test_a_batch_that_memory_ends_says_so() -> None:
+    where = context(chain(20), "t4")
+    memory = where.device.memory.model_copy(update={"size_gb": 10 * where.profile.peak_bytes / 2**30})
+    item = found("batch", Context(where.profile, where.device.model_copy(update={"memory": memory}), where.policy))
+    assert item is not None
+    assert item.how.endswith("larger ones may bring more and do not fit the memory of NVIDIA T4")
+    assert float(item.title.split()[1]) < 64
+
+
 def test_batch_grows_until_throughput_does_not() -> None:
     where = context(chain(20), "t4")
     item = found("batch", where)
     assert item is not None
     assert item.gain is not None
-    batch = int(item.title.split()[1])
+    batch = int(item.title.split()[1].replace(",", ""))
+    assert batch > 1024  # so small a model still doubles its throughput there
+    assert "bring less than 11% more" in item.how
     many = context(counted(nn.Sequential(*[nn.Conv1d(16, 16, 1) for _ in range(20)]), batch, 16, 16), "t4")
     assert item.gain.seconds == pytest.approx(where.estimate.seconds - many.estimate.seconds / batch, rel=1e-3)
     busy = counted(nn.Sequential(conv(256, 256), conv(256, 256)), 256, 256, 56, 56)

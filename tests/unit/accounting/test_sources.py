@@ -86,6 +86,41 @@ def test_an_input_of_unknown_shape_is_asked_for(tmp_path: Path) -> None:
     assert "--input input_values=" in caught.value.next_step
 
 
+# A cache --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_context_counts_new_tokens_that_attend_to_a_cache(tmp_path: Path) -> None:
+    width, hidden, words, past = 64, 96, 100, 40
+    config = transformers.LlamaConfig(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    layer = 2 * width * width + 2 * width * width // 2 + 3 * width * hidden
+    for new in (1, 3):
+        found = configured(tmp_path, config, context=past, tokens=new, batch=2)
+        assert found.inputs == [[2, new]]
+        assert found.macs == 2 * new * (2 * (layer + 2 * width * (past + new)) + width * words)
+
+
+@pytest.mark.parametrize(
+    ("reference", "given"),
+    [("timm:resnet18", {}), ("hf:somewhere", {"inputs": ["1x8:int64"]})],
+)
+def test_a_context_is_for_language_models_alone(reference: str, given: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="context = 8"):
+        source(reference, context=8, **given)
+
+
+def test_an_encoder_decoder_takes_no_context(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="context = 8") as caught:
+        configured(tmp_path, transformers.T5Config(num_layers=1), context=8)
+    assert "decode alone" in caught.value.allowed
+
+
 # One sample -----------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,10 @@ __all__ = ["batch", "default_policy", "family", "memory", "precision"]
 
 #: A batch is enough when it reaches this share of the best throughput.
 ENOUGH = 0.9
-LARGEST_BATCH = 1024
+#: Two doublings that bring less than this are the end.
+FLAT = 1.01
+LARGEST_BATCH = 1 << 16
+SHOWN_BATCHES = 8
 BEST_FAMILIES = 3
 
 _STATIC_INT8 = POLICIES["int8-static"]
@@ -205,17 +208,39 @@ def memory(context: Context) -> Iterator[Advice]:
 # Batch ----------------------------------------------------------------------------------------------------------------
 
 
-def batch(context: Context) -> Iterator[Advice]:
-    """Yield the batch at which throughput has nearly stopped growing, if it is a larger one."""
-    samples = context.profile.inputs[0][0] if context.profile.inputs and context.profile.inputs[0] else 1
+class _Batches(NamedTuple):
+    """What larger batches bring.
+
+    Args:
+        took: Estimates of one run by how many times the samples it has.
+        ended: Why no larger one was looked at: ``flat`` (throughput stopped growing), ``memory`` or ``limit``.
+    """
+
+    took: dict[int, Estimate]
+    ended: str
+
+
+def _batches(context: Context, samples: int) -> _Batches:
+    """Return estimates of batches twice as large each time, until two doublings in a row bring next to nothing."""
     capacity = context.device.memory.bytes
     took: dict[int, Estimate] = {}
+    rates: list[float] = []
     times = 1
-    while samples * times <= LARGEST_BATCH and (
-        capacity is None or _needed(context, context.policy, times) <= capacity
-    ):
+    while samples * times <= LARGEST_BATCH:
+        if capacity is not None and _needed(context, context.policy, times) > capacity:
+            return _Batches(took, "memory")
         took[times] = context.estimate_of([batched(operator, times) for operator in context.operators])
+        rates.append(times / took[times].seconds)
+        if len(rates) > 2 and max(rates[-2:]) < FLAT * rates[-3]:
+            return _Batches(took, "flat")
         times *= 2
+    return _Batches(took, "limit")
+
+
+def batch(context: Context) -> Iterator[Advice]:
+    """Yield the batch at which throughput has nearly stopped growing, or the largest that fits, if it is a larger one."""
+    samples = context.profile.inputs[0][0] if context.profile.inputs and context.profile.inputs[0] else 1
+    took, ended = _batches(context, samples)
     if len(took) < 2:
         return
     rates = {times: samples * times / found.seconds for times, found in took.items()}
@@ -224,10 +249,11 @@ def batch(context: Context) -> Iterator[Advice]:
         return
     now, then = took[1], took[knee]
     share = 1 - then.seconds / knee / now.seconds
-    shown = ", ".join(f"{samples * times}: {_rate(rate)}" for times, rate in rates.items() if times <= 2 * knee)
+    near = [times for times in rates if times <= 2 * knee][-SHOWN_BATCHES:]
+    shown = ", ".join(f"{samples * times}: {_rate(rates[times])}" for times in dict.fromkeys((1, *near)))
     yield Advice(
         rule="batch",
-        title=f"Run {samples * knee} samples at once where requests wait together",
+        title=f"Run {samples * knee:,} samples at once where requests wait together",
         seen=f"samples per second by batch: {shown}",
         gain=Gain(
             seconds=now.seconds / samples * share,
@@ -235,12 +261,24 @@ def batch(context: Context) -> Iterator[Advice]:
             low=max(1 - then.high / knee / now.seconds, 0.0),
             high=1 - then.low / knee / now.seconds,
         ),
-        how=f"collect up to {samples * knee} samples per run; larger batches bring less than {1 / ENOUGH - 1:.0%} more",
+        how=f"collect up to {samples * knee:,} samples per run; {_beyond(context, knee, samples, took, ended)}",
         source=source_of("batch"),
         limits=f"time per sample, not of one answer: a run then takes {then.seconds / now.seconds:.3g} times as long as "
         "now; not where samples come one by one",
         effort="exact",
     )
+
+
+def _beyond(context: Context, knee: int, samples: int, took: dict[int, Estimate], ended: str) -> str:
+    """Return what larger batches bring."""
+    largest = max(took)
+    more = f"less than {1 / ENOUGH - 1:.0%} more"
+    if ended == "flat":
+        return f"larger batches bring {more}"
+    why = f"do not fit the memory of {context.device.title}" if ended == "memory" else "were not looked at"
+    if knee == largest:
+        return f"larger ones may bring more and {why}"
+    return f"up to {samples * largest:,} bring {more}, and larger ones {why}"
 
 
 def _rate(value: float) -> str:
