@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 
 from narrowcast.serving.refusals import Refusal
 
-__all__ = ["DATATYPES", "Datatype", "datatype_of", "decode_binary", "decode_json", "encode_binary", "encode_json"]
+__all__ = [
+    "DATATYPES",
+    "Datatype",
+    "datatype_of",
+    "decode_binary",
+    "decode_json",
+    "encode_binary",
+    "encode_json",
+    "finite",
+]
 
 Array = NDArray[Any]
 
@@ -33,6 +42,8 @@ class Datatype:
         json: Python types of the JSON values that stand for an element.
         config: As a model configuration calls it.
         contents: Field of the gRPC message ``InferTensorContents`` that can hold it; empty where only raw bytes can.
+        size: Bytes of one element; 0 where elements differ in length.
+        limit: Largest finite value of a type that a JSON number may overflow unnoticed, else None.
     """
 
     name: str
@@ -40,19 +51,29 @@ class Datatype:
     json: frozenset[type]
     config: str
     contents: str
-
-    @property
-    def size(self) -> int:
-        """Bytes of one element; 0 where elements differ in length."""
-        return 0 if self.dtype == object else self.dtype.itemsize
+    size: int
+    limit: float | None
 
 
+#: Up to so many values, comparing them is quicker than changing how NumPy treats overflow.
+_FEW = 64
 _REAL = frozenset({int, float})
 _INTEGER = frozenset({int})
 
+_LIMITS = {
+    "FP16": float(np.finfo(np.float16).max),
+    "BF16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max),
+    "FP32": float(np.finfo(np.float32).max),
+}
+
+
+def _size(dtype: type) -> int:
+    return 0 if dtype is np.object_ else np.dtype(dtype).itemsize
+
+
 #: All element types by name.
 DATATYPES: dict[str, Datatype] = {
-    name: Datatype(name, np.dtype(dtype), json, config, contents)
+    name: Datatype(name, np.dtype(dtype), json, config, contents, _size(dtype), _LIMITS.get(name))
     for name, dtype, json, config, contents in (
         ("BOOL", np.bool_, frozenset({bool}), "TYPE_BOOL", "bool_contents"),
         ("UINT8", np.uint8, _INTEGER, "TYPE_UINT8", "uint_contents"),
@@ -161,10 +182,26 @@ def decode_json(name: str, datatype: Datatype, shape: Sequence[int], data: objec
         elements[:] = [text.encode() for text in cast(list[str], flat)]
         return elements.reshape(shape)
     try:
-        with np.errstate(over="raise"):
-            return np.array(flat, datatype.dtype).reshape(shape)
+        return _cast(flat, datatype).reshape(shape)
     except (OverflowError, FloatingPointError, ValueError):
         raise Refusal(400, f"input {name!r}: a value is out of the range of {datatype.name}") from None
+
+
+def _cast(flat: list[Any], datatype: Datatype) -> Array:
+    """Return numbers as an array, of which none is out of range.
+
+    Raises:
+        OverflowError: One is.
+        FloatingPointError: One is.
+    """
+    if datatype.limit is None:
+        return np.array(flat, datatype.dtype)  # refuses integers that do not fit by itself
+    if len(flat) > _FEW:
+        with np.errstate(over="raise"):
+            return np.array(flat, datatype.dtype)
+    if flat and (max(flat) > datatype.limit or min(flat) < -datatype.limit):
+        raise OverflowError
+    return np.array(flat, datatype.dtype)
 
 
 def _flatten(name: str, shape: Sequence[int], data: object) -> list[object]:
@@ -194,16 +231,21 @@ def _shown(value: object) -> str:
 def encode_json(name: str, datatype: Datatype, array: Array) -> Array | list[str]:
     """Return a tensor as the JSON serialiser takes it: flat, in row-major order.
 
+    Values that are not finite, which JSON has not, come out as null: see :func:`finite`.
+
     Raises:
-        Refusal: JSON has no number or text for a value; the client can ask for bytes instead.
+        Refusal: A text is not UTF-8; the client can ask for bytes instead.
     """
     if datatype.size == 0:
         try:
             return [_as_bytes(element).decode() for element in array.flat]
         except UnicodeDecodeError:
             raise Refusal(400, f"output {name!r} is not UTF-8 text; ask for it with 'binary_data'") from None
-    if datatype.json is _REAL and not np.isfinite(array).all():
-        raise Refusal(400, f"output {name!r} holds NaN or infinity, which JSON has not; ask for it with 'binary_data'")
     if datatype.name == "BF16":
         array = array.astype(np.float32)
     return np.ascontiguousarray(array).reshape(-1)
+
+
+def finite(datatype: Datatype, array: Array) -> bool:
+    """Whether JSON has a number for every element."""
+    return datatype.json is not _REAL or bool(np.isfinite(array).all())

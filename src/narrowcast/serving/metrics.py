@@ -39,24 +39,24 @@ _METRICS = (
         "Microseconds from arrival to answer",
         lambda s: (s.success.ns + s.fail.ns) // 1000,
     ),
-    _Metric("nv_inference_queue_duration_us", "counter", "Microseconds in the queue", lambda s: s.queue.ns // 1000),
+    _Metric("nv_inference_queue_duration_us", "counter", "Microseconds in the queue", lambda s: s.queue_ns // 1000),
     _Metric(
         "nv_inference_compute_input_duration_us",
         "counter",
         "Microseconds of gathering inputs",
-        lambda s: s.compute_input.ns // 1000,
+        lambda s: s.input_ns // 1000,
     ),
     _Metric(
         "nv_inference_compute_infer_duration_us",
         "counter",
         "Microseconds of the model",
-        lambda s: s.compute_infer.ns // 1000,
+        lambda s: s.infer_ns // 1000,
     ),
     _Metric(
         "nv_inference_compute_output_duration_us",
         "counter",
         "Microseconds of moving outputs",
-        lambda s: s.compute_output.ns // 1000,
+        lambda s: s.output_ns // 1000,
     ),
 )
 

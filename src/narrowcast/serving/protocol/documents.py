@@ -101,10 +101,10 @@ def _statistics(served: ServedVersion) -> Document:
         "inference_stats": {
             "success": _duration(counted.success),
             "fail": _duration(counted.fail),
-            "queue": _duration(counted.queue),
-            "compute_input": _duration(counted.compute_input),
-            "compute_infer": _duration(counted.compute_infer),
-            "compute_output": _duration(counted.compute_output),
+            "queue": {"count": counted.success.count, "ns": counted.queue_ns},
+            "compute_input": {"count": counted.compute_count, "ns": counted.input_ns},
+            "compute_infer": {"count": counted.compute_count, "ns": counted.infer_ns},
+            "compute_output": {"count": counted.compute_count, "ns": counted.output_ns},
             "cache_hit": none,
             "cache_miss": none,
         },
@@ -119,9 +119,9 @@ def _duration(duration: Duration) -> Document:
 def _batch(size: int, times: BatchTimes) -> Document:
     return {
         "batch_size": size,
-        "compute_input": _duration(times.compute_input),
-        "compute_infer": _duration(times.compute_infer),
-        "compute_output": _duration(times.compute_output),
+        "compute_input": {"count": times.count, "ns": times.input_ns},
+        "compute_infer": {"count": times.count, "ns": times.infer_ns},
+        "compute_output": {"count": times.count, "ns": times.output_ns},
     }
 
 

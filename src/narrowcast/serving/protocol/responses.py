@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from narrowcast.serving.datatypes import encode_binary, encode_json
+from narrowcast.serving.datatypes import encode_binary, encode_json, finite
 from narrowcast.serving.http.message import Body, Response
 from narrowcast.serving.protocol.requests import InferRequest, RequestedOutput, SharedRegions, SharedSlice
 from narrowcast.serving.refusals import Refusal
@@ -57,9 +57,25 @@ def infer_response(
         else:
             item["data"] = encode_json(spec.name, spec.datatype, array)
     head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    if b"null" in head:
+        _check_finite(request, outputs)
     if not binary:
         return Response(200, (head,))
     return Response(200, (head, *binary), _OCTETS, ((b"Inference-Header-Content-Length", b"%d" % len(head)),))
+
+
+def _check_finite(request: InferRequest, outputs: Tensors) -> None:
+    """Check outputs that were written as JSON and may hold what JSON has not.
+
+    Raises:
+        Refusal: One does; the client can ask for bytes instead.
+    """
+    for wanted in request.outputs:
+        spec = wanted.spec
+        if not wanted.binary and wanted.shared is None and not finite(spec.datatype, outputs[spec.name]):
+            raise Refusal(
+                400, f"output {spec.name!r} holds NaN or infinity, which JSON has not; ask for it with 'binary_data'"
+            )
 
 
 def check_output(wanted: RequestedOutput, outputs: Tensors) -> Any:

@@ -48,8 +48,8 @@ class Job:
         rows: Rows of its batch axis.
         done: Called once, when ``outputs`` or ``error`` is there; it may be set until then.
         priority: Lower goes first.
-        key: Requests with equal keys can share a batch.
         arrived: When it came, in nanoseconds of the monotonic clock.
+        key: Requests with equal keys can share a batch; set when it has to wait.
         deadline: When its client stops waiting, on the same clock, or None.
         outputs: What the model gave, its own rows alone.
         error: Why there are no outputs.
@@ -59,8 +59,8 @@ class Job:
     inputs: Tensors
     rows: int
     priority: int
-    key: Hashable
     arrived: int
+    key: Hashable = None
     deadline: int | None = None
     done: Callable[[Job], None] | None = None
     outputs: Tensors | None = None
@@ -85,14 +85,15 @@ class _Group:
 
 @dataclass(slots=True)
 class JobQueue:
-    """Jobs that wait. All operations take constant time, but for a scan over the kinds of jobs that wait."""
+    """Jobs that wait. All operations take constant time, but for a scan over the kinds of jobs that wait.
+
+    Attributes:
+        count: How many wait.
+    """
 
     _groups: dict[tuple[int, Hashable], _Group] = field(default_factory=dict[tuple[int, Hashable], _Group])
-    _count: int = 0
+    count: int = 0
     _arrivals: int = 0
-
-    def __len__(self) -> int:
-        return self._count
 
     def add(self, job: Job) -> None:
         """Put a job behind the others of its kind."""
@@ -103,7 +104,7 @@ class JobQueue:
         job.number = self._arrivals
         group.jobs[job.number] = job
         group.rows += job.rows
-        self._count += 1
+        self.count += 1
 
     def remove(self, job: Job) -> bool:
         """Take a job out of its turn; return whether it was there."""
@@ -115,7 +116,7 @@ class JobQueue:
 
     def _took(self, group: _Group, job: Job) -> None:
         group.rows -= job.rows
-        self._count -= 1
+        self.count -= 1
         if not group.jobs:
             del self._groups[job.priority, job.key]
 
@@ -154,5 +155,5 @@ class JobQueue:
         """Take all jobs out."""
         jobs = [job for group in self._groups.values() for job in group.jobs.values()]
         self._groups.clear()
-        self._count = 0
+        self.count = 0
         return jobs

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from narrowcast.serving.refusals import Refusal, WorkerLostError
 from narrowcast.serving.scheduling.queue import DEFAULT_PRIORITY, Batching, Job, JobQueue
@@ -47,6 +48,7 @@ class Scheduler:
         self.statistics = statistics or Statistics()
         self._loop = asyncio.get_running_loop()
         self._batching = settings.batching if self.signature.batched else Batching()
+        self._eager = not self._batching.delay_ns  # a request that finds a worker free does not wait for company
         self._workers = tuple(workers)
         self._live: set[Worker] = set(workers)
         self._idle: deque[Worker] = deque(workers)
@@ -68,7 +70,7 @@ class Scheduler:
     @property
     def pending(self) -> int:
         """Requests that wait."""
-        return len(self._queue) + len(self._alone)
+        return self._queue.count + len(self._alone)
 
     @property
     def busy(self) -> bool:
@@ -96,18 +98,19 @@ class Scheduler:
         now = time.monotonic_ns()
         if self.signature.batched and rows > self._batching.largest:
             raise Refusal(400, f"the request has {rows} rows; allowed: {self._batching.largest}")
-        key = tuple([array.shape[1:] for array in inputs.values()]) if self.signature.batched else None
-        job = Job(inputs, rows, priority or DEFAULT_PRIORITY, key, now)
+        job = Job(inputs, rows, priority or DEFAULT_PRIORITY, now)
         timeout = self.settings.timeout if timeout is None else timeout
         if timeout is not None:
             job.deadline = now + int(timeout * 1e9)
-        self._admit(job)
-        if self._idle and not self._queue and not self._alone and self._batching.size(rows, waited=False) is not None:
-            self._run([job])
-            self._dispatch()
+        if self._running or self._queue.count or not self._live:
+            self._admit(job)
+        if self._idle and not self._queue.count and (self._eager or rows == self._batching.largest):
+            self._run([job], now)
             return job
         if job.deadline is not None:
             job.timer = self._loop.call_later((job.deadline - now) * 1e-9, self._expire, job)
+        if self.signature.batched:
+            job.key = tuple([array.shape[1:] for array in inputs.values()])
         self._queue.add(job)
         self._dispatch()
         return job
@@ -115,9 +118,12 @@ class Scheduler:
     def cancel(self, job: Job) -> None:
         """Take a request out of the queue; one that runs already runs on, and its outputs are dropped."""
         job.done = None
-        if self._queue.remove(job):
+        waits_alone = job in self._alone
+        if waits_alone:
+            self._alone.remove(job)
+        if waits_alone or self._queue.remove(job):
             self.statistics.cancelled += 1
-            self._settle(job, error=Refusal(499, "the client went away"))
+            self._settle(job, time.monotonic_ns(), error=Refusal(499, "the client went away"))
 
     async def drained(self) -> None:
         """Return when no request waits or runs."""
@@ -126,9 +132,7 @@ class Scheduler:
 
     async def close(self, reason: str = "the model was unloaded") -> None:
         """Refuse what waits, and end the workers."""
-        for job in [*self._queue.drain(), *self._alone]:
-            self._settle(job, error=Refusal(503, reason, retry_after=1))
-        self._alone.clear()
+        self._refuse_all(Refusal(503, reason, retry_after=1))
         await asyncio.gather(*(worker.close() for worker in self._workers))
 
     # admission --------------------------------------------------------------------------------------------------------
@@ -137,12 +141,12 @@ class Scheduler:
         if not self._live:
             self.statistics.reject("unavailable")
             raise Refusal(503, "no worker of the model is alive; one is being started", retry_after=1)
-        if not self._running and not self._queue:
-            return
         wait = self._expected_wait(job)
-        if len(self._queue) >= self.settings.queue:
+        if self._queue.count >= self.settings.queue:
             self.statistics.reject("queue_full")
-            raise Refusal(503, f"{len(self._queue)} requests wait already, which is the bound", retry_after=wait * 1e-9)
+            raise Refusal(
+                503, f"{self._queue.count} requests wait already, which is the bound", retry_after=wait * 1e-9
+            )
         if job.deadline is not None and not self._idle and job.arrived + wait > job.deadline:
             self.statistics.reject("deadline")
             raise Refusal(
@@ -170,15 +174,16 @@ class Scheduler:
             return
         self._dispatching = True
         try:
-            while self._idle and (self._alone or self._queue):
+            while self._idle and (self._alone or self._queue.count):
                 if self._alone:
-                    self._run([self._alone.popleft()])
+                    self._run([self._alone.popleft()], time.monotonic_ns())
                     continue
-                jobs, again = self._queue.take(self._batching, time.monotonic_ns())
+                now = time.monotonic_ns()
+                jobs, again = self._queue.take(self._batching, now)
                 if not jobs:
                     self._wake_at(again)
                     return
-                self._run(jobs)
+                self._run(jobs, now)
         finally:
             self._dispatching = False
 
@@ -191,62 +196,71 @@ class Scheduler:
         self._wake = None
         self._dispatch()
 
-    def _run(self, jobs: list[Job]) -> None:
-        """Run jobs as one batch, those that have expired left out."""
-        now = time.monotonic_ns()
-        jobs = [job for job in jobs if not self._expired(job, now)]
-        if not jobs:
-            return
-        worker = self._idle.popleft()
-        self._running += 1
+    def _run(self, jobs: list[Job], now: int) -> None:
+        """Run jobs as one batch on a worker that is free, those that have expired left out."""
+        ready: list[Job] = []
+        rows = 0
         for job in jobs:
+            if job.deadline is not None and self._expired(job, now):
+                continue
             job.begun = now
             if job.timer is not None:
                 job.timer.cancel()
                 job.timer = None
-        rows = jobs[0].rows if len(jobs) == 1 else sum(job.rows for job in jobs)
-        batch = Batch([job.inputs for job in jobs], rows)
-        worker.submit(batch, lambda result: self._finished(worker, jobs, rows, now, result))
+            rows += job.rows
+            ready.append(job)
+        if not ready:
+            return
+        worker = self._idle.popleft()
+        self._running += 1
+        batch = Batch([job.inputs for job in ready], rows)
+        worker.submit(batch, partial(self._finished, worker, ready, rows, now))
 
     def _finished(self, worker: Worker, jobs: list[Job], rows: int, begun: int, result: Result) -> None:
         self._running -= 1
         if worker in self._live:
             self._idle.append(worker)
         now = time.monotonic_ns()
-        if result.outputs is None:
+        outputs = result.outputs
+        if outputs is None:
             self._failed(jobs, result.error or RuntimeError("the worker gave neither outputs nor an error"))
-        elif len(jobs) == 1:
-            self.statistics.executed(rows, 1, result.input_ns, result.infer_ns, result.output_ns, now - begun)
-            self._settle(jobs[0], outputs=result.outputs)
-        elif any(array.shape[:1] != (rows,) for array in result.outputs.values()):
+        elif len(jobs) > 1 and any(array.shape[:1] != (rows,) for array in outputs.values()):
             self._failed(jobs, Refusal(500, "the model gave an output whose first axis is not the batch axis"))
         else:
-            self.statistics.executed(rows, len(jobs), result.input_ns, result.infer_ns, result.output_ns, now - begun)
-            at = 0
-            for job in jobs:
-                part = slice(at, at + job.rows)
-                at += job.rows
-                self._settle(job, outputs={name: array[part] for name, array in result.outputs.items()})
-        self._dispatch()
+            times = (result.input_ns, result.infer_ns, result.output_ns)
+            self.statistics.executed(rows, len(jobs), times, now - begun)
+            self._hand_out(jobs, outputs, now)
+        if self._queue.count or self._alone:
+            self._dispatch()
+
+    def _hand_out(self, jobs: list[Job], outputs: Tensors, now: int) -> None:
+        """Give each job its own rows of the outputs of a batch."""
+        if len(jobs) == 1:
+            self._settle(jobs[0], now, outputs=outputs)
+            return
+        at = 0
+        for job in jobs:
+            part = slice(at, at + job.rows)
+            at += job.rows
+            self._settle(job, now, outputs={name: array[part] for name, array in outputs.items()})
 
     def _failed(self, jobs: list[Job], error: Exception) -> None:
         """Tell the jobs of a failed batch; where there are several, each runs again alone, so that one cannot spoil all."""
         if len(jobs) > 1 and not isinstance(error, WorkerLostError):
             self._alone.extend(jobs)
             return
+        now = time.monotonic_ns()
         for job in jobs:
-            self._settle(job, error=error)
+            self._settle(job, now, error=error)
 
-    def _settle(self, job: Job, *, outputs: Tensors | None = None, error: Exception | None = None) -> None:
+    def _settle(self, job: Job, now: int, *, outputs: Tensors | None = None, error: Exception | None = None) -> None:
         """Give a job its end, count it, and tell who waits for it."""
         if job.finished:
             return
         job.outputs, job.error = outputs, error
-        job.inputs = {}
         if job.timer is not None:
             job.timer.cancel()
             job.timer = None
-        now = time.monotonic_ns()
         if error is None:
             self.statistics.succeeded(job.begun - job.arrived, now - job.arrived)
         else:
@@ -262,9 +276,8 @@ class Scheduler:
             return False
         self.statistics.expired += 1
         waited = (now - job.arrived) * 1e-6
-        self._settle(
-            job, error=Refusal(504, f"the request waited {waited:.0f} ms, longer than its client; it never ran")
-        )
+        late = Refusal(504, f"the request waited {waited:.0f} ms, longer than its client; it never ran")
+        self._settle(job, now, error=late)
         return True
 
     def _expire(self, job: Job) -> None:
@@ -282,6 +295,12 @@ class Scheduler:
         if worker in self._idle:
             self._idle.remove(worker)
         if not self._live:
-            for job in [*self._queue.drain(), *self._alone]:
-                self._settle(job, error=Refusal(503, "the last worker of the model has died", retry_after=1))
-            self._alone.clear()
+            self._refuse_all(Refusal(503, "the last worker of the model has died", retry_after=1))
+
+    def _refuse_all(self, refusal: Refusal) -> None:
+        """Refuse what waits."""
+        now = time.monotonic_ns()
+        waiting = [*self._queue.drain(), *self._alone]
+        self._alone.clear()
+        for job in waiting:
+            self._settle(job, now, error=refusal)

@@ -10,6 +10,7 @@ __all__ = ["BUCKETS", "BatchTimes", "Duration", "Statistics"]
 
 #: Upper ends of the latency histogram, in seconds.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_BUCKETS_NS = tuple(round(bound * 1e9) for bound in BUCKETS)
 #: Weight of the newest time in the running mean for a batch size.
 _NEWEST = 0.2
 
@@ -21,8 +22,8 @@ class Duration:
     count: int = 0
     ns: int = 0
 
-    def add(self, ns: int, count: int = 1) -> None:
-        self.count += count
+    def add(self, ns: int) -> None:
+        self.count += 1
         self.ns += ns
 
 
@@ -30,9 +31,10 @@ class Duration:
 class BatchTimes:
     """Executions of one batch size: cumulative times, and a running mean of what one takes from start to end."""
 
-    compute_input: Duration = field(default_factory=Duration)
-    compute_infer: Duration = field(default_factory=Duration)
-    compute_output: Duration = field(default_factory=Duration)
+    count: int = 0
+    input_ns: int = 0
+    infer_ns: int = 0
+    output_ns: int = 0
     mean_ns: float = 0.0
 
 
@@ -46,10 +48,11 @@ class Statistics:
         last: Time of the last request, in milliseconds since the epoch.
         success: Requests that succeeded, from arrival to answer.
         fail: Requests that were executed or accepted and failed.
-        queue: Time in the queue.
-        compute_input: Time of gathering inputs; each request is charged its batch's, as Triton does.
-        compute_infer: Time of the model.
-        compute_output: Time of moving outputs.
+        queue_ns: Time that the successful ones waited.
+        compute_count: Requests that ran.
+        input_ns: Time of gathering inputs; each request is charged its batch's, as Triton does.
+        infer_ns: Time of the model, charged alike.
+        output_ns: Time of moving outputs, charged alike.
         batches: Times by batch size.
         rejected: Requests that were refused before they were queued, by reason.
         expired: Requests whose deadline passed in the queue.
@@ -62,36 +65,47 @@ class Statistics:
     last: int = 0
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
-    queue: Duration = field(default_factory=Duration)
-    compute_input: Duration = field(default_factory=Duration)
-    compute_infer: Duration = field(default_factory=Duration)
-    compute_output: Duration = field(default_factory=Duration)
+    queue_ns: int = 0
+    compute_count: int = 0
+    input_ns: int = 0
+    infer_ns: int = 0
+    output_ns: int = 0
     batches: dict[int, BatchTimes] = field(default_factory=dict[int, BatchTimes])
     rejected: dict[str, int] = field(default_factory=dict[str, int])
     expired: int = 0
     cancelled: int = 0
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
 
-    def executed(self, rows: int, requests: int, input_ns: int, infer_ns: int, output_ns: int, total_ns: int) -> None:
-        """Count a batch that ran."""
+    def executed(self, rows: int, requests: int, times: tuple[int, int, int], total_ns: int) -> None:
+        """Count a batch that ran.
+
+        Args:
+            rows: Its size.
+            requests: Requests in it.
+            times: Nanoseconds for its inputs, the model and its outputs.
+            total_ns: From its start to its end.
+        """
         self.executions += 1
         self.inferences += rows
-        self.compute_input.add(input_ns * requests, requests)
-        self.compute_infer.add(infer_ns * requests, requests)
-        self.compute_output.add(output_ns * requests, requests)
-        times = self.batches.get(rows)
-        if times is None:
-            times = self.batches[rows] = BatchTimes(mean_ns=total_ns)
-        times.compute_input.add(input_ns)
-        times.compute_infer.add(infer_ns)
-        times.compute_output.add(output_ns)
-        times.mean_ns += _NEWEST * (total_ns - times.mean_ns)
+        batch = self.batches.get(rows)
+        if batch is None:
+            batch = self.batches[rows] = BatchTimes(mean_ns=total_ns)
+        batch.mean_ns += _NEWEST * (total_ns - batch.mean_ns)
+        batch.count += 1
+        batch.input_ns += times[0]
+        batch.infer_ns += times[1]
+        batch.output_ns += times[2]
+        self.compute_count += requests
+        self.input_ns += times[0] * requests
+        self.infer_ns += times[1] * requests
+        self.output_ns += times[2] * requests
 
     def succeeded(self, queue_ns: int, total_ns: int) -> None:
         """Count a request that succeeded."""
-        self.queue.add(queue_ns)
-        self.success.add(total_ns)
-        self.buckets[bisect_left(BUCKETS, total_ns * 1e-9)] += 1
+        self.queue_ns += queue_ns
+        self.success.count += 1
+        self.success.ns += total_ns
+        self.buckets[bisect_left(_BUCKETS_NS, total_ns)] += 1
         self.last = time.time_ns() // 1_000_000
 
     def failed(self, total_ns: int) -> None:

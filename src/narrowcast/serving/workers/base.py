@@ -90,6 +90,6 @@ def joined(batch: Batch) -> Tensors:
     """Return the inputs of all requests, one behind the other along the first axis; a copy where there are several."""
     if len(batch.parts) == 1:
         # Bytes behind a JSON header may begin anywhere, and a runtime's vector loads need elements in their places.
-        return {name: np.require(array, requirements="A") for name, array in batch.parts[0].items()}
+        return {name: array if array.flags.aligned else array.copy() for name, array in batch.parts[0].items()}
     first = batch.parts[0]
     return {name: np.concatenate([part[name] for part in batch.parts]) for name in first}
