@@ -94,19 +94,19 @@ class Gradients:
         """
         if not self._values:
             return torch.zeros((), device=self._device)
-        norms = self._norms()
-        if ranks is None or ranks.world == 1 or not (sharded := self._sharded()):
-            return torch.linalg.vector_norm(norms)
-        squares = norms.square()
-        shares = torch.tensor(sharded).to(self._device, torch.float32, non_blocking=True)
-        return (ranks.sum((squares * shares).sum()) + (squares * (1 - shares)).sum()).sqrt()
+        sharded = self._sharded() if ranks is not None and ranks.world > 1 else set[int]()
+        if ranks is None or not sharded:
+            return torch.linalg.vector_norm(self._norms(self._values))
+        whole = [one for one in self._values if id(one) not in sharded]
+        squares = ranks.sum(self._norms([one for one in self._values if id(one) in sharded]).square().sum())
+        return (squares + self._norms(whole).square().sum()).sqrt() if whole else squares.sqrt()
 
     @torch.no_grad()
     def multiply(self, factor: Tensor | float) -> None:
         """Multiply all gradients in place; a factor of exactly 1.0 touches nothing."""
         if isinstance(factor, float) and factor == 1.0:
             return
-        for device, values in self._by_device().items():
+        for device, values in _by_device(self._values).items():
             multi_tensor.multiply_(values, factor.to(device) if isinstance(factor, Tensor) else factor)
 
     @torch.no_grad()
@@ -115,37 +115,41 @@ class Gradients:
         if not self._values:
             return ()
         found: list[Broken] = []
-        for name, values, finite in zip(self._named, self._values, self._norms().isfinite().tolist(), strict=True):
+        for name, values, finite in zip(
+            self._named, self._values, self._norms(self._values).isfinite().tolist(), strict=True
+        ):
             if not finite:
                 found.append(Broken(name, int(values.isinf().sum()), int(values.isnan().sum())))
         return tuple(reversed(found))
 
-    def _norms(self) -> Tensor:
-        """Return the norm of each gradient, FP32."""
-        groups = self._by_device()
+    def _norms(self, tensors: list[Tensor]) -> Tensor:
+        """Return the norm of each tensor, FP32."""
+        groups = _by_device(tensors)
         if len(groups) == 1:
-            return torch.stack(multi_tensor.norms(self._values)).to(self._device, torch.float32)
+            return torch.stack(multi_tensor.norms(tensors)).to(self._device, torch.float32)
         norms = {
             id(one): norm
             for values in groups.values()
             for one, norm in zip(values, multi_tensor.norms(values), strict=True)
         }
-        return torch.stack([norms[id(one)].to(self._device, torch.float32) for one in self._values])
+        return torch.stack([norms[id(one)].to(self._device, torch.float32) for one in tensors])
 
-    def _by_device(self) -> dict[torch.device, list[Tensor]]:
-        groups: dict[torch.device, list[Tensor]] = {}
-        for one in self._values:
-            groups.setdefault(one.device, []).append(one)
-        return groups
+    def _sharded(self) -> set[int]:
+        """Return the ids of the stored numbers that are a part of what all ranks hold together."""
+        from torch.distributed.tensor import DTensor
 
-    def _sharded(self) -> list[bool]:
-        from torch.distributed.tensor import DTensor, Shard
+        return {
+            id(values)
+            for one, values in zip(self._named.values(), self._values, strict=True)
+            if isinstance(one, DTensor) and any(place.is_shard() for place in one.placements)
+        }
 
-        split = [
-            isinstance(one, DTensor) and any(isinstance(place, Shard) for place in one.placements)
-            for one in self._named.values()
-        ]
-        return split if any(split) else []
+
+def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:
+    groups: dict[torch.device, list[Tensor]] = {}
+    for one in tensors:
+        groups.setdefault(one.device, []).append(one)
+    return groups
 
 
 def _stored(parameter: torch.nn.Parameter) -> Tensor:
