@@ -265,6 +265,16 @@ def time_call(call, device):
     return begin.elapsed_time(end), host
 
 
+def with_gradients(workload, dtype, device):
+    """Return a model's parameters with gradients; calls are timed outside the context that puts tensors on the device."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        parameters = list(workload.build().to(dtype).parameters())
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter) * 1e-3
+    return parameters
+
+
 def run_update(options):
     report = Report(
         f"update{options.label}",
@@ -274,12 +284,8 @@ def run_update(options):
         "device). FP32 gradients for FP32 parameters, BF16 for BF16. bytes: what ours reads and writes.",
     )
     for name, dtype in itertools.product(("gpt", "resnet"), (torch.float32, torch.bfloat16)):
-        with report.case(f"{name} {str(dtype)[6:]}") as found, torch.device(options.device):
-            torch.manual_seed(0)
-            model = workloads(options.tiny)[name].build().to(dtype)
-            parameters = list(model.parameters())
-            for parameter in parameters:
-                parameter.grad = torch.randn_like(parameter) * 1e-3
+        with report.case(f"{name} {str(dtype)[6:]}") as found:
+            parameters = with_gradients(workloads(options.tiny)[name], dtype, options.device)
             calls = update_cases(parameters, options.device)
             for call in calls.values():
                 for _ in range(3):
@@ -312,10 +318,8 @@ def tune(report, options):
 
     before = triton_adamw._CHUNK, triton_adamw._TILE, triton_adamw._WARPS
     for dtype in (torch.float32, torch.bfloat16):
-        with report.case(f"shapes for {str(dtype)[6:]}") as found, torch.device(options.device):
-            parameters = list(workloads(options.tiny)["gpt"].build().to(dtype).parameters())
-            for parameter in parameters:
-                parameter.grad = torch.randn_like(parameter) * 1e-3
+        with report.case(f"shapes for {str(dtype)[6:]}") as found:
+            parameters = with_gradients(workloads(options.tiny)["gpt"], dtype, options.device)
             rounding = "stochastic" if dtype is torch.bfloat16 else "nearest"
             for chunk, (tile, warps) in itertools.product(
                 (8192, 16384, 65536), ((512, 4), (1024, 4), (2048, 4), (1024, 8), (2048, 8))
