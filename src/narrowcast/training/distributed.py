@@ -209,7 +209,7 @@ def lost_ranks(timeout_s: float) -> Generator[None]:
     """
     try:
         yield
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
             raise
         first = str(error).strip().splitlines()[0]

@@ -25,7 +25,8 @@ from narrowcast.training.trainer import Trainer
 
 UPDATES = 9
 EVERY = 2  # updates between checkpoints
-KILLS = (12, 26, 47)  # changes to the disk after which a process is killed
+#: Changes to the disk after which a process is killed: before the first checkpoint is there, and twice later.
+KILLS = {"fp32": (12, 26, 47), "bf16-mixed": (12, 26, 47), "bf16-true": (47,), "fp16-mixed": (47,)}
 PRECISIONS = {
     "fp32": precision("fp32"),
     "bf16-mixed": precision("bf16-mixed"),
@@ -112,7 +113,7 @@ def main(place: Path) -> None:
             {
                 name: {
                     "straight": alone(lambda name=name: train(name, place / name), place),
-                    "interrupted": [interrupted(name, kill, place) for kill in KILLS],
+                    "interrupted": [interrupted(name, kill, place) for kill in KILLS[name]],
                 }
                 for name in PRECISIONS
             }

@@ -1,6 +1,7 @@
 """What several processes do in the tests of distributed training, and one alone for comparison.
 
-Started as a program it is one rank, and writes what it saw to a file of its own. The last act ends the other ranks.
+Started as a program it forks three ranks, which share what was imported and nothing else. Each writes what it saw to a file,
+and the program how each ended.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -332,7 +333,7 @@ def work_of_three(ranks: Ranks, place: Path) -> dict[str, Any]:
     return {f"{held} of two": continued(ranks, held, place / "sharded-halfway") for held in ("replicated", "sharded")}
 
 
-def main(rank: int, place: Path, ports: list[int]) -> None:
+def work(rank: int, place: Path, ports: list[int]) -> NoReturn:
     """Work as one of two, then as one of three, then as one of two of which the second goes silent, and is killed."""
     seen: dict[str, Any] = {}
     if rank < 2:
@@ -359,7 +360,18 @@ def answer(place: Path, rank: int, seen: dict[str, Any]) -> None:
     (place / f"seen-{rank}.json").write_text(json.dumps(seen))
 
 
+def main(place: Path, ports: list[int]) -> None:
+    children: list[int] = []
+    for rank in range(3):
+        child = os.fork()
+        if child == 0:
+            work(rank, place, ports)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    (place / "codes.json").write_text(json.dumps(codes))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    main(int(sys.argv[1]), Path(sys.argv[2]), [int(port) for port in sys.argv[3:]])
+    main(Path(sys.argv[1]), [int(port) for port in sys.argv[2:]])

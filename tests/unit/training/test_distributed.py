@@ -38,21 +38,16 @@ class Processes:
     """What each rank saw, and how it ended."""
 
     def __init__(self, place: Path) -> None:
-        ports = [str(port) for port in free_ports(4)]
-        started = [
-            subprocess.Popen(
-                [sys.executable, str(PROGRAM), str(rank), str(place), *ports],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(3)
-        ]
-        said = [one.communicate()[0] for one in started]
-        self.codes = [one.returncode for one in started]
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), str(place), *map(str, free_ports(4))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         answers = [place / f"seen-{rank}.json" for rank in range(3)]
-        assert all(one.exists() for one in answers), "\n".join(said)
+        assert all(one.exists() for one in answers), done.stdout
+        self.codes: list[int] = json.loads((place / "codes.json").read_text())
         self.seen: list[dict[str, Any]] = [json.loads(one.read_text()) for one in answers]
         self.place = place
 
