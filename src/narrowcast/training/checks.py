@@ -15,7 +15,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from narrowcast.errors import TrainingError
 
-__all__ = ["check_rounding", "check_settings", "check_weights", "replicas_in", "trained_parameters", "unwrapped"]
+__all__ = [
+    "check_rounding",
+    "check_settings",
+    "check_unchanged",
+    "check_weights",
+    "moved_by",
+    "replicas_in",
+    "trained_parameters",
+    "unwrapped",
+]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -44,26 +53,47 @@ def trained_parameters(model: nn.Module, loss: Any, optimizer: Optimizer) -> dic
     Raises:
         TrainingError: The model has none to train, or the optimizer moves none of them, or moves others.
     """
-    named = {name: one for name, one in unwrapped(model).named_parameters() if one.requires_grad}
+    named = dict(unwrapped(model).named_parameters())
     if isinstance(loss, nn.Module):
-        named |= {f"loss.{name}": one for name, one in loss.named_parameters() if one.requires_grad}
-    if not named:
+        named |= {f"loss.{name}": one for name, one in loss.named_parameters()}
+    if not any(one.requires_grad for one in named.values()):
         raise TrainingError(
             "the model has no trainable parameters",
             allowed="at least one parameter that requires a gradient",
             next_step="unfreeze some with parameter.requires_grad_(True)",
         )
-    moved = {id(one) for group in optimizer.param_groups for one in group["params"] if one.requires_grad}
+    moved = {id(one) for group in optimizer.param_groups for one in group["params"]}
     found = {name: one for name, one in named.items() if id(one) in moved}
-    others = len(moved) - len({id(one) for one in found.values()})
-    if not found or others:
+    others = len(moved) - len(found)
+    if others or not any(one.requires_grad for one in found.values()):
         raise TrainingError(
             f"the optimizer moves {others} tensors that are not parameters of the model"
-            + ("" if found else ", and none that are"),
+            + ("" if found else ", and none that are")
+            if others
+            else "the optimizer moves no trainable parameter",
             allowed="parameters of the model, and of the loss if it is a module",
             next_step="make the optimizer from model.parameters(), after the model is on its device",
         )
     return found
+
+
+def moved_by(optimizer: Optimizer) -> int:
+    """Return how many tensors an optimizer moves."""
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def check_unchanged(optimizer: Optimizer, before: int) -> None:
+    """Check that an optimizer moves as many tensors as before.
+
+    Raises:
+        TrainingError: It moves others, whose gradients nobody would unscale or clip.
+    """
+    if moved_by(optimizer) != before:
+        raise TrainingError(
+            f"the optimizer moves {moved_by(optimizer)} tensors, and {before} when the trainer was built",
+            next_step="give the optimizer all parameters at first, and freeze some with requires_grad_(False); or build the "
+            "trainer anew",
+        )
 
 
 def check_settings(

@@ -18,6 +18,7 @@ stochastic rounding up to 64 MiB of random bits.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -25,10 +26,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from narrowcast.errors import TrainingError
 from narrowcast.training import multi_tensor
 
 __all__ = ["WideUpdate", "accumulate_in_fp32", "round_stochastically_"]
 
+_log = logging.getLogger(__name__)
 _CHUNK = 1 << 24  # elements that are rounded at once
 _DROPPED = 16  # bits of FP32 that BF16 has not
 
@@ -100,11 +103,28 @@ class WideUpdate:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next rounding depends on: the generator's state, and what rounding cut off."""
-        return {"generator": self._generator.get_state(), "lost": list(self._lost)}
+        return {
+            "method": self._method,
+            "device": self._generator.device.type,
+            "generator": self._generator.get_state(),
+            "lost": list(self._lost),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
-        self._generator.set_state(state["generator"].cpu())
+        """Go on from what :meth:`state_dict` returned; on another kind of device with other random bits.
+
+        Raises:
+            TrainingError: It belongs to another method or other weights.
+        """
+        if state["method"] != self._method or len(state["lost"]) != len(self._lost):
+            raise TrainingError(
+                f"the state was saved with update {state['method']!r} of BF16 weights, and this trainer has {self._method!r}",
+                next_step=f"build the precision with update={state['method']!r}",
+            )
+        if state["device"] == self._generator.device.type:
+            self._generator.set_state(state["generator"].cpu())
+        else:
+            _log.warning("stochastic rounding goes on with other random bits: saved on %s", state["device"])
         for one, saved in zip(self._lost, state["lost"], strict=True):
             one.copy_(saved)
 

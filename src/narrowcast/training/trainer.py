@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.errors import TrainingError
-from narrowcast.training.checks import check_rounding, check_settings, check_weights, trained_parameters, unwrapped
+from narrowcast.training.checks import (
+    check_rounding,
+    check_settings,
+    check_unchanged,
+    check_weights,
+    moved_by,
+    trained_parameters,
+    unwrapped,
+)
 from narrowcast.training.gradients import FusedUpdate, Gradients, Ranks
 from narrowcast.training.ledger import Ledger, Skip
 from narrowcast.training.lookout import Lookout, Sighting
@@ -107,6 +115,7 @@ class Trainer:
             check_weights(self._parameters, self.precision.name)
         self.model = self.precision.prepare(model)
         self.optimizer = optimizer
+        self._moved = moved_by(optimizer)
         self.loss = loss
         self.schedule = schedule
         self.clip_norm = clip_norm
@@ -187,7 +196,7 @@ class Trainer:
 
     def _outputs(self, inputs: Any) -> Any:
         inputs = self.precision.inputs(inputs)
-        if isinstance(inputs, Mapping):
+        if isinstance(inputs, dict):
             return self.model(**inputs)
         return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
 
@@ -205,6 +214,7 @@ class Trainer:
         """Decide, and update the weights or leave the update out."""
         window = self._window
         assert window.total is not None
+        check_unchanged(self.optimizer, self._moved)
         self._reduction.close(early=early)
         loss, weight, world = self._over_ranks(window.total, window.weight)
         factor = self.accumulate * world / (weight * self.scale)
@@ -250,8 +260,11 @@ class Trainer:
         if self.watch is not None and (batch := window.first_broken()) is not None:
             self.watch.on_nonfinite(self, batch, self.steps)
         rank, layers, kind = self._reduction.origin(gradients.broken(), own)
+        where = "" if self.ranks is None or rank is None else f" on rank {rank}"
         if not self._guards:
-            raise self._stopped(self.steps, f"; the first in the backward pass is {layers[0]}" if layers else "")
+            raise self._stopped(
+                self.steps, where + (f"; the first in the backward pass is {layers[0]}" if layers else "")
+            )
         skip = Skip(self.steps, self.steps + self.skipped, rank, layers, kind, self.scale)
         self.ledger.add(skip)
         self.skipped += 1
@@ -261,7 +274,7 @@ class Trainer:
             skip.step,
             skip.kind,
             f"the gradient of {layers[0]}" if layers else "the loss",
-            "" if self.ranks is None or rank is None else f" on rank {rank}",
+            where,
             skip.scale,
             self.scale,
         )
@@ -336,8 +349,9 @@ class Trainer:
         It refers to the tensors that training goes on with: write or copy them before the next step.
 
         Raises:
-            TrainingError: A window has not closed.
+            TrainingError: A window has not closed, or an update so far was not finite.
         """
+        self.finish()
         if self._window.count:
             raise TrainingError(
                 f"a window of {self.accumulate} micro-batches holds {self._window.count}, whose gradients no state holds",

@@ -113,7 +113,8 @@ def as_batch(batch: Any) -> Batch:
         TrainingError: It is none.
     """
     if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
+        inputs, targets = batch
+        return dict(inputs) if isinstance(inputs, Mapping) else inputs, targets
     size = f" of {len(batch)}" if isinstance(batch, tuple | list | Mapping) else ""
     raise TrainingError(
         f"a batch is a {type(batch).__name__}{size}",

@@ -132,3 +132,45 @@ def test_a_policy_of_ones_own_is_taken():
     policy = Precision("mine", compute="bf16", overrides=())
     assert trainer_of(precision=policy).step((INPUTS, TARGETS)).updated
     assert precision(policy) is policy
+
+
+def test_an_optimizer_that_is_given_more_parameters_later_is_noticed():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    trainer = Trainer(model, torch.optim.SGD(model[1].parameters(), lr=0.1), cross_entropy)
+    trainer.step((INPUTS, TARGETS))
+    trainer.optimizer.add_param_group({"params": list(model[0].parameters())})
+    with pytest.raises(TrainingError, match="moves 4 tensors, and 2 when the trainer was built"):
+        trainer.step((INPUTS, TARGETS))
+
+
+def test_parameters_may_be_unfrozen_on_the_way():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    policy = precision("fp16-mixed", loss_scale=1024.0)
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), cross_entropy, precision=policy, clip_norm=0.1
+    )
+    trainer.step((INPUTS, TARGETS))
+    model[0].requires_grad_(True)
+    before = model[0].weight.detach().clone()
+    trainer.step((INPUTS, TARGETS))
+    assert 0 < float((model[0].weight.detach() - before).norm()) <= 0.1
+
+
+def test_an_optimizer_of_frozen_parameters_alone_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    with pytest.raises(TrainingError, match="moves no trainable parameter"):
+        Trainer(model, torch.optim.SGD(model[0].parameters(), lr=0.1), cross_entropy)
+
+
+def test_mappings_of_any_kind_are_arguments_by_name():
+    from collections import UserDict
+
+    class Named(nn.Linear):
+        def forward(self, features):
+            return super().forward(features)
+
+    model = Named(8, 3)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy)
+    assert trainer.step((UserDict(features=INPUTS), TARGETS)).updated

@@ -94,3 +94,21 @@ def test_a_state_with_a_schedule_needs_one():
     bare = Trainer(model, torch.optim.AdamW(model.parameters()), cross_entropy)
     with pytest.raises(TrainingError, match="holds a schedule, and this trainer has none"):
         bare.load_state_dict(saved)
+
+
+def test_a_state_of_another_update_is_refused():
+    saved = trainer_of("bf16-true-kahan", 0).state_dict()
+    with pytest.raises(TrainingError, match="update 'kahan' of BF16 weights, and this trainer has 'stochastic'"):
+        trainer_of("bf16-true", 0).load_state_dict(saved)
+
+
+def test_a_state_goes_through_files(tmp_path):
+    from narrowcast.training import checkpoint
+
+    whole = trainer_of("bf16-true-kahan", 0)
+    run(whole, 0, 10)
+    path = checkpoint.save(tmp_path, whole.state_dict(), step=whole.steps)
+    expected = run(whole, 10, 20)
+    resumed = trainer_of("bf16-true-kahan", 1)
+    resumed.load_state_dict(checkpoint.load(path))
+    assert run(resumed, 10, 20) == expected

@@ -306,12 +306,17 @@ def test_sparse_gradients_are_scaled_and_clipped_too():
     assert float(step_of(model, before).norm()) == pytest.approx(1e-3, rel=2e-2)
 
 
-def test_a_compiled_model_trains_and_its_state_has_the_plain_names():
-    model = network()
-    compiled = torch.compile(model, backend="aot_eager")
-    trainer = Trainer(
-        compiled, torch.optim.AdamW(compiled.parameters(), lr=1e-2), cross_entropy, precision="bf16-mixed"
-    )
-    losses = [trainer.step(batch).loss for batch in batches(1) * 10]
-    assert losses[-1] < losses[0]
-    assert list(trainer.state_dict()["model"]) == list(model.state_dict())
+@pytest.mark.parametrize(
+    ("policy", "overrides"), [("bf16-mixed", {}), ("fp16-mixed", {"0": "fp32"}), ("bf16-true", {"3": "fp32"})], ids=str
+)
+def test_a_compiled_model_takes_the_steps_of_the_plain_one(policy, overrides):
+    losses = []
+    for compiled in (False, True):
+        model = network()
+        called = torch.compile(model, backend="aot_eager") if compiled else model
+        optimizer = torch.optim.AdamW(called.parameters(), lr=1e-2)
+        trainer = Trainer(called, optimizer, cross_entropy, precision=precision(policy, overrides=overrides))
+        losses.append([trainer.step(batch).loss for batch in batches(1) * 5])
+        assert list(trainer.state_dict()["model"]) == list(model.state_dict())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert losses[1][-1] < losses[1][0]
