@@ -209,6 +209,7 @@ def _tell(result: RunResult, folder: Path) -> None:
     lines = [
         f"trained:   {result.steps:,} steps in {result.seconds:.0f} s{skipped}",
         f"report:    {_score(result.report)} on {result.report.samples:,} samples of {data} that were not trained on",
+        *(f"doctor:    {sentence}" for sentence in result.doctor or ()),
         f"model:     {folder} (model.safetensors, result.json, log.jsonl)",
         f"next:      narrowcast optimize {folder} --data {data} --max-drop 0.5pt --out {folder}-int8{seed}",
     ]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -119,11 +118,18 @@ class Assembled:
             ),
         )
 
-    def score(self, module: nn.Module, part: str, within: AbstractContextManager[object] | None = None) -> Result:
-        """Return the score of a module on the part ``validation`` or ``report``."""
-        data = getattr(self.parts, part)
+    def score(self, module: nn.Module, part: Literal["validation", "report"], policy: Precision) -> Result:
+        """Return the score of a module on a part of the data.
+
+        Args:
+            module: Any network with the same inputs and outputs.
+            part: The part.
+            policy: What the module computes in.
+        """
+        data = self.parts.validation if part == "validation" else self.parts.report
+        assert data is not None
         batches = in_order(data, self.names, self.config.data.targets, size=self.config.batch, device=self.ranks.device)
-        return self.measure(module, batches, data, within)
+        return self.measure(module, batches, data, policy, self.ranks.device)
 
 
 def assemble(config: Config, ranks: Ranks) -> Assembled:

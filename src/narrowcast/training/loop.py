@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from narrowcast.models.loaders import fresh_module
 from narrowcast.models.runs import load_weights, read_weights
@@ -19,14 +20,17 @@ from narrowcast.training import sharded_checkpoint as checkpoints
 from narrowcast.training.assembly import Assembled, optimizer_of, schedule_of
 from narrowcast.training.checkpoint import check_keys
 from narrowcast.training.checks import unwrapped
+from narrowcast.training.distillation import Distillation
 from narrowcast.training.distributed import replicate
+from narrowcast.training.doctor.watch import Watch
 from narrowcast.training.interrupts import Interrupts
 from narrowcast.training.logs import SKIPS, RunLog, keep_lines
-from narrowcast.training.objectives import Result
+from narrowcast.training.objectives import LossFunction, Result
 from narrowcast.training.outcome import RunResult, environment, part_of, read_result, write_result, write_weights
+from narrowcast.training.policies import precision
 from narrowcast.training.progress import Progress
 from narrowcast.training.random_state import random_state, set_random_state
-from narrowcast.training.run_folder import CHECKPOINTS
+from narrowcast.training.run_folder import CHECKPOINTS, DOCTOR
 from narrowcast.training.sharding import shard
 from narrowcast.training.trainer import Trainer
 from narrowcast.training.window import StepInfo
@@ -62,20 +66,39 @@ class Loop:
         self._shown = shown
         self._at = _Position()
         self._log: RunLog | None = None
+        self._said: tuple[str, ...] | None = None
         torch.manual_seed(run.config.seed)  # of projections that distillation adds
         module = _placed(run)
         torch.manual_seed(run.config.seed + run.ranks.rank)  # of dropout, which differs between processes
         parameters = [one for one in module.parameters() if one.requires_grad]
         optimizer = optimizer_of(run.config, parameters, run.policy)
+        loss = run.distillation or run.measure.loss
+        self._watch = self._doctor(unwrapped(module), optimizer, loss)
         self._trainer = Trainer(
             module,
             optimizer,
-            run.distillation or run.measure.loss,
+            loss,
             precision=run.policy,
             schedule=schedule_of(run.config.schedule, optimizer, run.windows),
             clip_norm=run.config.clip_norm,
             accumulate=run.config.accumulate,
+            watch=self._watch,
             ranks=run.ranks,
+        )
+
+    def _doctor(self, module: nn.Module, optimizer: Optimizer, loss: LossFunction | Distillation) -> Watch | None:
+        """Return what looks at the numbers, if the config wants it."""
+        level = self._config.doctor
+        if level == "off":
+            return None
+        return Watch(
+            module,
+            level,
+            optimizer=optimizer,
+            loss=loss,
+            precision=self._run.policy,
+            folder=self._out / DOCTOR,
+            rank=self._ranks.rank,
         )
 
     def run(self, *, resume: bool) -> RunResult:
@@ -89,7 +112,7 @@ class Loop:
             self._restore()
         self._shown.started(self._run, self._out, self._trainer.steps)
         started = time.perf_counter() - self._at.seconds
-        with self._logging(), Interrupts() as interrupts:
+        with self._watched(), self._logging(), Interrupts() as interrupts:
             self._train(interrupts, started)
             self._trainer.finish()
             self._at.seconds = time.perf_counter() - started
@@ -154,7 +177,7 @@ class Loop:
             self._shown.logged(step, line)
         due = new_epoch if every is None else info.updated and step % every == 0
         if self._run.parts.validation is not None and (due or self._done()):
-            result = self._run.score(self._trainer.model, "validation", self._run.policy.autocast(self._ranks.device))
+            result = self._run.score(self._trainer.model, "validation", self._run.policy)
             self._at.validation = result.model_dump()
             self._write(step, {"validation": self._at.validation})
             self._shown.validated(step, result)
@@ -175,6 +198,20 @@ class Loop:
         tensorboard, step = self._config.log.tensorboard, self._trainer.steps
         with RunLog(self._out, tensorboard=tensorboard, lines=self._at.lines, step=step) as self._log:
             yield
+
+    @contextmanager
+    def _watched(self) -> Generator[None]:
+        """Have the doctor write what it saw, however the run ends."""
+        try:
+            yield
+        finally:
+            self._verdict()
+
+    def _verdict(self) -> tuple[str, ...] | None:
+        """Return what the doctor says of the run, which is then written; None without one."""
+        if self._watch is not None and self._said is None:
+            self._said = self._watch.close().verdict.sentences
+        return self._said
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
         self._at.lines += 1
@@ -233,11 +270,12 @@ class Loop:
             split_seed=self._config.data.split_seed,
             parts={name: part_of(part) for name, part in run.parts._asdict().items() if part is not None},
             validation=None if self._at.validation is None else Result(**self._at.validation),
-            report=run.score(module.to(self._ranks.device), "report"),
+            report=run.score(module.to(self._ranks.device), "report", precision("fp32")),
             loss=self._at.loss,
             steps=self._trainer.steps,
             skipped=self._trainer.skipped,
             seconds=self._at.seconds,
+            doctor=self._verdict(),
             environment=environment(self._ranks.device, self._ranks.world),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from narrowcast.models.loaders import user_function
 from narrowcast.training.config import LossSettings
 from narrowcast.training.distillation import logits_of
 from narrowcast.training.feeding import Batch
+from narrowcast.training.policies import Precision
 from narrowcast.training.window import Loss
 
 __all__ = ["LossFunction", "Measure", "Result", "loss_of", "measure_of"]
@@ -136,7 +136,8 @@ class Measure:
         module: nn.Module,
         batches: Iterator[Batch],
         part: Dataset,
-        within: AbstractContextManager[object] | None = None,
+        policy: Precision,
+        device: torch.device,
     ) -> Result:
         """Return the score of a module, which is put into evaluation mode and back.
 
@@ -144,16 +145,18 @@ class Measure:
             module: The network.
             batches: All samples of the part, in order.
             part: The part that they are of.
-            within: A context that the network runs in, such as autocast.
+            policy: What it computes in.
+            device: Where it is.
         """
         training = module.training
         module.eval()
         terms: list[np.ndarray] = []
         total = weight = 0.0
         try:
-            with torch.no_grad(), within or nullcontext():
+            with torch.no_grad(), policy.autocast(device), policy.running(device):
                 for batch in batches:
-                    outputs = module(*batch.inputs) if isinstance(batch.inputs, tuple) else module(batch.inputs)
+                    inputs = policy.inputs(batch.inputs)
+                    outputs = module(*inputs) if isinstance(inputs, tuple) else module(inputs)
                     if self.metric is None:
                         loss = _sum_of(self.loss(outputs, batch.targets), len(batch.targets))
                         total, weight = total + float(loss.total), weight + float(loss.weight)

@@ -77,6 +77,7 @@ class RunResult(_Value):
         steps: Updates of the weights.
         skipped: Updates that were left out.
         seconds: Wall time, over all resumptions.
+        doctor: What the doctor says of the numbers; None where it was off.
         environment: Where it was computed.
     """
 
@@ -95,6 +96,7 @@ class RunResult(_Value):
     steps: int
     skipped: int
     seconds: float
+    doctor: tuple[str, ...] | None
     environment: Environment
 
 
