@@ -54,10 +54,10 @@ class Ranks:
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
-    timeout_s: float = 300.0
+    timeout_s: float = 900.0
 
     @classmethod
-    def from_environment(cls, device: str | torch.device = "cpu", *, timeout_s: float = 300.0) -> Ranks:
+    def from_environment(cls, device: str | torch.device = "cpu", *, timeout_s: float = 900.0) -> Ranks:
         """Join the processes that ``torchrun`` started; without its variables this process is alone.
 
         Args:
@@ -153,10 +153,19 @@ class Ranks:
         """Say in one error that another process is gone or does not answer, whatever noticed it.
 
         Raises:
-            TrainingError: An exchange failed, or took longer than the timeout.
+            TrainingError: An exchange failed, or took longer than the timeout; or replicas have parameters without gradient.
         """
-        with lost_ranks(self.timeout_s):
-            yield
+        try:
+            with lost_ranks(self.timeout_s):
+                yield
+        except RuntimeError as error:
+            if "finished reduction in the prior iteration" not in str(error):
+                raise
+            raise TrainingError(
+                "some parameters of the replicas had no part in the loss, so their gradients were waited for in vain",
+                allowed="modules of which every parameter gets a gradient in each step",
+                next_step="freeze them with requires_grad_(False), or shard the module, or call replicate(..., unused=True)",
+            ) from error
 
     def close(self) -> None:
         """Leave the group."""

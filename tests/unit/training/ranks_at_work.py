@@ -274,6 +274,36 @@ def differing(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+class Partial(nn.Module):
+    """Uses one of its two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def partial(ranks: Ranks) -> dict[str, Any]:
+    """Train a module of which half gets no gradient."""
+
+    def train(module: nn.Module) -> str:
+        trainer = Trainer(module, torch.optim.SGD(module.parameters(), lr=0.1), weighted, ranks=ranks)
+
+        def steps() -> None:
+            with ranks.watched():
+                trained(ranks, trainer, range(3))
+
+        return error_of(steps, TrainingError)
+
+    return {
+        "as it is": train(replicate(Partial(), ranks)),
+        "told": train(replicate(Partial(), ranks, unused=True)),
+        "sharded": train(shard(Partial(), ranks)),
+    }
+
+
 def silent(ranks: Ranks, place: Path) -> dict[str, Any]:
     """Rank 1 does not answer until rank 0 has given it up."""
     trainer = trainer_of(ranks, "replicated")
@@ -326,6 +356,7 @@ def work_of_two(ranks: Ranks, place: Path) -> dict[str, Any]:
     seen["sharded narrow"] = course(ranks, "sharded", *COURSES["bf16"], gather="compute")
     seen["sharded from replicated"] = continued(ranks, "sharded", place / "replicated-halfway")
     seen["failed saves"] = failed_saves(ranks, place)
+    seen["partial"] = partial(ranks)
     return seen
 
 

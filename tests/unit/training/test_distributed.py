@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -170,6 +171,22 @@ def test_a_save_that_fails_fails_on_all_ranks_and_leaves_what_was_there(processe
     assert len(first["warned"]) == 1
     assert "shard-00002" in first["warned"][0]
     assert second["warned"] == []
+
+
+def test_no_pickle_is_read(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a pickle was read")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    for folder in ("one", "sharded-halfway", "replicated-halfway"):
+        assert checkpoint.load_latest(processes.place / folder) is not None
+
+
+def test_parameters_without_gradient_are_told_or_waited_for_on_request(processes: Processes) -> None:
+    found = processes.two("partial")
+    assert "some parameters of the replicas had no part in the loss" in found["as it is"]
+    assert found["told"] == found["sharded"] == "nothing was raised"
 
 
 def test_a_rank_that_does_not_answer_is_given_up_after_the_timeout(processes: Processes) -> None:
