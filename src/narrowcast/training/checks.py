@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
@@ -19,6 +19,7 @@ __all__ = [
     "check_rounding",
     "check_settings",
     "check_unchanged",
+    "check_weight",
     "check_weights",
     "moved_by",
     "replicas_in",
@@ -93,6 +94,19 @@ def check_unchanged(optimizer: Optimizer, before: int) -> None:
             f"the optimizer moves {moved_by(optimizer)} tensors, and {before} when the trainer was built",
             next_step="give the optimizer all parameters at first, and freeze some with requires_grad_(False); or build the "
             "trainer anew",
+        )
+
+
+def check_weight(weight: Tensor | float) -> None:
+    """Check that losses weigh something, where the host knows it.
+
+    Raises:
+        TrainingError: They weigh nothing.
+    """
+    if not isinstance(weight, Tensor) and not weight > 0:
+        raise TrainingError(
+            "the losses of a window weigh nothing: a mean over no samples or tokens",
+            next_step="leave out batches that are empty or padding alone",
         )
 
 

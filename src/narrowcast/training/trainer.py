@@ -19,6 +19,7 @@ from narrowcast.training.checks import (
     check_rounding,
     check_settings,
     check_unchanged,
+    check_weight,
     check_weights,
     moved_by,
     trained_parameters,
@@ -206,6 +207,7 @@ class Trainer:
             first = torch.as_tensor(weight, dtype=torch.float32, device=self.device)
             many = self.ranks is not None and self.ranks.world > 1
             self._unit = float(self.ranks.sum(first) / self.ranks.world) if self.ranks and many else float(weight)
+            check_weight(self._unit)
         share = weight / self._unit
         factor = share if mean else 1 / self._unit
         return loss if isinstance(factor, float) and factor == 1.0 else loss * factor, share
@@ -215,6 +217,7 @@ class Trainer:
         window = self._window
         assert window.total is not None
         check_unchanged(self.optimizer, self._moved)
+        check_weight(window.weight)
         self._reduction.close(early=early)
         loss, weight, world = self._over_ranks(window.total, window.weight)
         factor = self.accumulate * world / (weight * self.scale)

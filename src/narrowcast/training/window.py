@@ -151,6 +151,8 @@ def as_loss(value: Any, samples: int) -> tuple[Tensor, Tensor | float, bool]:
             "the loss depends on no trainable parameter",
             next_step="compute it from the model's outputs, without detach(), item() or no_grad()",
         )
-    if not isinstance(weight, Tensor) and not weight > 0:
-        raise TrainingError(f"the loss has a weight of {weight}", allowed="a weight above 0")
+    if isinstance(weight, Tensor) and weight.device != total.device:
+        weight = float(weight)  # on the host already: a copy to the device would wait for it
+    if not isinstance(weight, Tensor) and not weight >= 0:
+        raise TrainingError(f"the loss has a weight of {weight}", allowed="a number of 0 or more")
     return total.reshape(()).float(), weight, mean

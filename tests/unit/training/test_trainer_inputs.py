@@ -37,9 +37,11 @@ def test_a_batch_is_a_pair(batch):
         (lambda out, _: 1.0, "no scalar: float"),
         (lambda out, _: None, "no scalar: NoneType"),
         (lambda out, _: out.detach().sum(), "depends on no trainable parameter"),
-        (lambda out, _: Loss(out.sum(), 0), "a weight of 0"),
+        (lambda out, _: Loss(out.sum(), 0), "weigh nothing"),
+        (lambda out, _: Loss(out.sum(), -1), "a weight of -1"),
+        (lambda out, _: Loss(out.sum(), float("nan")), "a weight of nan"),
     ],
-    ids=["rows", "sums", "number", "nothing", "detached", "weightless"],
+    ids=["rows", "sums", "number", "nothing", "detached", "weightless", "negative", "nan"],
 )
 def test_a_loss_is_a_scalar_with_a_graph(loss, message):
     with pytest.raises(TrainingError, match=message):

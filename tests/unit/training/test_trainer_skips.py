@@ -257,6 +257,16 @@ def test_a_watch_is_called_in_order_and_shown_the_first_broken_batch():
     assert not any(call[0] in ("before_update", "after_update") for call in watch.calls)
 
 
+def test_a_watch_is_told_of_numbers_that_stop_a_run():
+    watch = Noted()
+    model = Faulty()
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy, watch=watch)
+    model.fault = float("nan")
+    with pytest.raises(TrainingError, match="update 0 is not finite"):
+        trainer.step(BATCH)
+    assert watch.calls[-1] == ("on_nonfinite", 0, -1.0, True)
+
+
 class Deep(nn.Module):
     """A regression whose gradients are about 1e-9: far below what FP16 holds (2^-24 is 6e-8)."""
 

@@ -6,6 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -221,6 +223,49 @@ def test_tokens_that_count_weigh_alike_whatever_batch_they_are_in(on_device):
     assert info.loss == pytest.approx(float(cross_entropy(before_model(before)(inputs), ignored).detach()), rel=1e-5)
 
 
+def test_a_micro_batch_of_padding_alone_counts_for_nothing():
+    (inputs, targets) = batches(1)[0]
+
+    def loss(outputs, wanted):
+        return Loss(cross_entropy(outputs, wanted, reduction="sum"), int((wanted != -100).sum()))
+
+    model = network()
+    expected = gradient_of(model, inputs, targets)
+    before = weights(model)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=1.0), loss, accumulate=2)
+    model.zero_grad()
+    trainer.step((inputs, targets))
+    trainer.step((inputs, torch.full_like(targets, -100)))
+    torch.testing.assert_close(step_of(model, before), expected, rtol=1e-4, atol=1e-6)
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    st.integers(1, 6),
+    st.sampled_from([None, 8.0]),
+    st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None)
+def test_windows_of_any_sizes_have_the_gradient_of_their_samples(sizes, accumulate, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(sum(sizes), 8, generator=generator)
+    targets = inputs[:, :3].argmax(1)
+    model = network()
+    policy = precision("fp32") if scale is None else precision("fp16-mixed", loss_scale=scale, overrides={"*": "fp32"})
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), cross_entropy, precision=policy, accumulate=accumulate
+    )
+    pieces = list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
+    for first in range(0, len(pieces), accumulate):
+        held = pieces[first : first + accumulate]
+        before = weights(model)
+        expected = gradient_of(before_model(before), *(torch.cat(parts) for parts in zip(*held, strict=True)))
+        infos = [trainer.step(batch) for batch in held]
+        info = infos[-1] if infos[-1].updated else trainer.flush()
+        torch.testing.assert_close(step_of(model, before), expected, rtol=1e-3, atol=1e-5)
+        assert info.grad_norm == pytest.approx(float(expected.norm()), rel=1e-3)
+
+
 def test_discard_drops_a_window():
     model = network()
     before = weights(model)
@@ -268,11 +313,11 @@ def test_inputs_may_be_arguments_or_arguments_by_name():
 
     (inputs, targets) = batches(1)[0]
     losses = []
-    for given in ((inputs, inputs * 0.5), [inputs, inputs * 0.5], {"right": inputs * 0.5, "left": inputs}):
+    for form in ((inputs, inputs * 0.5), [inputs, inputs * 0.5], {"right": inputs * 0.5, "left": inputs}):
         torch.manual_seed(0)
         model = Sum()
         trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy)
-        losses.append(trainer.step((given, targets)).loss)
+        losses.append(trainer.step((form, targets)).loss)
     assert losses[0] == losses[1] == losses[2]
 
 
