@@ -11,7 +11,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from narrowcast.training.doctor import replay
 from narrowcast.training.doctor.exchange import gather, ranks
-from narrowcast.training.doctor.paths import Paths, layer_names
+from narrowcast.training.doctor.paths import Paths, bare, layer_names
 from narrowcast.training.doctor.record import Cause, Part, Range
 from narrowcast.training.doctor.remedies import (
     drop_samples,
@@ -27,6 +27,7 @@ from narrowcast.training.policies import precision as policy_of
 
 __all__ = ["agreed_cause", "explain", "explain_vanishing", "first_cause"]
 
+_UNKNOWN = "unknown"
 _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
@@ -65,9 +66,13 @@ def explain(scene: Scene, *, remedies: bool = True) -> Cause | None:
         scene: The step.
         remedies: Whether to try what may mend it.
     """
-    found = _poisoned(scene) or _data(scene, remedies)
-    if found is not None:
-        return found
+    try:
+        return _poisoned(scene) or _data(scene, remedies) or _replayed(scene, remedies)
+    except torch.OutOfMemoryError:  # gradients are kept aside, and ranges are counted in copies
+        return _unseen(scene, (), "the replay did not fit the device's memory beside the run")
+
+
+def _replayed(scene: Scene, remedies: bool) -> Cause | None:
     paths = Paths(scene.model)
     sentinel = Sentinel(paths)
     outcome = replay.run(scene, paths.following(), sentinel)
@@ -78,7 +83,9 @@ def explain(scene: Scene, *, remedies: bool = True) -> Cause | None:
     if fault is None and sentinel.faults:
         fault = sentinel.faults[0]
     if fault is None:
-        return _unseen(scene, outcome.broken)
+        return _unseen(
+            scene, outcome.broken, "no operator that PyTorch dispatches gave the first number that is not finite"
+        )
     return _cause(scene, fault, _sentence(fault), trials(scene, fault) if remedies else iter(()))
 
 
@@ -102,17 +109,20 @@ def explain_vanishing(scene: Scene) -> Cause | None:
 
 
 def agreed_cause(scene: Scene) -> Cause | None:
-    """Return the cause on the first rank that has one, the same on every rank; every rank has to call it.
+    """Return the cause of the rank where it began, the same on every rank; every rank has to call it.
 
-    Remedies are tried on that rank alone, so models whose parameters are sharded are named without them.
+    A forward pass breaks on its own rank; gradients of sharded weights bring what broke on one rank to all, so a rank that saw
+    where it came from goes before one that did not. Remedies are tried on that rank alone, so for models whose parameters
+    are sharded none is.
     """
     if ranks() == 1:
         return explain(scene)
     own = explain(scene, remedies=False)
     texts = gather("" if own is None else own.model_dump_json(), scene.device)
-    first = next((rank for rank, text in enumerate(texts) if text), None)
-    if first is None:
+    causes = [Cause.model_validate_json(text) for text in texts if text]
+    if not causes:
         return None
+    first = min(causes, key=lambda one: (one.operator == _UNKNOWN, one.part is Part.BACKWARD, one.rank)).rank
     tried = texts[first]
     if scene.rank == first and not _sharded(scene.model):
         found = explain(scene)
@@ -129,7 +139,7 @@ def _sharded(model: nn.Module) -> bool:
 def _poisoned(scene: Scene) -> Cause | None:
     """Return the cause if the weights themselves were not finite before the step."""
     names = layer_names(scene.model)
-    for part in scene.model.modules():
+    for part in bare(scene.model).modules():
         for name, one in part.named_parameters(recurse=False):
             kept = replay.local(one.detach())
             if not bool(kept.isfinite().all()):
@@ -175,16 +185,15 @@ def _data(scene: Scene, remedies: bool) -> Cause | None:
     return None
 
 
-def _unseen(scene: Scene, broken: tuple[str, ...]) -> Cause:
+def _unseen(scene: Scene, broken: tuple[str, ...], why: str) -> Cause:
     return Cause(
         step=scene.step,
         rank=scene.rank,
         part=Part.BACKWARD if broken else Part.FORWARD,
         layer=broken[0].rpartition(".")[0] if broken else "",
-        operator="unknown",
+        operator=_UNKNOWN,
         kind="nan",
-        seen="no operator that PyTorch dispatches gave the first number that is not finite"
-        + (f"; the gradient of {broken[0]} is the first that holds some" if broken else ""),
+        seen=why + (f"; the gradient of {broken[0]} is the first that holds some" if broken else ""),
     )
 
 

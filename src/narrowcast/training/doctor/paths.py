@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from narrowcast.training.doctor.record import Part
 
-__all__ = ["OUTSIDE", "Paths", "Place", "layer_names"]
+__all__ = ["OUTSIDE", "Paths", "Place", "bare", "layer_names"]
 
 #: What runs outside the model: the loss function.
 OUTSIDE = "loss"
@@ -27,9 +28,14 @@ class Place(NamedTuple):
     towards: str = ""
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Return a model without the wrapper that sums its gradients over ranks."""
+    return bare(model.module) if isinstance(model, DistributedDataParallel) else model
+
+
 def layer_names(model: nn.Module) -> dict[int, str]:
     """Return names of modules by ``id``, the first of several, without what ``torch.compile`` and checkpointing put in."""
-    names = {id(part): name for name, part in reversed(list(model.named_modules(remove_duplicate=False)))}
+    names = {id(part): name for name, part in reversed(list(bare(model).named_modules(remove_duplicate=False)))}
     return {key: _plain(name) for key, name in names.items()}
 
 
@@ -45,7 +51,7 @@ class Paths:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model = bare(model)
         self._names = layer_names(model)
         self._stack: list[str] = []
         self._forward: dict[int, str] = {}  # by the sequence number of the operator's autograd node

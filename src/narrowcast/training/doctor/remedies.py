@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from narrowcast.errors import NarrowcastError
 from narrowcast.training.doctor import replay
 from narrowcast.training.doctor.interventions import (
     Change,
@@ -24,7 +25,7 @@ from narrowcast.training.doctor.interventions import (
     with_epsilon,
     without_maximum,
 )
-from narrowcast.training.doctor.paths import OUTSIDE, Paths, layer_names
+from narrowcast.training.doctor.paths import OUTSIDE, Paths, bare, layer_names
 from narrowcast.training.doctor.record import Part, Remedy
 from narrowcast.training.doctor.replay import Outcome, Scene
 from narrowcast.training.doctor.sentinel import Fault
@@ -63,18 +64,25 @@ def try_all(found: Iterator[Trial]) -> tuple[Remedy, ...]:
 
 
 def _tried(trial: Trial) -> Remedy:
-    outcome, note = trial.run()
+    try:
+        outcome, note = trial.run()
+    except (RuntimeError, TypeError, ValueError, NarrowcastError) as error:  # what a model raises when it is changed
+        return _remedy(trial, False, f"the replay with it raised {type(error).__name__}: {str(error).splitlines()[0]}")
     mended = trial.sound(outcome)
     seen = f"loss {outcome.loss:.4g}, " + (
         f"{len(outcome.broken)} gradients not finite, first that of {outcome.broken[0]}"
         if outcome.broken
         else "all gradients finite"
     )
+    return _remedy(trial, mended, f"the replay with it gave {seen}" + (f"; {note}" if note else ""))
+
+
+def _remedy(trial: Trial, mended: bool, evidence: str) -> Remedy:
     return Remedy(
         kind=trial.kind,
         setting=trial.setting,
         mended=mended,
-        evidence=f"the replay with it gave {seen}" + (f"; {note}" if note else ""),
+        evidence=evidence,
         overrides=dict(trial.overrides),
     )
 
@@ -115,7 +123,7 @@ def _formats(scene: Scene, fault: Fault) -> Iterator[Trial]:
 
 def _override(scene: Scene, layer: str, format: str) -> Trial:
     def run() -> tuple[Outcome, str]:
-        model = replay.bare(scene.model)
+        model = bare(scene.model)
         return replay.run(scene, in_format(model, _own_name(model, layer), format, scene.precision.compute)), ""
 
     return Trial("layer", f"keep layer {layer!r} in {format}", run, ((layer, format),))
@@ -160,7 +168,7 @@ def _rewritten(scene: Scene, fault: Fault, kind: str, setting: str, change: Chan
 
             outcome = replay.run(scene.but(loss=loss), paths.following())
         else:
-            outcome = replay.run(scene, paths.following(), rewriting(replay.bare(scene.model), rewrite, layer))
+            outcome = replay.run(scene, paths.following(), rewriting(bare(scene.model), rewrite, layer))
         return outcome, f"{rewrite.changed} calls changed" if rewrite.changed else "no call of this layer fits"
 
     where = "the loss function" if layer == OUTSIDE else f"layer {layer!r}"
@@ -169,7 +177,7 @@ def _rewritten(scene: Scene, fault: Fault, kind: str, setting: str, change: Chan
 
 def _smaller(scene: Scene, fault: Fault) -> Iterator[Trial]:
     """Yield a smaller initialisation where weights are wide, and clamped inputs."""
-    layer, model = fault.place.layer, replay.bare(scene.model)
+    layer, model = fault.place.layer, bare(scene.model)
     names = layer_names(model)
     part = next((part for part in model.modules() if names.get(id(part)) == layer), None)
     if part is None or layer == OUTSIDE or not fault.wide:

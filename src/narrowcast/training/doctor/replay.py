@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from narrowcast.training.doctor.paths import bare
 from narrowcast.training.policies import Precision
 from narrowcast.training.random_state import random_state, set_random_state
 from narrowcast.training.window import Loss
 
-__all__ = ["Outcome", "Scene", "bare", "local", "restored", "run"]
+__all__ = ["Outcome", "Scene", "local", "restored", "run"]
 
 Batch = tuple[Any, Any]
 
@@ -116,11 +116,6 @@ def _run(scene: Scene) -> Outcome:
         broken_tensors=tuple(grad for _, grad in broken),
         nonzero=filled / numbers if numbers else 0.0,
     )
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """Return a model without the wrapper that sums its gradients over ranks."""
-    return bare(model.module) if isinstance(model, DistributedDataParallel) else model
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from narrowcast.training.doctor.casts import CastCounter
 from narrowcast.training.doctor.histograms import Counter, sampled
-from narrowcast.training.doctor.paths import Paths, layer_names
+from narrowcast.training.doctor.paths import Paths, bare, layer_names
 from narrowcast.training.doctor.record import Part
 from narrowcast.training.doctor.replay import local
 from narrowcast.training.doctor.updates import ratios, thinned
@@ -37,7 +37,7 @@ def targets(model: nn.Module) -> list[Target]:
     """Return the modules that hold parameters of their own, and those without children, each once."""
     names = layer_names(model)
     found: list[Target] = []
-    for part in model.modules():
+    for part in bare(model).modules():
         own = tuple((name, one) for name, one in part.named_parameters(recurse=False) if one.requires_grad)
         if own or not any(True for _ in part.children()):
             found.append(Target(names[id(part)], part, own))

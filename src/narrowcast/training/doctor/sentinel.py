@@ -24,6 +24,7 @@ from narrowcast.training.doctor.record import Range
 __all__ = ["Fault", "Maker", "Sentinel", "dtype_name", "range_of"]
 
 _MOST = 64  # faults that are described; later ones are known by their offspring alone
+_OTHERS = ("c10d", "_c10d", "fsdp")  # what they bring may have broken on another rank
 _BLANK = ("empty", "resize", "set_")  # their results hold whatever was there
 
 
@@ -110,6 +111,8 @@ class Sentinel(TorchDispatchMode):
         maker = Maker(name, _scalars((args, kwargs)), results[0].dtype if results else torch.float32)
         if self._zeros:
             self._look_for_zeros(func, place, call, (args, kwargs), before, results, maker)
+        elif name.startswith(_OTHERS):
+            self._origins.update({_storage(one): None for one in (*given, *results) if not _finite(one)})
         elif not name.split(".")[-1].startswith(_BLANK):
             for result in results:
                 self._look(func, place, call, (args, kwargs), before, spoilt, result, maker)
@@ -198,7 +201,8 @@ class Sentinel(TorchDispatchMode):
 
 def range_of(name: str, tensor: Tensor) -> Range:
     """Return a tensor in numbers; waits for its device."""
-    numbers = tensor.detach().to(torch.float64) if tensor.is_floating_point() else tensor.detach().abs().double()
+    numbers = tensor.detach().abs() if tensor.is_complex() else tensor.detach()
+    numbers = numbers if numbers.dtype is torch.float64 else numbers.float()
     finite = numbers[numbers.isfinite()]
     away = finite[finite != 0].abs()
     return Range(

@@ -199,7 +199,7 @@ class Watch:
         self._mail.collect(wait=True)
         if self._diagnosis.pending:
             self._note(self._diagnosis.explain(self._sampler.targets, None, self._step))
-        return self.write(histograms=True)
+        return self.write()
 
     def summary(self) -> Summary:
         """Return the verdict and the advice, from what has arrived so far."""
@@ -215,14 +215,13 @@ class Watch:
         """Return all that was seen so far, as :func:`narrowcast.training.doctor.record.read` would."""
         return Record(self._setting, tuple(self._readings), tuple(self.events), self._series(), self.summary())
 
-    def write(self, *, histograms: bool = False) -> Summary:
-        """Write what is new to the folder, if there is one, and return the summary."""
+    def write(self) -> Summary:
+        """Write the histograms and all that is new to the folder, if there is one, and return the summary."""
         summary = self.summary()
         if self._folder is not None:
             record.append(self._folder, [*self._unwritten, summary])
+            record.write_series(self._folder, self._series())
             self._unwritten = []
-            if histograms:
-                record.write_series(self._folder, self._series())
         return summary
 
     # What happens in between
@@ -280,5 +279,8 @@ class Watch:
 
         self._mail.send(tensors, read)
         self._flushes += 1
-        if self._folder is not None:
-            self.write(histograms=self._flushes % _WRITES == 0)
+        if self._folder is not None and self._flushes % _WRITES == 0:
+            self.write()
+        elif self._folder is not None:
+            record.append(self._folder, self._unwritten)
+            self._unwritten = []

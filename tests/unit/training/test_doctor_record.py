@@ -1,0 +1,154 @@
+"""The record on disk, the advice, and the verdict's words."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from narrowcast.errors import ArtifactError, FormatError, TrainingError
+from narrowcast.training.doctor.buckets import BUCKETS, EDGES
+from narrowcast.training.doctor.histories import Histories, format_advice, scale_advice
+from narrowcast.training.doctor.record import (
+    Cause,
+    Event,
+    EventKind,
+    Part,
+    Reading,
+    Remedy,
+    Setting,
+    append,
+    read,
+    write_series,
+)
+from narrowcast.training.doctor.verdict import cause_sentence, verdict
+
+SETTING = Setting(level="cheap", every=50, precision="fp32", compute="fp32", formats=("fp16",), layers=())
+
+
+def histogram(numbers):
+    counts = np.zeros(BUCKETS, np.int64)
+    for number in numbers:
+        counts[int(np.searchsorted(EDGES, abs(number), side="left"))] += 1
+    return counts
+
+
+def series_of(numbers, part=Part.BACKWARD, layer="head", steps=1):
+    histories = Histories()
+    for step in range(steps):
+        histories.add(layer, part, step, 1.0, histogram(numbers), max(map(abs, numbers)))
+    return histories.series([layer])
+
+
+def test_a_folder_without_a_record_is_told_apart_from_a_damaged_one(tmp_path):
+    with pytest.raises(ArtifactError, match="holds no record"):
+        read(tmp_path)
+    append(tmp_path / "doctor", [SETTING, Reading(step=0, loss=math.inf), Reading(step=1)])
+    path = tmp_path / "doctor" / "record.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"type": "reading", "st')  # killed within a line
+    assert [one.step for one in read(tmp_path).readings] == [0, 1]
+    assert read(tmp_path).readings[0].loss == math.inf
+    assert read(tmp_path / "doctor").setting == SETTING
+    path.write_text("nonsense\n" + whole)
+    with pytest.raises(ArtifactError, match="damaged at line 1"):
+        read(tmp_path)
+    path.write_text(json.dumps({"type": "setting", "schema_version": 99}) + "\n" + whole)
+    with pytest.raises(ArtifactError, match="version 99"):
+        read(tmp_path)
+    path.write_text(whole)
+    (tmp_path / "doctor" / "histograms.safetensors").write_bytes(b"12345678nonsense")
+    with pytest.raises(ArtifactError, match="damaged"):
+        read(tmp_path)
+
+
+def test_each_line_is_strict_json(tmp_path):
+    append(tmp_path, [SETTING, Reading(step=0, loss=math.nan, grad_norm=math.inf)])
+    lines = (tmp_path / "record.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["type"] for line in lines] == ["setting", "reading"]
+
+
+def test_a_step_that_was_done_again_counts_once(tmp_path):
+    append(tmp_path, [SETTING, Reading(step=3, loss=1.0), Reading(step=4, loss=2.0), Reading(step=3, loss=5.0)])
+    assert [(one.step, one.loss) for one in read(tmp_path).readings] == [(3, 5.0), (4, 2.0)]
+
+
+def test_long_runs_keep_few_samples_and_count_all(tmp_path):
+    (series,) = series_of([1.0, 0.5], steps=1000)
+    assert 32 <= len(series.steps) <= 64
+    assert set(np.diff(series.steps)) == {series.steps[1] - series.steps[0]}
+    assert series.total.sum() == 2000
+    write_series(tmp_path, [series])
+    append(tmp_path, [SETTING])
+    assert (read(tmp_path).series[0].columns == series.columns).all()
+
+
+def test_the_scale_is_the_largest_power_of_two_with_room():
+    advice = scale_advice(series_of([2.0**-30] * 90 + [2.0**-10] * 10))
+    assert advice.scale == 2.0**22
+    assert advice.margin >= 8
+    assert 2.0**-10 * advice.scale * 2 * 8 > 65504
+    assert (advice.lost, advice.lost_scaled) == (0.9, 0.0)
+    assert scale_advice(()) is None
+    assert scale_advice(series_of([2.0**-40])).scale == 2.0**24
+
+
+@pytest.mark.parametrize(
+    ("numbers", "format"),
+    [
+        ([1.0, 0.5, 0.25] * 400, "e4m3fn"),
+        ([2.0**-12, 1.0, 2.0**-20] * 400, "e5m2"),
+        ([2.0**-36, 1.0] * 400, "fp16"),
+        ([2.0**-60, 1.0] * 400, "bf16"),
+        ([2.0**-145, 1.0] * 400, "fp32"),
+    ],
+)
+def test_the_narrowest_format_that_holds_is_advised(numbers, format):
+    (advice,) = format_advice(series_of(numbers), ("fp16", "bf16", "e4m3fn", "e5m2"))
+    assert advice.format == format
+    assert "would be zero" in advice.evidence
+
+
+def cause(**changes):
+    values = {"step": 7, "rank": 1, "part": Part.FORWARD, "layer": "head", "operator": "aten.mm", "kind": "inf"}
+    return Cause(**{**values, "seen": "aten.mm gave 3 infinities", **changes})
+
+
+def test_a_sentence_says_what_mends_and_what_does_not():
+    good = Remedy(kind="layer", setting="keep layer 'head' in fp32", mended=True, evidence="loss 1")
+    bad = Remedy(kind="format", setting="train in bf16-mixed", mended=False, evidence="loss nan")
+    text = cause_sentence(cause(remedies=(good, bad)))
+    assert text.startswith(
+        "Step 7, rank 1: the first infinity came in the forward pass of layer 'head': aten.mm gave 3"
+    )
+    assert "What mends it, tried: keep layer 'head' in fp32 (loss 1)." in text
+    assert text.endswith("Tried, did not mend it: train in bf16-mixed.")
+    assert cause_sentence(cause()).endswith("Nothing was tried.")
+
+
+def test_a_verdict_tells_each_fault_once_and_how_often_it_came():
+    events = [
+        Event(
+            kind=EventKind.NONFINITE, step=step, rank=1, normal=False, sentence=f"Step {step}.", cause=cause(step=step)
+        )
+        for step in (7, 8, 9)
+    ]
+    found = verdict(events, 10)
+    assert not found.healthy
+    assert found.sentences == ("Step 7. It came again 2 times.",)
+    assert verdict((), 10).healthy
+
+
+def test_bad_settings_are_refused():
+    import torch
+
+    from narrowcast.training.doctor.watch import Watch
+
+    with pytest.raises(TrainingError, match="level"):
+        Watch(torch.nn.Linear(2, 2), "medium")
+    with pytest.raises(TrainingError, match="every 0"):
+        Watch(torch.nn.Linear(2, 2), every=0)
+    with pytest.raises(FormatError, match="neighbours"):
+        Watch(torch.nn.Linear(2, 2), formats=("mxfp4",))
