@@ -21,8 +21,9 @@ def test_the_verdict_comes_first_then_the_cause_and_what_mends_it(cli: Cli, run:
     found = cli("doctor", run)
     assert found.code == 0
     lines = found.out.splitlines()
-    assert lines[0].startswith("✗ blocks.1.mlp.up overflows FP16 in the forward pass from step 118 on")
-    assert "61% of the gradients of stem.conv become zero." in lines[1]
+    assert lines[0] == "✗ Overflow to infinity in blocks.1.mlp.up, forward, aten.addmm, at step 118"
+    assert "blocks.1.mlp.up overflows FP16 in the forward pass from step 118 on" in lines[1]
+    assert "61% of the gradients of stem.conv become zero." in lines[2]
     told = found.out[: found.out.index("layer, as fp16")]
     assert "Step 118: Overflow to infinity in blocks.1.mlp.up, forward, aten.addmm" in told
     assert told.index("✓ keep layer 'blocks.1.mlp.up' in fp32") < told.index("✗ halve the loss scale")

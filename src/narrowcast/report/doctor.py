@@ -12,20 +12,22 @@ from markupsafe import Markup
 from narrowcast._version import __version__
 from narrowcast.report import text
 from narrowcast.report.doctor_plots import HeatRow, Mark, heat_map, timeline
-from narrowcast.report.doctor_run import CAST, PARTS, Held, LayerView, PartView, Run, harm
+from narrowcast.report.doctor_run import CAST, PARTS, Happening, Held, LayerView, PartView, Run, harm
 from narrowcast.report.doctor_words import (
     bounds,
     cause_title,
+    event_words,
     format_title,
     held_words,
     magnitude,
     part_words,
     range_words,
     scale_words,
+    scaled_words,
 )
 from narrowcast.report.page import template
 from narrowcast.report.weights import breakable
-from narrowcast.training.doctor.record import Cause, Event, Part
+from narrowcast.training.doctor.record import Cause, Part
 
 __all__ = ["render_doctor"]
 
@@ -68,6 +70,7 @@ class _Event:
     kind: str
     normal: bool
     sentence: str
+    again: str
     cause: _Cause | None
 
 
@@ -120,9 +123,9 @@ def render_doctor(run: Run) -> str:
         "setting": run.record.setting,
         "headline": run.headline,
         "healthy": run.healthy,
-        "findings": [] if summary is None else list(summary.verdict.sentences[1:]),
+        "findings": run.findings,
         "keys": _keys(run),
-        "events": [_event(event) for event in run.events[:MOST_EVENTS]],
+        "events": [_event(one) for one in run.events[:MOST_EVENTS]],
         "more_events": max(len(run.events) - MOST_EVENTS, 0),
         "timeline_wide": _timeline(run, "timeline-wide", 860),
         "timeline_narrow": _timeline(run, "timeline-narrow", 400),
@@ -143,12 +146,11 @@ def render_doctor(run: Run) -> str:
 def _keys(run: Run) -> list[_Key]:
     setting = run.record.setting
     readings = run.readings
-    last = readings[-1] if readings else None
     keys = [
         _Key("Precision", setting.precision, f"computes in {setting.compute}"),
         _Key(
             "Steps seen",
-            text.integer(last.step if last else 0),
+            text.integer(run.steps),
             f"{setting.level} level, sampled each {setting.every} steps",
         ),
         _Key("Left out", text.integer(len(run.skipped)), "updates with a gradient that is not finite"),
@@ -159,16 +161,18 @@ def _keys(run: Run) -> list[_Key]:
 
 
 def _timeline(run: Run, name: str, width: int) -> Markup:
-    marks = [Mark(event.step, event.kind, event.sentence, event.normal) for event in run.events]
+    marks = [Mark(one.first.step, one.first.kind, one.first.sentence, one.first.normal) for one in run.events]
     return Markup(timeline(run.readings, run.skipped, marks, name=name, width=width))
 
 
 # Events and causes ----------------------------------------------------------------------------------------------------
 
 
-def _event(event: Event) -> _Event:
+def _event(one: Happening) -> _Event:
+    event = one.first
     cause = None if event.cause is None else _cause(event.cause)
-    return _Event(text.integer(event.step), str(event.rank), event.kind, event.normal, event.sentence, cause)
+    words = event_words(event) + (f" ({one.again})" if one.again else "")
+    return _Event(text.integer(event.step), str(event.rank), event.kind, event.normal, words, one.again, cause)
 
 
 def _cause(cause: Cause) -> _Cause:
@@ -267,7 +271,7 @@ def _cell(held: Held) -> _Cell:
 def _scaled(held: Held) -> _Cell:
     found = held.scaled
     level = "warm" if harm(found) > _MARKED else ""
-    return _Cell(bounds(found.zero), level, f"times {scale_words(held.factor)}: {held_words(found)}")
+    return _Cell(bounds(found.zero), level, scaled_words(found, held.plain))
 
 
 def _stagnation(run: Run) -> list[_Row]:

@@ -26,12 +26,12 @@ def doctor_record(run: Run) -> dict[str, Any]:
         "notes": list(run.notes),
         "setting": _plain(run.record.setting),
         "formats": list(run.formats),
-        "steps": run.readings[-1].step if run.readings else 0,
+        "steps": run.steps,
         "skips": [
             {"step": one.step, "layers": list(one.layers), "kind": one.kind, "scale": one.scale} for one in run.skips
         ],
         "loss_scale": run.scale,
-        "events": [_plain(event) for event in run.events],
+        "events": [_plain(one.first) | {"count": one.count, "last": one.last} for one in run.events],
         "advice": {
             "scale": None if summary is None or summary.scale is None else _plain(summary.scale),
             "formats": [] if summary is None else [_plain(one) for one in summary.formats],

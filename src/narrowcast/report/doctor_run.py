@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +15,25 @@ import numpy as np
 
 from narrowcast.errors import ArtifactError
 from narrowcast.formats.kinds import Format
+from narrowcast.report.doctor_words import cause_title
 from narrowcast.training.doctor.buckets import EDGES, INFINITE, NOT_A_NUMBER
 from narrowcast.training.doctor.record import FOLDER, Event, Part, Reading, Record, Series, read
 from narrowcast.training.doctor.whatif import Bounds, Shares, element, overflow_limit, shares, stagnant
 from narrowcast.training.logs import LOG, SKIPS
 
-__all__ = ["CAST", "PARTS", "Held", "LayerView", "PartView", "Run", "SkipLine", "harm", "open_run", "worst"]
+__all__ = [
+    "CAST",
+    "PARTS",
+    "Happening",
+    "Held",
+    "LayerView",
+    "PartView",
+    "Run",
+    "SkipLine",
+    "harm",
+    "open_run",
+    "worst",
+]
 
 #: The parts that are shown, with their words.
 PARTS = {
@@ -46,6 +60,23 @@ class SkipLine:
     layers: tuple[str, ...]
     kind: str
     scale: float
+
+
+@dataclass(frozen=True)
+class Happening:
+    """Events that are alike but for their numbers: the first of them, how many there are, and the step of the last."""
+
+    first: Event
+    count: int
+    last: int
+
+    @property
+    def again(self) -> str:
+        """How often it came again, in words; empty for once."""
+        if self.count == 1:
+            return ""
+        times = "once more" if self.count == 2 else f"{self.count - 1} times more"
+        return f"{times}, last at step {self.last}"
 
 
 @dataclass(frozen=True)
@@ -147,10 +178,13 @@ class Run:
 
     @cached_property
     def readings(self) -> tuple[Reading, ...]:
-        """A reading for each step: the doctor's, and where it has none, the log's."""
-        found = {reading.step: reading for reading in _logged(self.log)}
-        found |= {reading.step: reading for reading in self.record.readings}
-        return tuple(found[step] for step in sorted(found))
+        """A reading for each step, by the updates before it: the doctor's, or the log's if the doctor kept none."""
+        return self.record.readings or tuple(_logged(self.log))
+
+    @property
+    def steps(self) -> int:
+        """Updates that were done."""
+        return self.readings[-1].step + (not self.readings[-1].skipped) if self.readings else 0
 
     @cached_property
     def skipped(self) -> tuple[int, ...]:
@@ -165,20 +199,34 @@ class Run:
         name = self.record.setting.precision
         return name.removesuffix("-true") if name.endswith("-true") else "fp32"
 
-    @property
-    def events(self) -> tuple[Event, ...]:
-        """What happened, what needs attention first."""
-        return tuple(sorted(self.record.events, key=lambda event: (event.normal, event.step)))
+    @cached_property
+    def events(self) -> tuple[Happening, ...]:
+        """What happened, alike events as one: first what needs attention, and of that first what was explained."""
+        alike: dict[tuple[object, ...], list[Event]] = {}
+        for event in self.record.events:
+            alike.setdefault(_signature(event), []).append(event)
+        found = [Happening(events[0], len(events), max(one.step for one in events)) for events in alike.values()]
+        return tuple(sorted(found, key=lambda one: (one.first.normal, one.first.cause is None, one.first.step)))
 
     @property
     def headline(self) -> str:
-        """The verdict in one sentence."""
+        """The verdict in one sentence: the first cause, if there is one."""
         summary = self.record.summary
         if summary is None:
             return "The run ended before there was a verdict"
+        cause = next((one.first.cause for one in self.events if not one.first.normal), None)
+        if not summary.verdict.healthy and cause is not None:
+            return f"{cause_title(cause)}, at step {cause.step}"
         if summary.verdict.sentences:
             return summary.verdict.sentences[0].rstrip(".")
         return "The numbers are sound" if summary.verdict.healthy else "The numbers need attention"
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What the verdict says beside the headline."""
+        summary = self.record.summary
+        said = () if summary is None else summary.verdict.sentences
+        return tuple(sentence for sentence in said if sentence.rstrip(".") != self.headline)
 
     @property
     def healthy(self) -> bool | None:
@@ -227,12 +275,19 @@ def _formats(record: Record, asked: Sequence[str]) -> tuple[str, ...]:
 def worst(run: Run, part: Part, format: str) -> tuple[str, Held] | None:
     """Return the layer that a format would do most harm to, with what it would do; None if nothing of that part is known."""
     found = [(layer.name, layer.parts[part].held[format]) for layer in run.layers if part in layer.parts]
-    return max(found, key=lambda item: harm(item[1].plain), default=None)
+    return max(found, key=lambda item: (harm(item[1].plain), item[1].plain.subnormal.high), default=None)
 
 
 def harm(found: Shares) -> float:
     """Return the share of numbers that a format loses: beyond its largest, or to zero."""
     return found.overflow.high + found.zero.high
+
+
+def _signature(event: Event) -> tuple[object, ...]:
+    """Return what alike events have in common: all but their numbers."""
+    cause = event.cause
+    about = None if cause is None else (cause.layer, cause.operator, cause.part, cause.kind)
+    return event.kind, event.normal, event.rank, about or re.sub(r"\d+", "0", event.sentence)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -283,7 +338,7 @@ def _logged(lines: Sequence[dict[str, Any]]) -> Iterator[Reading]:
     for line in lines:
         if isinstance(line.get("step"), int) and "loss" in line:
             yield Reading(
-                step=line["step"],
+                step=line["step"] - 1,
                 loss=_number(line["loss"]),
                 grad_norm=_number(line.get("grad_norm")),
                 scale=_number(line.get("scale")) or 1.0,

@@ -12,7 +12,16 @@ from rich.text import Text
 
 from narrowcast.report import text
 from narrowcast.report.doctor_run import CAST, PARTS, LayerView, PartView, Run, worst
-from narrowcast.report.doctor_words import bounds, cause_title, held_words, magnitude, part_words, scale_words
+from narrowcast.report.doctor_words import (
+    bounds,
+    cause_title,
+    event_words,
+    held_words,
+    magnitude,
+    part_words,
+    scale_words,
+    scaled_words,
+)
 from narrowcast.training.doctor.record import Cause, Part
 
 __all__ = ["render_doctor_terminal"]
@@ -37,15 +46,15 @@ def render_doctor_terminal(run: Run, console: Console) -> None:
     mark, style = {True: ("✓", "green"), False: ("✗", "red"), None: ("–", "yellow")}[run.healthy]
     console.print(say(f"{mark} {run.headline}", f"bold {style}"))
     summary = run.record.summary
-    for sentence in summary.verdict.sentences[1:] if summary is not None else ():
+    for sentence in run.findings:
         console.print(Padding(say(sentence), (0, 0, 0, 2)))
     console.print(say(_about(run), _QUIET))
     for note in run.notes:
         console.print(say(f"Note: {note}", "yellow"))
-    for event in run.events:
-        if event.cause is not None:
+    for one in run.events:
+        if one.first.cause is not None:
             console.print()
-            for line in _cause(event.cause, say):
+            for line in _cause(one.first.cause, one.again, say):
                 console.print(line)
     if run.layers:
         console.print(_layers(run, say, console.width))
@@ -75,15 +84,16 @@ def _table() -> Table:
 
 def _about(run: Run) -> str:
     setting = run.record.setting
-    steps = text.integer(run.readings[-1].step if run.readings else 0)
+    steps = text.integer(run.steps)
     skipped = f"{text.integer(len(run.skipped))} update{'' if len(run.skipped) == 1 else 's'} left out"
     scale = f", loss scale {scale_words(run.scale)}" if any(one.scale != 1 for one in run.readings) else ""
     return f"{setting.precision}, {steps} steps, {skipped}{scale}; {setting.level} level, sampled each {setting.every} steps"
 
 
-def _cause(cause: Cause, say: Say) -> Iterator[Text | Padding]:
+def _cause(cause: Cause, again: str, say: Say) -> Iterator[Text | Padding]:
     rank = f", rank {cause.rank}" if cause.rank else ""
-    yield say(f"Step {text.integer(cause.step)}{rank}: {cause_title(cause)}", _HEAD)
+    title = say(f"Step {text.integer(cause.step)}{rank}: {cause_title(cause)}", _HEAD)
+    yield title + say(f" ({again})", _QUIET) if again else title
     yield Padding(say(cause.seen), (0, 0, 0, 2))
     if not cause.reproduced:
         yield Padding(say("The replay did not break again, so nothing could be tried.", "yellow"), (0, 0, 0, 2))
@@ -157,13 +167,15 @@ def _formats(run: Run, say: Say) -> Table:
             if found is None:
                 continue
             name, held = found
+            words = held_words(held.plain)
+            where = "every layer" if words == "all are held" else text.tail(name or "(model)", 28)
             bad = held.plain.overflow.high > 0
             table.add_row(
                 say(format, _HEAD),
                 say(PARTS[part]),
-                say(text.tail(name or "(model)", 28)),
-                say(held_words(held.plain), "red" if bad else ""),
-                say(f"{held_words(held.scaled)} (times {scale_words(held.factor)})", _QUIET),
+                say(where),
+                say(words, "red" if bad else ""),
+                say(scaled_words(held.scaled, held.plain), _QUIET),
             )
     return table
 
@@ -177,10 +189,12 @@ def _events(run: Run, say: Say) -> Table:
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("event", no_wrap=True)
     table.add_column("")
-    for event in run.events[:_MOST_EVENTS]:
+    for one in run.events[:_MOST_EVENTS]:
+        event = one.first
         style = _QUIET if event.normal else "red"
         kind = f"{event.kind}, normal" if event.normal else str(event.kind)
-        table.add_row(say(text.integer(event.step)), say(str(event.rank)), say(kind, style), say(event.sentence))
+        words = event_words(event) + (f" ({one.again})" if one.again else "")
+        table.add_row(say(text.integer(event.step)), say(str(event.rank)), say(kind, style), say(words))
     if len(run.events) > _MOST_EVENTS:
         table.add_row(say(""), say(""), say(f"and {len(run.events) - _MOST_EVENTS} more", _QUIET))
     return table

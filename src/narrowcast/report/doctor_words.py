@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 
 from narrowcast.report import text
-from narrowcast.training.doctor.record import Cause, Part, Range
+from narrowcast.training.doctor.record import Cause, Event, Part, Range
 from narrowcast.training.doctor.whatif import Bounds, Shares, element, overflow_limit, underflow_limit
 
 __all__ = [
     "bounds",
     "cause_title",
+    "event_words",
     "format_title",
     "held_words",
     "magnitude",
     "part_words",
     "range_words",
     "scale_words",
+    "scaled_words",
 ]
 
 _PARTS = {
@@ -80,7 +82,16 @@ def held_words(found: Shares) -> str:
         )
         if share.high > 0
     ]
+    broken = found.infinite + found.nan
+    said += [f"{text.part(broken)} were not finite already"] if broken else []
     return ", ".join(said) or "all are held"
+
+
+def scaled_words(found: Shares, plain: Shares) -> str:
+    """Return what a format does to numbers under a scale of their own; none is needed where all are held anyway."""
+    if not (plain.overflow.high or plain.zero.high or plain.subnormal.high):
+        return "needs none"
+    return f"{held_words(found)} (times {scale_words(found.scale)})"
 
 
 def format_title(name: str) -> str:
@@ -97,6 +108,11 @@ def range_words(one: Range) -> list[str]:
         if count
     ]
     return [text.number(one.low), text.number(one.high), text.number(one.smallest), ", ".join(special) or text.MISSING]
+
+
+def event_words(event: Event) -> str:
+    """Return an event in one sentence: its cause's title, if it has one, for the cause itself is told elsewhere."""
+    return event.sentence if event.cause is None else f"{cause_title(event.cause)}: see above"
 
 
 def cause_title(cause: Cause) -> str:

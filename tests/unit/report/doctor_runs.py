@@ -149,7 +149,7 @@ def write_run(folder: Path, *, healthy: bool = False, scaled: bool = True) -> Pa
     losses = 2.3 * np.exp(-np.arange(STEPS) / 90) + 0.05 * rng.random(STEPS)
     readings = [
         Reading(
-            step=step + 1,
+            step=step,
             loss=math.inf if step == 118 and not healthy else float(losses[step]),
             grad_norm=float(3 * np.exp(-step / 120) * (1 + 0.3 * rng.random())),
             scale=2.0 ** (16 if step < 118 else 15) if scaled else 1.0,
@@ -239,7 +239,7 @@ def write_run(folder: Path, *, healthy: bool = False, scaled: bool = True) -> Pa
     write_series(record, series)
     lines = [
         {
-            "step": one.step,
+            "step": one.step + 1,
             "loss": one.loss if math.isfinite(one.loss or 0.0) else "inf",
             "grad_norm": one.grad_norm,
             "scale": one.scale,

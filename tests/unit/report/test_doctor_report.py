@@ -116,6 +116,26 @@ def test_a_scale_of_its_own_keeps_the_largest_number(tmp_path: Path):
                 assert math.log2(held.factor) % 1 == 0
 
 
+def test_events_that_are_alike_are_told_once(tmp_path: Path):
+    run = write_run(tmp_path)
+    told = open_run(run).record.events
+    more = [
+        event.model_copy(update={"step": event.step + late, "sentence": event.sentence.replace("61%", f"{late}%")})
+        for late in (3, 40)
+        for event in told
+    ]
+    append(run / "doctor", more)
+    found = open_run(run)
+    assert [(one.first.kind, one.first.step, one.count, one.last) for one in found.events] == [
+        (EventKind.NONFINITE, 118, 3, 158),
+        (EventKind.VANISHED, 180, 3, 220),
+        (EventKind.BACKOFF, 2, 3, 42),
+    ]
+    assert found.events[0].again == "2 times more, last at step 158"
+    assert found.headline == "Overflow to infinity in blocks.1.mlp.up, forward, aten.addmm, at step 118"
+    assert render_doctor(found).count('class="card cause"') == 1
+
+
 def test_the_worst_layer_is_the_one_that_overflows(tmp_path: Path):
     run = open_run(write_run(tmp_path), ["e4m3fn"])
     found = worst(run, Part.FORWARD, "e4m3fn")
@@ -143,7 +163,7 @@ def test_lines_that_a_killed_run_left_are_left_out_with_a_note(tmp_path: Path):
         f"{name}: the last line is cut off, as a killed run leaves it, and was left out"
         for name in ("record.jsonl", "log.jsonl", "skips.jsonl")
     ]
-    assert run.readings[-1].step == STEPS
+    assert run.steps == STEPS
     assert run.skipped == (118,)
     assert "cut off" in render_doctor(run)
 
@@ -167,7 +187,7 @@ def test_the_log_stands_in_where_the_doctor_read_nothing(tmp_path: Path):
     kept = [line for line in record.read_text().splitlines() if json.loads(line)["type"] != "reading"]
     record.write_text("\n".join(kept) + "\n")
     run = open_run(tmp_path)
-    assert [reading.step for reading in run.readings] == list(range(1, STEPS + 1, 10))
+    assert [reading.step for reading in run.readings] == list(range(0, STEPS, 10))
     assert run.readings[0].loss == pytest.approx(2.3, abs=0.1)
 
 
