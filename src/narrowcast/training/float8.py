@@ -58,29 +58,31 @@ def convert(module: nn.Module, float8: Float8, overrides: Overrides) -> None:
         ModelError: No linear layer is left to convert.
         RuntimeMissingError: torchao is not installed.
     """
-    linear = [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]
-    ends = {linear[0][0], linear[-1][0]} if linear and float8.keep_ends else set[str]()
+    try:
+        from torchao.float8 import convert_to_float8_training
+        from torchao.float8.float8_linear import Float8Linear
+    except ImportError as error:
+        raise RuntimeMissingError(
+            "fp8-mixed needs torchao, which is not installed", next_step="install it with: pip install torchao"
+        ) from error
+    linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    names = list(linear)
+    ends = {names[0], names[-1]} if linear and float8.keep_ends else set[str]()
     chosen: set[str] = set()
     odd: list[str] = []
-    for name, part in linear:
+    for name, part in linear.items():
         format = format_of(name, overrides)
-        if format not in (None, "fp8") or (name in ends and format is None):
+        if type(part) is not nn.Linear or format not in (None, "fp8") or (name in ends and format is None):
             continue
         (chosen.add if part.in_features % _ALIGNED == part.out_features % _ALIGNED == 0 else odd.append)(name)
     if odd:
         _log.info("kept in BF16, as a size is no multiple of %d: %s", _ALIGNED, ", ".join(odd))
-    if not chosen:
+    if not chosen and not any(isinstance(part, Float8Linear) for part in linear.values()):
         raise ModelError(
             f"fp8-mixed finds no linear layer to convert among {len(linear)}",
             allowed=f"linear layers between the first and the last, with sizes that are multiples of {_ALIGNED}",
             next_step="use bf16-mixed",
         )
-    try:
-        from torchao.float8 import convert_to_float8_training
-    except ImportError as error:
-        raise RuntimeMissingError(
-            "fp8-mixed needs torchao, which is not installed", next_step="install it with: pip install torchao"
-        ) from error
     convert_to_float8_training(module, config=_config(float8), module_filter_fn=lambda _part, name: name in chosen)
 
 

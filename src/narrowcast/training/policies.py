@@ -60,6 +60,11 @@ class Precision:
         """Whether autocast casts FP32 weights for each use."""
         return self.parameters == "fp32" and self.compute in _CAST
 
+    @property
+    def preparation(self) -> tuple[object, ...]:
+        """What a module is prepared for; loss scales and updates leave it as it is."""
+        return self.parameters, self.compute, self.overrides, self.float8
+
     def check(self, device: torch.device) -> None:
         """Check that a device computes in it.
 
@@ -106,10 +111,10 @@ class Precision:
             run_in(inner, self.overrides, base=self.compute, stored=self.parameters)
             if self.parameters == "bf16" or self.float8 is not None or self.overrides:
                 _prepared[inner] = self
-        elif before != self:
+        elif before.preparation != self.preparation:
             raise FormatError(
                 f"a module that was prepared for precision {before.name} is to train in {self.name}"
-                + (" with other settings" if before.name == self.name else ""),
+                + (" with other formats" if before.name == self.name else ""),
                 next_step="build the module anew and load its weights",
             )
         return module

@@ -62,6 +62,12 @@ def test_parameters_stay_the_same_objects():
     assert [id(one) for one in model.parameters()] == before
 
 
+def test_a_copy_of_a_converted_model_trains_as_it_is():
+    copied = copy.deepcopy(prepared())
+    precision("fp8-mixed", float8=EMULATED).prepare(copied)
+    assert converted(copied) == {"2", "4"}
+
+
 def test_a_model_without_such_layers_is_refused():
     model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 3))
     with pytest.raises(ModelError, match="no linear layer to convert among 2"):

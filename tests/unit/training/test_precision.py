@@ -246,6 +246,7 @@ def test_a_module_is_prepared_once():
     kind = type(model.head)
     policy.prepare(model)
     precision("bf16-mixed", overrides={"head": "fp32"}).prepare(model)
+    precision("bf16-mixed", loss_scale=8.0, overrides={"head": "fp32"}).prepare(model)
     assert type(model.head) is kind
     with pytest.raises(FormatError, match="prepared for precision bf16-mixed"):
         precision("fp32").prepare(model)
