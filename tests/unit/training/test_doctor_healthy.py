@@ -76,3 +76,24 @@ def test_what_was_written_is_read_back(tmp_path):
     assert deep is not None
     assert deep.steps.tolist() == [0, 3, 6]
     assert int(deep.columns[0].sum()) == 16 * 8 * 8 * 8
+
+
+def test_a_resumed_run_goes_on_in_its_record(tmp_path):
+    model, loss, batch = healthy("cnn")
+    folder = tmp_path / "doctor"
+    trainer, doctor = watched(model, loss, level="deep", every=2, folder=folder)
+    for _ in range(6):
+        trainer.step(batch)
+    doctor.close()
+    with (folder / "record.jsonl").open("a") as file:
+        file.write('{"type": "rea')  # killed while it wrote
+    again, resumed = watched(model, loss, level="deep", every=2, folder=folder)
+    state = trainer.state_dict()
+    again.load_state_dict({**state, "counters": {**state["counters"], "steps": 4}})
+    for _ in range(4):
+        again.step(batch)
+    summary = resumed.close()
+    found = read(tmp_path)
+    assert [one.step for one in found.readings] == list(range(8))
+    assert "8 steps" in summary.verdict.sentences[0]
+    assert found.of("head", Part.FORWARD).steps.tolist() == [0, 2, 4, 6]

@@ -10,7 +10,7 @@ import numpy as np
 
 from narrowcast.formats.kinds import Format
 from narrowcast.training.doctor import whatif
-from narrowcast.training.doctor.buckets import BUCKETS, INFINITE, PER_OCTAVE, fold
+from narrowcast.training.doctor.buckets import BUCKETS, COLUMNS, INFINITE, PER_OCTAVE, fold, largest_edge
 from narrowcast.training.doctor.record import FormatAdvice, Part, ScaleAdvice, Series
 
 __all__ = ["Histories", "format_advice", "scale_advice", "shifted"]
@@ -50,7 +50,7 @@ class _History:
             part,
             np.array(self.steps, np.int64),
             np.array(self.scales),
-            np.stack(self.columns),
+            np.stack(self.columns) if self.columns else np.zeros((0, COLUMNS), np.int64),
             np.array(self.largest),
             self.total.copy(),
         )
@@ -65,6 +65,20 @@ class Histories:
     def add(self, layer: str, part: Part, step: int, scale: float, counts: np.ndarray, largest: float) -> None:
         """Add a sample: counts of shape [BUCKETS], and the largest finite magnitude."""
         self._all.setdefault((layer, part), _History()).add(step, scale, counts, largest)
+
+    def take_up(self, series: Series, step: int) -> None:
+        """Go on with a series that was written before, as far as it goes back behind a step.
+
+        Its total stays whole: which of its counts came later is not known.
+        """
+        kept = int((series.steps < step).sum())
+        self._all[series.layer, series.part] = _History(
+            steps=series.steps[:kept].tolist(),
+            scales=series.scales[:kept].tolist(),
+            columns=list(series.columns[:kept]),
+            largest=series.largest[:kept].tolist(),
+            total=series.total.copy(),
+        )
 
     def series(self, layers: Sequence[str]) -> tuple[Series, ...]:
         """Return all series, in the order of the layers."""
@@ -135,11 +149,11 @@ def format_advice(series: Sequence[Series], formats: Sequence[str]) -> tuple[For
 
 
 def _advice(series: Series, formats: Sequence[Format]) -> FormatAdvice:
-    largest = float(series.largest.max())
+    largest = largest_edge(series.total)
     tried: list[str] = []
     for format in formats:
         scale = 2.0 ** math.floor(math.log2(format.max / 2 / largest)) if largest else 1.0
-        shares = whatif.shares(series.total, format, scale=scale, largest=largest)
+        shares = whatif.shares(series.total, format, scale=scale)
         seen = f"{format.name} times {scale:g}: {shares.zero.high:.3%} would be zero, {shares.subnormal.high:.3%} subnormal"
         if shares.zero.high <= _LOST and not shares.overflow.high:
             return FormatAdvice(

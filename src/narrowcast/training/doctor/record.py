@@ -49,6 +49,7 @@ __all__ = [
     "Summary",
     "Verdict",
     "append",
+    "mend",
     "read",
     "write_series",
 ]
@@ -354,6 +355,18 @@ def append(folder: Path, values: Iterable[Setting | Reading | Event | Summary]) 
     ]
     with (folder / _LINES).open("a", encoding="utf-8") as file:
         file.writelines(lines)
+
+
+def mend(folder: Path) -> bool:
+    """Cut off a line that a kill left unfinished, and return whether there is a record to go on with."""
+    path = folder / _LINES
+    if not path.is_file():
+        return False
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        path.write_bytes(whole)
+    return bool(whole)
 
 
 def write_series(folder: Path, series: Sequence[Series]) -> None:

@@ -1,0 +1,102 @@
+"""What a watch has seen so far, in memory and on disk; a run that is resumed goes on in the same record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from narrowcast.training.doctor import record
+from narrowcast.training.doctor.histories import Histories, format_advice, scale_advice
+from narrowcast.training.doctor.record import Event, Reading, Record, Setting, Summary
+from narrowcast.training.doctor.verdict import verdict
+
+__all__ = ["Journal"]
+
+_log = logging.getLogger(__name__)
+_WRITES = 10  # calls of save() from one write of the histograms to the next
+
+
+class Journal:
+    """Keeps readings, events and histograms, and writes them to a folder if there is one.
+
+    Args:
+        setting: How the doctor is set up.
+        folder: Where the record goes; what it holds from before ``step`` is taken up.
+        step: Updates done.
+
+    Attributes:
+        events: In order.
+        readings: One a step.
+        histories: The histograms.
+
+    Raises:
+        ArtifactError: The folder holds a damaged record.
+    """
+
+    def __init__(self, setting: Setting, folder: Path | None, step: int) -> None:
+        self.events: list[Event] = []
+        self.readings: list[Reading] = []
+        self.histories = Histories()
+        self._setting = setting
+        self._folder = folder
+        self._unwritten: list[Reading | Event] = []
+        self._saves = 0
+        if folder is not None:
+            if step and record.mend(folder):
+                self._take_up(record.read(folder), step)
+            record.append(folder, [setting])
+
+    def _take_up(self, before: Record, step: int) -> None:
+        self.events = [one for one in before.events if one.step < step]
+        self.readings = [one for one in before.readings if one.step < step]
+        for series in before.series:
+            self.histories.take_up(series, step)
+
+    def keep(self, reading: Reading) -> None:
+        """Keep what a step was in numbers."""
+        self.readings.append(reading)
+        self._unwritten.append(reading)
+
+    def note(self, events: Sequence[Event]) -> None:
+        """Note what happened, in the log too."""
+        for event in events:
+            self.events.append(event)
+            self._unwritten.append(event)
+            _log.log(logging.INFO if event.normal else logging.WARNING, "%s", event.sentence)
+
+    def series(self) -> tuple[record.Series, ...]:
+        """Return all histograms, in the order of the layers."""
+        return self.histories.series([layer.name for layer in self._setting.layers])
+
+    def summary(self) -> Summary:
+        """Return the verdict and the advice."""
+        series, formats = self.series(), self._setting.formats
+        wanted = self._setting.compute == "fp16" or "fp16" in formats
+        return Summary(
+            verdict=verdict(self.events, sum(not one.skipped for one in self.readings)),
+            scale=scale_advice(series) if wanted else None,
+            formats=format_advice(series, formats),
+        )
+
+    def record(self) -> Record:
+        """Return all of it, as :func:`narrowcast.training.doctor.record.read` would."""
+        return Record(self._setting, tuple(self.readings), tuple(self.events), self.series(), self.summary())
+
+    def save(self) -> None:
+        """Append what is new to the folder; every tenth time, write all."""
+        self._saves += 1
+        if self._saves % _WRITES == 0:
+            self.write()
+        elif self._folder is not None:
+            record.append(self._folder, self._unwritten)
+            self._unwritten = []
+
+    def write(self) -> Summary:
+        """Write all to the folder, if there is one, and return the summary."""
+        summary = self.summary()
+        if self._folder is not None:
+            record.append(self._folder, [*self._unwritten, summary])
+            record.write_series(self._folder, self.series())
+            self._unwritten = []
+        return summary
