@@ -62,6 +62,8 @@ class _Pending:
 class Connection(asyncio.Protocol):
     """One client's connection.
 
+    A client that stops sending has gone away, as far as anybody can tell: what it asked for is cancelled.
+
     Attributes:
         deadline: Time of the loop at which :meth:`expire` is due, or None while the server owes an answer.
     """
@@ -103,7 +105,7 @@ class Connection(asyncio.Protocol):
                 self._header_bytes += len(data)
                 self._check_headers()
         except httptools.HttpParserUpgrade:
-            self._finish(Refusal(501, "this server changes to no other protocol"))
+            self._ended = True  # answered already, as if it had not been asked for, and the last answer
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__ or error.__cause__
             if not isinstance(cause, Refusal):
@@ -115,22 +117,18 @@ class Connection(asyncio.Protocol):
         except Refusal as refusal:
             self._finish(refusal)
 
-    def eof_received(self) -> bool:
-        """Answer what was asked before the client stopped sending."""
-        if self._reading or not self._pending:
-            return False
-        self._ended = True
-        self._pending[-1].keep_alive = False
-        return True
-
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended = True
         self.deadline = None
+        self._cancel_pending()
+        self._owner.closed(self)
+
+    def _cancel_pending(self) -> None:
+        """Cancel what nobody will be told any more."""
         for pending in self._pending:
             if pending.future is not None:
                 pending.future.cancel()
         self._pending.clear()
-        self._owner.closed(self)
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -190,7 +188,8 @@ class Connection(asyncio.Protocol):
         self._reading = False
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         request = Request(self._parser.get_method(), self._target, self._headers, body)
-        pending = _Pending(request, self._parser.should_keep_alive())
+        keep_alive = self._parser.should_keep_alive() and b"upgrade" not in self._headers
+        pending = _Pending(request, keep_alive)
         self._ended = not pending.keep_alive
         self._reset()
         self._answer(pending)
@@ -229,7 +228,7 @@ class Connection(asyncio.Protocol):
     def _ready(self, pending: _Pending) -> None:
         """Take the answer of a future, and write all answers whose turn has come."""
         assert pending.future is not None
-        if self._transport.is_closing() or pending.response is not None:
+        if self._transport.is_closing() or pending not in self._pending:
             return
         if pending.future.cancelled():
             pending.response = refused(Refusal(503, "the request was cancelled"))
@@ -283,6 +282,7 @@ class Connection(asyncio.Protocol):
     def _end(self) -> None:
         """Say that no more will be sent, and drop what still comes for a moment."""
         self._ended = True
+        self._cancel_pending()
         if not self._transport.is_closing():
             self._transport.write_eof()
             self.deadline = self._owner.loop.time() + _LINGER_SECONDS

@@ -54,7 +54,7 @@ class Scheduler:
         self._idle: deque[Worker] = deque(workers)
         self._queue = JobQueue()
         self._alone: deque[Job] = deque()  # of batches that failed: each runs again by itself
-        self._running = 0
+        self._running: dict[Worker, list[Job]] = {}
         self._dispatching = False
         self._wake: asyncio.TimerHandle | None = None
         for worker in workers:
@@ -131,8 +131,13 @@ class Scheduler:
             await asyncio.sleep(0.005)
 
     async def close(self, reason: str = "the model was unloaded") -> None:
-        """Refuse what waits, and end the workers."""
-        self._refuse_all(Refusal(503, reason, retry_after=1))
+        """Refuse what waits and what has not come back yet, and end the workers."""
+        refusal = Refusal(503, reason, retry_after=1)
+        self._refuse_all(refusal)
+        now = time.monotonic_ns()
+        for jobs in list(self._running.values()):
+            for job in jobs:
+                self._settle(job, now, error=refusal)
         await asyncio.gather(*(worker.close() for worker in self._workers))
 
     # admission --------------------------------------------------------------------------------------------------------
@@ -212,12 +217,12 @@ class Scheduler:
         if not ready:
             return
         worker = self._idle.popleft()
-        self._running += 1
+        self._running[worker] = ready
         batch = Batch([job.inputs for job in ready], rows)
         worker.submit(batch, partial(self._finished, worker, ready, rows, now))
 
     def _finished(self, worker: Worker, jobs: list[Job], rows: int, begun: int, result: Result) -> None:
-        self._running -= 1
+        del self._running[worker]
         if worker in self._live:
             self._idle.append(worker)
         now = time.monotonic_ns()

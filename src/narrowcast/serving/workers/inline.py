@@ -72,7 +72,6 @@ class ThreadWorker(Worker):
         self._loop.call_soon_threadsafe(done, result)
 
     async def close(self) -> None:
-        self._thread.shutdown(wait=False)
         if self._model is not None:
-            self._model.close()
-            self._model = None
+            self._thread.submit(self._model.close)  # behind the batch that may still run
+        self._thread.shutdown(wait=False)
