@@ -613,7 +613,10 @@ def pack(args):
     ridge = round(h100.ridge("bf16"), 1)
     tables = {
         "cpu-onnxruntime": (RuntimeModel.model_validate(on_cpu["device"]["runtimes"][0]), on_cpu),
-        "gpu-torch": (gpu_model.model_copy(update={"classes": shared, "ridge": ridge}), on_gpu),
+        "gpu-torch": (
+            gpu_model.model_copy(update={"classes": shared, "ridge": ridge, "peak": h100.peak("bf16").tflops * 1e12}),
+            on_gpu,
+        ),
     }
     lines = [
         "# What runtimes reach of a device's peaks, by class of operators; the fields are those of",

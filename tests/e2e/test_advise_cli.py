@@ -67,6 +67,13 @@ def test_what_cannot_be_advised_is_an_error_with_a_next_step(cli: Cli) -> None:
     nothing = cli("advise", MODEL, "--device", "t4", "--input", "0x1x8x8")
     assert nothing.code == 2
     assert "an axis of 0" in nothing.words
-    without = cli("advise", MODEL, "--device", "rk3588")
+    without = cli("advise", MODEL, "--device", "rk3588", "--precision", "fp32")
     assert without.code == 2
-    assert "bandwidth" in without.words
+    assert "int8-static" in without.words
+
+
+def test_an_accelerator_of_integers_is_advised_for_and_says_what_is_left_out(cli: Cli) -> None:
+    found = cli("advise", MODEL, "--device", "rk3588")
+    assert found.code == 0
+    assert "in int8-static, run by compiled" in found.words
+    assert "Nobody states the memory bandwidth of Rockchip RK3588, its NPU" in found.words

@@ -111,6 +111,7 @@ class RuntimeModel(BaseModel):
         elsewhere_low: The same on devices of the kind that the rates were not measured on; None if nobody looked.
         elsewhere_high: See above.
         elsewhere_source: Where the numbers come from on such devices.
+        peak: FLOP/s of the device that the rates were measured on, in the format that they were; like ``ridge``.
         ridge: FLOP per byte of the device that the rates were measured on; None on that device itself, and where the rates
             are taken to be the same shares of every device's peaks.
         classes: Rates by class of operators.
@@ -128,6 +129,7 @@ class RuntimeModel(BaseModel):
     elsewhere_low: Annotated[float, Field(gt=0, le=1)] | None = None
     elsewhere_high: Annotated[float, Field(ge=1)] | None = None
     elsewhere_source: str = ""
+    peak: _Share | None = None
     ridge: _Share | None = None
     classes: Mapping[OperatorClass, Rates]
     source: Annotated[str, Field(min_length=1)]
@@ -136,14 +138,17 @@ class RuntimeModel(BaseModel):
         """Return what a class reaches; that of the class most like it where nobody measured it."""
         return self.classes.get(kind) or self.classes.get(_ALIKE.get(kind, kind)) or Rates()
 
-    def elsewhere(self, ridge: float) -> RuntimeModel:
+    def elsewhere(self, ridge: float, peak: float | None = None) -> RuntimeModel:
         """Return the model for a device that the rates were not measured on, with the band that holds there.
 
         Kernels that leave most of a peak unused wait for data, so their speed follows the bandwidth: on a device with fewer
         FLOP per byte they reach a larger share of the peak, up to that of matrix products, and half of it at smaller sizes.
+        What a device with too few sums to be busy waits for is the latency of each term of a sum, which differs little from
+        one device to the next: so a device of a smaller peak is busy with as many sums fewer.
 
         Args:
             ridge: The other device's FLOP per byte.
+            peak: The other device's FLOP/s; as many as the first one's unless given.
         """
         band = {"low": self.elsewhere_low or self.low, "high": self.elsewhere_high or self.high}
         told = {"source": self.elsewhere_source or self.source, **band}
@@ -152,10 +157,12 @@ class RuntimeModel(BaseModel):
         most = self.rates(OperatorClass.PRODUCT).compute
         factor = max(self.ridge / ridge, 1.0)
         halves = ("rows_half", "columns_half", "depth_half")
+        units = peak / self.peak if peak and self.peak else 1.0
         classes = {
             kind: rates.model_copy(
                 update={"compute": max(min(rates.compute * factor, most), min(rates.compute, most))}
                 | {name: getattr(rates, name) / factor for name in halves}
+                | {"outputs_half": rates.outputs_half * units}
             )
             for kind, rates in self.classes.items()
         }

@@ -69,7 +69,7 @@ class Estimate(BaseModel):
         shares: Of the time, by what it is spent waiting for.
         operators: One for each operator given; no part of the JSON.
         source: Where the efficiencies come from.
-        notes: What the estimate leaves out on this device.
+        notes: What it is an estimate of, and what it leaves out on this device.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -160,7 +160,7 @@ def estimate(
         shares={bound: value / seconds if seconds else 0.0 for bound, value in by_bound.items()},
         operators=times,
         source=machine.model.source,
-        notes=_notes(device),
+        notes=(_RUN_BY.get(machine.model.runtime, f"times are of {machine.model.runtime}"), *_left_out(device)),
     )
 
 
@@ -195,12 +195,20 @@ def _machine(device: Device, policy: Policy, runtime: str | None) -> _Machine:
     name = runtime or next(iter(own), None)
     model = own.get(name or "")
     if model is None:
-        model = runtime_model(device.kind, name).elsewhere(peak.tflops * 1e12 / bandwidth)
+        model = runtime_model(device.kind, name).elsewhere(peak.tflops * 1e12 / bandwidth, peak.tflops * 1e12)
     cache = round((device.memory.cache_mb or 0.0) * 2**20)
     return _Machine(peak.tflops * 1e12, bandwidth, cache, model)
 
 
-def _notes(device: Device) -> tuple[str, ...]:
+_RUN_BY = {
+    "torch": "times are of eager PyTorch on a host like the one that was measured; runtimes that start whole graphs (TensorRT, "
+    "CUDA graphs) do not wait for the host",
+    "onnxruntime": "times are of ONNX Runtime",
+    "compiled": "times are of a graph that the vendor's compiler made",
+}
+
+
+def _left_out(device: Device) -> tuple[str, ...]:
     if device.memory.bandwidth is not None:
         return ()
     return (f"nobody states the memory bandwidth of {device.title}: what moving bytes takes is left out",)
