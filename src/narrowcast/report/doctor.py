@@ -156,7 +156,7 @@ def _keys(run: Run) -> list[_Key]:
         _Key("Left out", text.integer(len(run.skipped)), "updates with a gradient that is not finite"),
     ]
     if any(reading.scale != 1 for reading in readings):
-        keys.append(_Key("Loss scale", scale_words(run.scale), "at the end"))
+        keys.append(_Key("Loss scale", scale_words(run.scale), "of the last update"))
     return keys
 
 
@@ -214,7 +214,9 @@ def _maps(run: Run) -> Iterator[_Map]:
             if name in kept
         ]
         scale = views[0][1].held[main].plain.scale
-        moved = f" Ranges are drawn under the last loss scale, {scale_words(scale)}." if scale != 1 else ""
+        moved = (
+            f" Ranges are drawn under the loss scale of the last update, {scale_words(scale)}." if scale != 1 else ""
+        )
         drawn = [
             Markup(heat_map(rows, run.formats, name=f"heat-{part}-{width}", scale=scale, width=width))
             for width in (860, 400)

@@ -85,7 +85,7 @@ class Held:
 
     Attributes:
         format: Name of the format.
-        plain: As they are: gradients times the last loss scale, the rest as computed.
+        plain: As they are: gradients times the loss scale, the rest as computed.
         scaled: Each with the power of two that puts its largest number just under the format's largest, as tensorwise scaling
             does.
         factor: That power of two.
@@ -153,8 +153,8 @@ class Run:
 
     @cached_property
     def scale(self) -> float:
-        """The last loss scale; 1 without one."""
-        return self.record.readings[-1].scale if self.record.readings else 1.0
+        """The loss scale of the last update that was done; 1 without one."""
+        return next((reading.scale for reading in reversed(self.readings) if not reading.skipped), 1.0)
 
     @cached_property
     def layers(self) -> tuple[LayerView, ...]:

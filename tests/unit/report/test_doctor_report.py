@@ -136,6 +136,14 @@ def test_events_that_are_alike_are_told_once(tmp_path: Path):
     assert render_doctor(found).count('class="card cause"') == 1
 
 
+def test_gradients_are_judged_under_the_scale_that_moved_the_weights(tmp_path: Path):
+    run = write_run(tmp_path)
+    append(run / "doctor", [Reading(step=STEPS, scale=2.0**-n, skipped=True) for n in range(3)])
+    found = open_run(run)
+    assert found.scale == 2.0**15
+    assert found.steps == STEPS
+
+
 def test_the_worst_layer_is_the_one_that_overflows(tmp_path: Path):
     run = open_run(write_run(tmp_path), ["e4m3fn"])
     found = worst(run, Part.FORWARD, "e4m3fn")
