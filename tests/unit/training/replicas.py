@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from narrowcast.errors import TrainingError
 from narrowcast.training import DynamicScale, Loss, Trainer, precision
 from narrowcast.training.checks import unwrapped
 from narrowcast.training.distributed import Ranks
 from narrowcast.training.sharding import shard
-
 
 #: Policy, whether weights are sharded, and whether windows are closed early.
 CASES = [
@@ -62,9 +62,7 @@ def data(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, targets
 
 
-def trainer_of(
-    ranks: Ranks | None, policy: str, *, accumulate: int = 2, sharded: bool = False, **settings
-) -> Trainer:
+def trainer_of(ranks: Ranks | None, policy: str, *, accumulate: int = 2, sharded: bool = False, **settings) -> Trainer:
     model = Faulty()
     chosen = precision(policy, **settings)
     chosen.prepare(model)
@@ -82,9 +80,7 @@ def weights(trainer: Trainer) -> torch.Tensor:
     return torch.cat([(one.full_tensor() if isinstance(one, DTensor) else one).float().flatten() for one in held])
 
 
-def trained(
-    ranks: Ranks | None, policy: str, sizes: list[int], *, flush: bool = False, sharded: bool = False
-) -> dict:
+def trained(ranks: Ranks | None, policy: str, sizes: list[int], *, flush: bool = False, sharded: bool = False) -> dict:
     """Return losses and weights after two windows of micro-batches of unequal sizes, dealt out to ranks in turn."""
     settings = {"loss_scale": DynamicScale(initial=64.0), "overrides": {"*": "fp32"}} if policy == "fp16-mixed" else {}
     if policy == "bf16-true":
@@ -135,6 +131,18 @@ def fault_on_one(ranks: Ranks, where: str, fault: float, *, sharded: bool = Fals
     }
 
 
+def stopped(ranks: Ranks) -> str:
+    """Return what every rank is told of a NaN in rank 1's data, without loss scaling."""
+    trainer = trainer_of(ranks, "bf16-mixed", accumulate=1)
+    inputs, targets = data(16)
+    trainer.step((inputs, targets))
+    try:
+        trainer.step((inputs * torch.nan if ranks.rank == 1 else inputs, targets))
+    except TrainingError as error:
+        return error.what
+    return ""
+
+
 def main(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), 2)
@@ -149,6 +157,7 @@ def main(folder: str, rank: int) -> None:
         end = " sharded" if sharded else ""
         seen["faults"][f"backward{end}"] = fault_on_one(ranks, "backward", float("inf"), sharded=sharded)
         seen["faults"][f"forward{end}"] = fault_on_one(ranks, "forward", float("nan"), sharded=sharded)
+    seen["stopped"] = stopped(ranks)
     dist.destroy_process_group()
     print(json.dumps(seen))
 

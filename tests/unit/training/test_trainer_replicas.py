@@ -74,3 +74,9 @@ def test_a_fault_on_one_rank_is_a_skip_on_all_and_the_ledger_names_the_rank(both
             "layer": layer,
             "kind": kind,
         }
+
+
+def test_without_a_loss_scale_all_ranks_stop_and_name_the_one(both):
+    for seen in both:
+        assert "update 1 is not finite, in precision bf16-mixed on rank 1" in seen["stopped"]
+        assert "the first in the backward pass is head.bias" in seen["stopped"]
