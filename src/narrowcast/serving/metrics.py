@@ -74,6 +74,8 @@ def exposition(catalogue: Catalogue) -> str:
             lines.append(f"nv_inference_request_failure{_labels(item, reason=reason)} {count}")
     lines += _head("nv_inference_pending_request_count", "gauge", "Requests that wait")
     lines += [f"nv_inference_pending_request_count{_labels(item)} {item.scheduler.pending}" for item in served]
+    lines += _head("narrowcast_running_batches", "gauge", "Batches that workers run now")
+    lines += [f"narrowcast_running_batches{_labels(item)} {item.scheduler.running}" for item in served]
     lines += _head("narrowcast_workers", "gauge", "Workers that are alive")
     lines += [f"narrowcast_workers{_labels(item)} {item.scheduler.workers_alive}" for item in served]
     lines += _histogram(served)

@@ -73,6 +73,11 @@ class Scheduler:
         return self._queue.count + len(self._alone)
 
     @property
+    def running(self) -> int:
+        """Batches that run."""
+        return len(self._running)
+
+    @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self._running or self.pending)
