@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from narrowcast.errors import TrainingError
 from narrowcast.training import multi_tensor
 from narrowcast.training.checks import replicas_in, unwrapped
 from narrowcast.training.gradients import Broken, Ranks
@@ -50,6 +51,9 @@ class Reduction:
         ranks: The processes that train together; None if there is one.
         guards: Whether updates are left out: then each rank's own norms are taken before gradients are summed.
         afterwards: Whether replicas sum gradients in FP32 when the window has closed, as for BF16 weights.
+
+    Raises:
+        TrainingError: A trained parameter is outside of the model that several ranks share.
     """
 
     def __init__(
@@ -62,6 +66,13 @@ class Reduction:
         afterwards: bool,
     ) -> None:
         self._ranks = ranks if ranks is not None and ranks.world > 1 else None
+        apart = [name for name in parameters if name.startswith("loss.")]
+        if self._ranks is not None and apart:
+            raise TrainingError(
+                f"parameter {apart[0]} belongs to the loss, whose gradients ranks do not share",
+                allowed="several ranks with all trained parameters in the model",
+                next_step="make it a part of the module before that is replicated or sharded",
+            )
         self._replicas = replicas_in(model) if self._ranks is not None else None
         self._parameters = parameters
         self._names = {id(one): name for name, one in parameters.items()}

@@ -20,6 +20,7 @@ from narrowcast.errors import DeviceError, TrainingError
 from narrowcast.training import checkpoint
 from narrowcast.training.distributed import Ranks, replicate
 from narrowcast.training.sharding import shard
+from narrowcast.training.trainer import Trainer
 
 PROGRAM = Path(__file__).with_name("ranks_at_work.py")
 HELD = ["replicated", "sharded"]
@@ -224,6 +225,25 @@ def test_a_process_alone_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None
         assert replicate(net, ranks) is net
         assert shard(net, ranks) is net
         assert not torch.distributed.is_initialized()
+
+
+class Learned(nn.Module):
+    """A loss with a temperature of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs / self.temperature - targets).square().mean()
+
+
+def test_parameters_outside_of_what_ranks_share_are_refused() -> None:
+    model, loss = nn.Linear(2, 2), Learned()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    Trainer(model, optimizer, loss, ranks=Ranks())
+    with pytest.raises(TrainingError, match=r"loss\.temperature belongs to the loss"):
+        Trainer(model, optimizer, loss, ranks=Ranks(world=2))
 
 
 @pytest.mark.parametrize(
