@@ -70,10 +70,12 @@ def keep_lines(path: Path, lines: int) -> None:
     if not path.is_file():
         return
     with path.open("r+b") as file:
+        whole = 0
         for _ in range(lines):
-            if not file.readline().endswith(b"\n"):
-                return  # it holds fewer
-        file.truncate(file.tell())
+            if not file.readline().endswith(b"\n"):  # it holds fewer, and perhaps a torn one
+                break
+            whole = file.tell()
+        file.truncate(whole)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
