@@ -7,7 +7,7 @@ several micro-batches needs no more memory than one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,14 +28,14 @@ def shard(
     precision: str | Precision = "fp32",
     *,
     units: Sequence[str] | None = None,
-    gather: str = "stored",
+    gather: Literal["stored", "compute"] = "stored",
 ) -> nn.Module:
     """Spread a module's weights, gradients and optimizer states over the ranks, in place (FSDP2).
 
     Each unit's weights are together only while it computes. Make the optimizer afterwards: the parameters are new objects.
 
     Args:
-        module: On the ranks' device, with the same weights on every rank; it is prepared for the precision.
+        module: On the ranks' device; it is prepared for the precision. Rank 0's weights and buffers count.
         ranks: The processes; nothing is done where there is one.
         precision: What the module will be trained in.
         units: Names of the modules whose weights come together at once; the repeated blocks unless given. What is left
@@ -63,6 +63,7 @@ def shard(
     parts = _units(module, units)
     mixed = _mixed(policy, gather)
     with ranks.watched():
+        _share(module)
         for part in (*parts, module):
             fully_shard(part, mesh=ranks.mesh, mp_policy=mixed)
     return module
@@ -99,6 +100,15 @@ class _Heard:
     ) -> dist.Work | None:
         self._hear(self._names, input_tensor)
         return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+@torch.no_grad()
+def _share(module: nn.Module) -> None:
+    """Give every rank the weights and buffers of rank 0."""
+    for one in (*module.parameters(), *module.buffers()):
+        content = one.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+        dist.broadcast(content, 0)
+        one.copy_(content.view(one.dtype).reshape(one.shape))
 
 
 def _units(module: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:

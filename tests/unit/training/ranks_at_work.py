@@ -304,6 +304,18 @@ def partial(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def seeded_apart(ranks: Ranks) -> dict[str, Any]:
+    """Build from another seed on each rank; a buffer and its layout are part of it."""
+    seen: dict[str, Any] = {}
+    for held, spread in (("replicated", replicate), ("sharded", shard)):
+        torch.manual_seed(ranks.rank)
+        net = Net()
+        net.register_buffer("mask", torch.rand(3, 2).t() > 0.5)
+        net = unwrapped(spread(net, ranks))
+        seen[held] = {name: whole(one) for name, one in net.state_dict().items()}
+    return seen
+
+
 def silent(ranks: Ranks, place: Path) -> dict[str, Any]:
     """Rank 1 does not answer until rank 0 has given it up."""
     trainer = trainer_of(ranks, "replicated")
@@ -357,6 +369,7 @@ def work_of_two(ranks: Ranks, place: Path) -> dict[str, Any]:
     seen["sharded from replicated"] = continued(ranks, "sharded", place / "replicated-halfway")
     seen["failed saves"] = failed_saves(ranks, place)
     seen["partial"] = partial(ranks)
+    seen["seeded apart"] = seeded_apart(ranks)
     return seen
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks_at_work import COURSES, Net, continued, course, saved_halfway
+from ranks_at_work import COURSES, Net, continued, course, saved_halfway, whole
 from torch import nn
 
 from narrowcast.errors import DeviceError, TrainingError
@@ -188,6 +188,15 @@ def test_parameters_without_gradient_are_told_or_waited_for_on_request(processes
     found = processes.two("partial")
     assert "some parameters of the replicas had no part in the loss" in found["as it is"]
     assert found["told"] == found["sharded"] == "nothing was raised"
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_all_ranks_begin_with_the_weights_and_buffers_of_rank_0(processes: Processes, held: str) -> None:
+    found = processes.two("seeded apart")[held]
+    torch.manual_seed(0)
+    net = Net()
+    net.register_buffer("mask", torch.rand(3, 2).t() > 0.5)
+    assert found == {name: whole(one) for name, one in net.state_dict().items()}
 
 
 def test_a_rank_that_does_not_answer_is_given_up_after_the_timeout(processes: Processes) -> None:
