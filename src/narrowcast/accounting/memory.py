@@ -30,7 +30,7 @@ from narrowcast.errors import ModelError
 __all__ = ["PARTS", "Buildable", "Memory", "memory", "memory_of_module"]
 
 #: What bytes hold, in the order of reports.
-PARTS = ("data", "weights", "master", "gradients", "optimizer", "activations", "temporary")
+PARTS = ("data", "weights", "master", "gradients", "optimizer_state", "activations", "temporary")
 
 _STEP = "optimizer step"  # what it makes for a moment; reported with what is temporary
 
@@ -95,8 +95,7 @@ class Memory(BaseModel):
     def parts(self) -> dict[str, int]:
         """Bytes of each part at the peak."""
         names = (*PARTS, "kv_cache", "communication", "workspace")
-        fields = {"optimizer": "optimizer_state"}
-        return {name: getattr(self, fields.get(name, name)) for name in names}
+        return {name: getattr(self, name) for name in names}
 
 
 class Buildable(Protocol):
@@ -309,7 +308,7 @@ def _counted(
     lives = run.lives
     table = _table(lives)
     divided = set(spread.how.divided)
-    if "optimizer" in divided:  # each device steps for its share, on its share of master weights
+    if "optimizer_state" in divided:  # each device steps for its share, on its share of master weights
         divided |= {_STEP} | ({"master"} if setting.policy.master else set())
     for row, part in enumerate((*PARTS, _STEP)):
         if part in divided:
@@ -335,7 +334,6 @@ def _counted(
         optimizer=setting.optimizer if mode == "train" else "",
         devices=spread.devices,
         sharding=spread.how.name,
-        optimizer_state=at_peak.pop("optimizer"),
         **at_peak,
         kv_cache=kv_cache,
         communication=beside,

@@ -44,9 +44,9 @@ SHARDINGS: dict[str, Sharding] = {
     for entry in (
         Sharding("replicated", copies=True),
         Sharding("replicated-views"),
-        Sharding("zero1", frozenset({"optimizer"}), bucket=True),
-        Sharding("zero2", frozenset({"optimizer", "gradients"}), bucket=True),
-        Sharding("zero3", frozenset({"optimizer", "gradients", "weights", "master"}), gathered=True),
+        Sharding("zero1", frozenset({"optimizer_state"}), bucket=True),
+        Sharding("zero2", frozenset({"optimizer_state", "gradients"}), bucket=True),
+        Sharding("zero3", frozenset({"optimizer_state", "gradients", "weights", "master"}), gathered=True),
     )
 }
 

@@ -261,7 +261,7 @@ class _Update:
             master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
         self._optimizer.step()
         self._recorder.watch(
-            tree_leaves([list(state.values()) for state in self._optimizer.state.values()]), "optimizer"
+            tree_leaves([list(state.values()) for state in self._optimizer.state.values()]), "optimizer_state"
         )
         with torch.no_grad():
             for master, parameter in zip(self._masters, self._parameters, strict=False):

@@ -47,7 +47,7 @@ _PART_COLOURS = {
     "weights": "blue",
     "master": "sky",
     "gradients": "orange",
-    "optimizer": "purple",
+    "optimizer_state": "purple",
     "activations": "green",
     "temporary": "vermillion",
     "kv_cache": "yellow",

@@ -45,7 +45,7 @@ _PART_NAMES = {
     "data": "inputs",
     "weights": "weights and buffers",
     "master": "master weights",
-    "optimizer": "optimizer state",
+    "optimizer_state": "optimizer state",
     "activations": "activations for backward",
     "temporary": "temporary results",
     "kv_cache": "keys and values of past tokens",

@@ -21,6 +21,7 @@ __all__ = ["notes", "render_comparison_terminal", "render_profile_terminal"]
 
 _BAR = 12  # characters of a full bar
 _NARROW = 90  # columns of a terminal below which bars and what words mean are left out
+_BOTH_NAMES = 110  # columns from which on a comparison is headed by the names of both models
 _SHORTEST = 8  # characters of a module's name
 _GAP = 2  # columns between columns
 _QUIET, _HEAD = "bright_black", "bold"
@@ -73,13 +74,18 @@ def render_comparison_terminal(first: Costs, second: Costs, console: Console) ->
     say = _sayer(console)
     table = _table()
     table.add_column("measure", no_wrap=True)
-    for heading in (first.profile.model, second.profile.model):
-        table.add_column(say(text.tail(heading, 28)), justify="right", no_wrap=True)
+    wide = console.width >= _BOTH_NAMES
+    headings = [text.tail(costs.profile.model, 28) for costs in (first, second)] if wide else ["first", "second"]
+    for heading in headings:
+        table.add_column(say(heading), justify="right", no_wrap=True)
     table.add_column("difference", justify="right", no_wrap=True)
     table.add_column("ratio", justify="right", no_wrap=True)
     for row in compared(first, second):
         table.add_row(*(say(cell) for cell in (row.label, row.first, row.second, row.difference, row.ratio)))
-    console.print(say(f"{title(first)}\n{title(second)}", _HEAD))
+    named = ("", "") if wide else ("first: ", "second: ")
+    console.print(
+        say("\n".join(f"{name}{title(costs)}" for name, costs in zip(named, (first, second), strict=True)), _HEAD)
+    )
     console.print(table)
 
 
@@ -90,6 +96,11 @@ def notes(costs: Costs) -> Iterator[str]:
         names = ", ".join(f"{name} is {first}" for name, first in list(tied.items())[:3])
         more = f" and {len(tied) - 3} more" if len(tied) > 3 else ""
         yield f"Tied, counted once in the total: {names}{more}"
+    if unknown := costs.profile.attention.unknown:
+        yield (
+            f"{unknown} of {costs.profile.attention.calls} attentions have masks that are not known, since they depend on inputs "
+            "or weights, or lie in a file beside the graph, which is not read: they count as if nothing were hidden"
+        )
     own = costs.profile.parameters.dtype
     if own in ("float16", "bfloat16"):
         yield f"The module itself is in {own}."

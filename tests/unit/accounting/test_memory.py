@@ -154,7 +154,7 @@ def test_parts_of_a_step_are_those_of_the_closed_forms() -> None:
     assert found.data == 4 * 64 * 256
     assert found.most["weights"] == weights
     assert found.most["gradients"] == weights
-    assert found.most["optimizer"] == 2 * weights + 8 * 4  # a step count for each tensor
+    assert found.most["optimizer_state"] == 2 * weights + 8 * 4  # a step count for each tensor
     # Each layer keeps its input, which is data or a result of GELU, and GELU its own: eight in all, the output
     # and the loss among them.
     assert found.most["activations"] == pytest.approx(8 * 4 * 64 * 256, rel=0.001)
@@ -164,12 +164,12 @@ def test_parts_of_a_step_are_those_of_the_closed_forms() -> None:
 def test_the_first_step_finds_no_states() -> None:
     found = train(rows=4096)  # activations are the most, so that the peak is in backward
     assert "(backward, " in found.when
-    assert found.peak - found.first_peak == found.most["optimizer"]
+    assert found.peak - found.first_peak == found.most["optimizer_state"]
 
 
 def test_inference_keeps_nothing_for_backward() -> None:
     found = find(Given(mlp, torch.empty(64, 256)))
-    assert found.most["activations"] == found.most["gradients"] == found.most["optimizer"] == 0
+    assert found.most["activations"] == found.most["gradients"] == found.most["optimizer_state"] == 0
     assert found.temporary == 2 * 4 * 64 * 256  # what a layer reads and what it makes
 
 
@@ -196,7 +196,7 @@ def test_tied_weights_count_once() -> None:
 
 def test_half_precision_halves_everything() -> None:
     full, half = train(optimizer="momentum"), train(optimizer="momentum", policy="bf16")
-    for part in ("data", "weights", "gradients", "optimizer"):
+    for part in ("data", "weights", "gradients", "optimizer_state"):
         assert half.most[part] * 2 == full.most[part]
 
 
@@ -213,7 +213,7 @@ def test_a_master_policy_keeps_half_precision_weights_and_fp32_copies() -> None:
     found, full = train(policy="bf16-master"), train()
     assert found.most["weights"] * 2 == found.most["master"] == full.most["weights"]
     assert found.most["gradients"] * 2 == full.most["gradients"]
-    assert found.most["optimizer"] == full.most["optimizer"]
+    assert found.most["optimizer_state"] == full.most["optimizer_state"]
 
 
 def test_eight_bit_products_read_copies() -> None:
@@ -271,7 +271,7 @@ STATES: dict[str, Callable[[tuple[int, ...]], int]] = {
 @pytest.mark.parametrize("name", STATES)
 def test_states_of_optimizers(name: str) -> None:
     shared = 2 * 256 * 4 if name == "adam8bit" else 0
-    assert train(optimizer=name).most["optimizer"] == sum(map(STATES[name], WEIGHTS)) + shared
+    assert train(optimizer=name).most["optimizer_state"] == sum(map(STATES[name], WEIGHTS)) + shared
 
 
 def test_lists_of_tensors_take_more_for_a_moment() -> None:
@@ -323,7 +323,7 @@ def test_gradients_live_through_the_next_forward_when_they_accumulate() -> None:
 
 
 def states(found: Memory) -> int:
-    return sum(found.most[part] for part in ("weights", "gradients", "master", "optimizer"))
+    return sum(found.most[part] for part in ("weights", "gradients", "master", "optimizer_state"))
 
 
 def test_zero_divides_what_its_paper_divides() -> None:

@@ -265,9 +265,12 @@ def test_a_terminal_without_unicode_gets_ascii(ordinary: Costs):
     assert printed(ordinary, 100, plain=True).isascii()
 
 
-def test_a_comparison_fits_the_terminal(ordinary: Costs, bare: Costs):
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_comparison_fits_the_terminal(ordinary: Costs, bare: Costs, width: int):
     stream = io.StringIO()
-    render_comparison_terminal(ordinary, bare, Console(file=stream, width=100, highlight=False))
+    render_comparison_terminal(ordinary, bare, Console(file=stream, width=width, highlight=False))
+    assert "…" not in stream.getvalue()
+    assert ("first: " in stream.getvalue()) is (width == 80)
     for row in compared(ordinary, bare):
         (line,) = [line for line in stream.getvalue().splitlines() if line.strip().startswith(f"{row.label}  ")]
         assert row.difference in line
