@@ -9,6 +9,7 @@ from torch import nn
 
 from narrowcast.training import DynamicScale, precision
 from narrowcast.training.doctor.record import EventKind, Part, read
+from narrowcast.training.float8 import Float8
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,18 @@ def test_a_healthy_run_is_called_healthy(name, policy, level):
     assert summary.verdict.healthy, summary.verdict.sentences
     assert not [event for event in doctor.events if not event.normal]
     assert all(series.total.sum() for series in doctor.record().series)
+
+
+@pytest.mark.slow
+def test_fp8_products_of_torchao_are_healthy():
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    policy = precision("fp8-mixed", float8=Float8(emulate=True))
+    trainer, doctor = watched(model, squares, policy=policy, level="deep", every=2)
+    for _ in range(5):
+        trainer.step((torch.randn(32, 32), torch.randn(32, 32)))
+    summary = doctor.close()
+    assert summary.verdict.healthy, summary.verdict.sentences
+    assert doctor.record().of("1", Part.BACKWARD).steps.tolist() == [0, 2, 4]
 
 
 def test_the_back_off_of_a_dynamic_scale_is_normal():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from narrowcast.training.doctor.paths import Paths, Place
+from narrowcast.training.doctor.paths import Paths, Place, wrapped
 from narrowcast.training.doctor.record import Range
 from narrowcast.training.doctor.sentinel import dtype_name, range_of
 
@@ -59,9 +59,11 @@ class CastCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if wrapped(types):
+            return NotImplemented  # a subclass of Tensor goes on with plain tensors, which are seen
         place = self._paths.here()
         limit = _limit(func, args, kwargs)
-        if limit is not None and type(args[0]) is Tensor:
+        if limit is not None:
             key = (place._replace(towards="", node=""), str(func.overloadpacket), limit)
             self._counts.setdefault(key, []).append(_count(args[0], limit))
         return func(*args, **kwargs)
@@ -152,6 +154,8 @@ class Probe(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if wrapped(types):
+            return NotImplemented
         place = self._paths.here()._replace(towards="", node="")
         wanted = self._wanted
         at = place == wanted.place and str(func.overloadpacket) == wanted.operator

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from narrowcast.training.doctor.record import Part
 
-__all__ = ["OUTSIDE", "Paths", "Place", "bare", "layer_names"]
+__all__ = ["OUTSIDE", "Paths", "Place", "bare", "layer_names", "unseen", "wrapped"]
 
 #: What runs outside the model: the loss function.
 OUTSIDE = "loss"
@@ -26,6 +26,16 @@ class Place(NamedTuple):
     part: Part
     node: str = ""
     towards: str = ""
+
+
+def wrapped(types: Iterable[type]) -> bool:
+    """Return whether an operator was called with a subclass of Tensor: a mode lets those unwrap themselves first."""
+    return any(one is not torch.Tensor for one in types)
+
+
+def unseen() -> AbstractContextManager[object]:
+    """Return a context whose operators no dispatch mode sees."""
+    return _ENGINE._DisableTorchDispatch()
 
 
 def bare(model: nn.Module) -> nn.Module:

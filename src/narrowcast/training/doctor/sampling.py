@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from narrowcast.training.doctor.casts import CastCounter
 from narrowcast.training.doctor.histograms import Counter, sampled
-from narrowcast.training.doctor.paths import Paths, bare, layer_names
+from narrowcast.training.doctor.paths import Paths, bare, layer_names, unseen
 from narrowcast.training.doctor.record import Part
 from narrowcast.training.doctor.replay import local
 from narrowcast.training.doctor.updates import ratios, thinned
@@ -135,11 +135,13 @@ class Sampler:
         return see
 
     def _add(self, number: int, part: Part, step: int, scale: float, tensor: Tensor) -> None:
-        if tensor.layout is not torch.strided or tensor.device != self.device or not tensor.numel():
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        if not plain or tensor.device != self.device or not tensor.numel():
             return
         slot = number * len(_PARTS) + _PARTS.index(part)
         self._used[slot] = (step, scale)
-        self._counter.add(slot, tensor, scale)
+        with unseen():
+            self._counter.add(slot, tensor, scale)
 
     @torch.no_grad()
     def gradients(self, chosen: Sequence[int], step: int, scale: float) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from narrowcast.training.doctor.paths import Paths, Place
+from narrowcast.training.doctor.paths import Paths, Place, wrapped
 from narrowcast.training.doctor.record import Range
 
 __all__ = ["Fault", "Maker", "Sentinel", "dtype_name", "range_of"]
@@ -99,6 +99,8 @@ class Sentinel(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if wrapped(types):
+            return NotImplemented  # a subclass of Tensor goes on with plain tensors, which are seen
         place = self._paths.here()
         given = _floats((args, kwargs))
         before = [one.clone() for one in given] if func._schema.is_mutable else given
