@@ -105,7 +105,7 @@ class _Fused:
         else:
             divisor = None if factor == 1.0 else torch.full((), 1 / factor, device=norm.device)
         told: Any = self._optimizer  # by attributes, as torch.amp.GradScaler does
-        told.grad_scale, told.found_inf = divisor, finite.logical_not().float()
+        told.grad_scale, told.found_inf = divisor, None if known else finite.logical_not().float()
         try:
             self._optimizer.step()
         finally:
