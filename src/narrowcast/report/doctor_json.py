@@ -50,6 +50,7 @@ def _layer(layer: LayerView) -> dict[str, Any]:
         "kind": layer.kind,
         "parameters": layer.parameters,
         "parts": {part.value: _part(view) for part, view in layer.parts.items()},
+        "update_to_weight": layer.ratio,
         "stagnant": {name: list(found) for name, found in layer.stagnant.items()},
     }
 

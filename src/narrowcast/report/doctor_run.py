@@ -122,12 +122,22 @@ class PartView:
 
 @dataclass(frozen=True)
 class LayerView:
-    """A layer with its parts; ``stagnant`` is the share of its updates that plain weights in the format would lose."""
+    """A layer with its parts.
+
+    Attributes:
+        name: In the model; empty for the model itself.
+        kind: Its class.
+        parameters: How many numbers its own parameters hold.
+        parts: What was counted.
+        ratio: The median of its updates, in units of their weights' binades; None if no update was counted.
+        stagnant: By format, the share of its updates that plain weights in it would lose.
+    """
 
     name: str
     kind: str
     parameters: int
     parts: dict[Part, PartView]
+    ratio: float | None
     stagnant: dict[str, Bounds]
 
 
@@ -262,7 +272,14 @@ def open_run(folder: Path, formats: Sequence[str] = ()) -> Run:
         log=tuple(log),
         skips=tuple(skips),
         formats=_formats(record, asked),
-        notes=(*_cut(folder / _RECORD), *log_notes, *ledger_notes, *skip_notes, *record.setting.notes),
+        notes=(
+            *_cut(folder / _RECORD),
+            *log_notes,
+            *ledger_notes,
+            *skip_notes,
+            *record.setting.notes,
+            *_unseen(record),
+        ),
     )
 
 
@@ -355,6 +372,12 @@ def _number(value: object) -> float | None:
         return None
 
 
+def _unseen(record: Record) -> Iterator[str]:
+    """Yield a note if only the deep level would have seen what is asked."""
+    if record.setting.level == "cheap" and record.series and all(one.part is not Part.FORWARD for one in record.series):
+        yield "activations and their gradients were not counted: the cheap level leaves them out, `doctor: deep` has them"
+
+
 # Views ----------------------------------------------------------------------------------------------------------------
 
 
@@ -369,8 +392,15 @@ def _layer(
         kind,
         parameters,
         {part: _part(by_part[part], formats, scale) for part in PARTS if part in by_part},
+        None if ratios is None else _median(ratios.total),
         {} if ratios is None else {one: stagnant(ratios.total, one) for one in floats},
     )
+
+
+def _median(counts: np.ndarray) -> float | None:
+    """Return the upper end of the bucket that the median of all finite numbers but zeros falls in."""
+    running = np.cumsum(counts[1:INFINITE])
+    return float(EDGES[int(np.searchsorted(running, running[-1] / 2)) + 1]) if running[-1] else None
 
 
 def _part(series: Series, formats: Sequence[str], scale: float) -> PartView:

@@ -109,25 +109,33 @@ def _cause(cause: Cause, again: str, say: Say) -> Iterator[Text | Padding]:
 
 
 def _layers(run: Run, say: Say, width: int) -> Table:
-    """Return the layers with their largest numbers, and what the main format does to activations and gradients."""
+    """Return the layers with their largest numbers, and what the main format does to them.
+
+    They are activations and their gradients; without those, weights and theirs.
+    """
     main = run.formats[0]
-    shown = {part: any(part in layer.parts for layer in run.layers) for part in (Part.FORWARD, Part.BACKWARD)}
+    seen = {part for layer in run.layers for part in layer.parts}
+    pairs = ((Part.FORWARD, Part.WEIGHT), (Part.BACKWARD, Part.GRADIENT))
+    shown = [first if first in seen else second for first, second in pairs if seen & {first, second}]
+    moved = any(layer.ratio is not None for layer in run.layers)
     stagnant = run.stored == main and any(main in layer.stagnant for layer in run.layers)
     table = _table()
-    table.add_column(say(f"layer, as {main}"), overflow="fold", min_width=12)
+    table.add_column(say(f"\nlayer, as {main}"), overflow="fold", min_width=12)
     if width >= _NARROW:
-        table.add_column("class", no_wrap=True, style=_QUIET)
-    for part, there in shown.items():
-        if there:
-            for heading in (f"{part.value}: largest", "beyond", "to zero"):
-                table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("\nclass", no_wrap=True, style=_QUIET)
+    for part in shown:
+        for heading in (f"{part_words(part)}\nlargest", "\nbeyond", "\nto zero"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    if moved:
+        table.add_column("update/\nweight", justify="right", no_wrap=True)
     if stagnant:
-        table.add_column("updates lost", justify="right", no_wrap=True)
+        table.add_column("updates\nlost", justify="right", no_wrap=True)
     for layer in run.layers[:_MOST_LAYERS]:
         cells = [say(text.tail(layer.name or "(model)", 40), _HEAD)]
         cells += [say(text.label(layer.kind, 20))] if width >= _NARROW else []
-        for part, there in shown.items():
-            cells += _part(layer.parts.get(part), main, say) if there else []
+        for part in shown:
+            cells += _part(layer.parts.get(part), main, say)
+        cells += [say("" if layer.ratio is None else text.number(layer.ratio, 2))] if moved else []
         cells += [_lost(layer, main, say)] if stagnant else []
         table.add_row(*cells)
     if len(run.layers) > _MOST_LAYERS:
@@ -139,8 +147,8 @@ def _part(view: PartView | None, format: str, say: Say) -> list[Text]:
     if view is None:
         return [say(""), say(""), say("")]
     found = view.held[format].plain
-    broken = view.infinite + view.nan
-    largest = say(magnitude(view.largest) + ("  not finite" if broken else ""), "red" if broken else "")
+    broken = ", inf" if view.infinite else ", nan" if view.nan else ""
+    largest = say(magnitude(view.largest) + broken, "red" if broken else "")
     return [
         largest,
         say(bounds(found.overflow), "red" if found.overflow.high > 0 else _QUIET),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from doctor_runs import LAYERS, STEPS, counted, write_run
 from PIL import Image
+from rich.console import Console
 from test_html import Page, chromium
 
 from narrowcast.errors import ArtifactError, FormatError
@@ -22,8 +24,9 @@ from narrowcast.report.doctor_board import write_board
 from narrowcast.report.doctor_json import doctor_record
 from narrowcast.report.doctor_plots import HeatRow, Mark, heat_map, timeline
 from narrowcast.report.doctor_run import PARTS, open_run, worst
+from narrowcast.report.doctor_terminal import render_doctor_terminal
 from narrowcast.training.doctor.buckets import fold
-from narrowcast.training.doctor.record import EventKind, Layer, Part, Reading, Setting, append
+from narrowcast.training.doctor.record import EventKind, Layer, Part, Reading, Setting, append, read, write_series
 from narrowcast.training.doctor.whatif import shares
 
 
@@ -142,6 +145,28 @@ def test_gradients_are_judged_under_the_scale_that_moved_the_weights(tmp_path: P
     found = open_run(run)
     assert found.scale == 2.0**15
     assert found.steps == STEPS
+
+
+def test_updates_are_given_beside_their_weights(tmp_path: Path):
+    run = open_run(write_run(tmp_path))
+    for place, layer in enumerate(run.layers):
+        # Drawn around 2**(-9 + 0.3 * place), and 0.01 octaves more a step, of which there are 220 at most.
+        assert layer.ratio is not None
+        assert -9.3 < math.log2(layer.ratio) - 0.3 * place < -6.5
+        assert layer.stagnant["e5m2"].low > 0.5 > layer.stagnant["fp16"].high
+
+
+def test_the_cheap_level_says_what_it_left_out(tmp_path: Path):
+    run = write_run(tmp_path)
+    assert not any("deep" in note for note in open_run(run).notes)
+    kept = [one for one in read(run).series if one.part not in (Part.FORWARD, Part.BACKWARD)]
+    write_series(run / "doctor", kept)
+    append(run / "doctor", [read(run).setting.model_copy(update={"level": "cheap"})])
+    found = open_run(run)
+    assert any("`doctor: deep` has them" in note for note in found.notes)
+    screen = Console(file=io.StringIO(), width=80, highlight=False)
+    render_doctor_terminal(found, screen)
+    assert "weights" in screen.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_worst_layer_is_the_one_that_overflows(tmp_path: Path):
