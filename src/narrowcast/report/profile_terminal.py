@@ -98,8 +98,8 @@ def notes(costs: Costs) -> Iterator[str]:
         yield f"Tied, counted once in the total: {names}{more}"
     if unknown := costs.profile.attention.unknown:
         yield (
-            f"{unknown} of {costs.profile.attention.calls} attentions have masks that are not known, since they depend on inputs "
-            "or weights, or lie in a file beside the graph, which is not read: they count as if nothing were hidden"
+            f"{unknown} of {costs.profile.attention.calls} attentions have masks that are not known, since they depend on "
+            "inputs or weights, or lie in a file beside the graph, which is not read: they count as if nothing were hidden"
         )
     own = costs.profile.parameters.dtype
     if own in ("float16", "bfloat16"):

@@ -25,7 +25,7 @@ from narrowcast.accounting.roofline import estimate
 from narrowcast.report import text
 from narrowcast.report.profile import render_profile
 from narrowcast.report.profile_costs import BATCHES, TOKENS, Costs, cache_rows, compared, differences, groups, rows
-from narrowcast.report.profile_terminal import render_comparison_terminal, render_profile_terminal
+from narrowcast.report.profile_terminal import notes, render_comparison_terminal, render_profile_terminal
 from narrowcast.report.profile_tree import Node
 
 ODD = "<b>&\u202e\x1b[31m"
@@ -263,6 +263,18 @@ def test_the_terminal_folds_equal_siblings(ordinary: Costs):
 
 def test_a_terminal_without_unicode_gets_ascii(ordinary: Costs):
     assert printed(ordinary, 100, plain=True).isascii()
+
+
+def test_masks_that_are_not_known_are_said():
+    class Padded(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    padded = costs(Padded(), torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 4))
+    assert any(note.startswith("1 of 1 attentions have masks that are not known") for note in notes(padded))
+    plain = costs(network(), torch.zeros(1, 3, 8, 8))
+    assert not any("masks" in note for note in notes(plain))
+    assert any(note.startswith("Times are of eager PyTorch") for note in notes(plain))
 
 
 @pytest.mark.parametrize("width", [80, 120])
