@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 import device_pages
 import format_pages
+import training_pages
 
 project = "narrowcast"
 author = "The narrowcast developers"
@@ -97,3 +98,4 @@ def setup(app: Sphinx) -> None:
     write_command_line(source / "reference" / "generated" / "commands.inc")
     format_pages.write(source / "formats" / "generated")
     device_pages.write(source / "reference" / "generated")
+    training_pages.write(source / "reference" / "generated")
