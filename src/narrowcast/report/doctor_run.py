@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from narrowcast.errors import ArtifactError
 from narrowcast.formats.kinds import Format
+from narrowcast.report.doctor_files import SkipLine, cut, lines, logged, skips
 from narrowcast.report.doctor_words import cause_title
 from narrowcast.training.doctor.buckets import EDGES, INFINITE, NOT_A_NUMBER
 from narrowcast.training.doctor.record import FOLDER, Event, Part, Reading, Record, Series, read
@@ -29,7 +29,6 @@ __all__ = [
     "LayerView",
     "PartView",
     "Run",
-    "SkipLine",
     "harm",
     "open_run",
     "worst",
@@ -50,16 +49,6 @@ _SCALED = (Part.BACKWARD, Part.GRADIENT)
 #: What is asked about first, by what the policy computes in.
 _FIRST = {"fp8": "e4m3fn", "fp32": "fp16", "tf32": "fp16"}
 _RECORD = f"{FOLDER}/record.jsonl"
-
-
-@dataclass(frozen=True)
-class SkipLine:
-    """A line of the skip ledger: an update that was left out."""
-
-    step: int
-    layers: tuple[str, ...]
-    kind: str
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -189,7 +178,7 @@ class Run:
     @cached_property
     def readings(self) -> tuple[Reading, ...]:
         """A reading for each step, by the updates before it: the doctor's, or the log's if the doctor kept none."""
-        return self.record.readings or tuple(_logged(self.log))
+        return self.record.readings or tuple(logged(self.log))
 
     @property
     def steps(self) -> int:
@@ -263,17 +252,17 @@ def open_run(folder: Path, formats: Sequence[str] = ()) -> Run:
             next_step="name the one that `narrowcast train CONFIG --out DIR` wrote",
         )
     record = read(folder)
-    log, log_notes = _lines(folder / LOG)
-    ledger, ledger_notes = _lines(folder / SKIPS)
-    skips, skip_notes = _skips(ledger)
+    log, log_notes = lines(folder / LOG)
+    ledger, ledger_notes = lines(folder / SKIPS)
+    skipped, skip_notes = skips(ledger)
     return Run(
         folder=folder,
         record=record,
         log=tuple(log),
-        skips=tuple(skips),
+        skips=tuple(skipped),
         formats=_formats(record, asked),
         notes=(
-            *_cut(folder / _RECORD),
+            *cut(folder / _RECORD),
             *log_notes,
             *ledger_notes,
             *skip_notes,
@@ -308,68 +297,6 @@ def _signature(event: Event) -> tuple[object, ...]:
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
-
-
-def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the lines of a file that are JSON objects, and a note for each that is not; nothing if there is no file."""
-    if not path.is_file():
-        return [], []
-    found: list[dict[str, Any]] = []
-    notes = list(_cut(path))
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines() if text.endswith("\n") or not text else text.splitlines()[:-1]
-    for number, line in enumerate(lines, 1):
-        try:
-            value: Any = json.loads(line)
-        except ValueError:
-            value = None
-        if isinstance(value, dict):
-            found.append(value)  # type: ignore[arg-type] - keys of JSON objects are texts
-        else:
-            notes.append(f"{path.name}: line {number} is damaged and was left out")
-    return found, notes
-
-
-def _cut(path: Path) -> Iterator[str]:
-    """Yield a note if a file's last line was cut off."""
-    if path.is_file() and path.stat().st_size:
-        with path.open("rb") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                yield f"{path.name}: the last line is cut off, as a killed run leaves it, and was left out"
-
-
-def _skips(lines: Sequence[dict[str, Any]]) -> tuple[list[SkipLine], list[str]]:
-    found: list[SkipLine] = []
-    for line in lines:
-        match line:
-            case {"step": int(step), "layers": [*layers], "kind": str(kind), "scale": int() | float() as scale}:
-                found.append(SkipLine(step, tuple(map(str, layers)), kind, float(scale)))
-            case _:
-                continue
-    missed = len(lines) - len(found)
-    return found, [f"{SKIPS}: {missed} lines say nothing of a skip and were left out"] if missed else []
-
-
-def _logged(lines: Sequence[dict[str, Any]]) -> Iterator[Reading]:
-    for line in lines:
-        if isinstance(line.get("step"), int) and "loss" in line:
-            yield Reading(
-                step=line["step"] - 1,
-                loss=_number(line["loss"]),
-                grad_norm=_number(line.get("grad_norm")),
-                scale=_number(line.get("scale")) or 1.0,
-            )
-
-
-def _number(value: object) -> float | None:
-    """Return a number of a log, in which infinities and NaN are texts."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
 
 
 def _unseen(record: Record) -> Iterator[str]:

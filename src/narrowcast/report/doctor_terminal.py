@@ -27,7 +27,7 @@ from narrowcast.training.doctor.record import Cause, Part
 __all__ = ["render_doctor_terminal"]
 
 _QUIET, _HEAD = "bright_black", "bold"
-_NARROW = 100  # columns of a terminal below which the layers' classes are left out
+_NARROW = 100  # columns of a terminal below which classes and the size of updates are left out
 _MOST_EVENTS = 12
 _MOST_LAYERS = 60
 _MOST_REMEDIES = 6
@@ -117,7 +117,7 @@ def _layers(run: Run, say: Say, width: int) -> Table:
     seen = {part for layer in run.layers for part in layer.parts}
     pairs = ((Part.FORWARD, Part.WEIGHT), (Part.BACKWARD, Part.GRADIENT))
     shown = [first if first in seen else second for first, second in pairs if seen & {first, second}]
-    moved = any(layer.ratio is not None for layer in run.layers)
+    moved = width >= _NARROW and any(layer.ratio is not None for layer in run.layers)
     stagnant = run.stored == main and any(main in layer.stagnant for layer in run.layers)
     table = _table()
     table.add_column(say(f"\nlayer, as {main}"), overflow="fold", min_width=12)
