@@ -385,6 +385,11 @@ class Config(Section):
         default=None, description="Largest norm of all gradients together; longer ones are scaled down to it."
     )
     precision: PrecisionSettings = Field(default=PrecisionSettings(), description="Number formats and loss scaling.")
+    nonfinite: Literal["raise", "skip"] = Field(
+        default="raise",
+        description="What a loss or gradient that is not finite does where there is no loss scaling: end the run, or leave "
+        "the update out.",
+    )
     seed: Annotated[Whole, Field(ge=0)] = Field(
         default=0, description="Seed of the weights, the order, the augmentation and everything random."
     )

@@ -84,6 +84,7 @@ class Loop:
             accumulate=run.config.accumulate,
             watch=self._watch,
             ranks=run.ranks,
+            nonfinite=run.config.nonfinite,
         )
 
     def _doctor(self, module: nn.Module, optimizer: Optimizer, loss: LossFunction | Distillation) -> Watch | None:

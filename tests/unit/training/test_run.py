@@ -35,6 +35,13 @@ class Dropped(nn.Sequential):
 def net():
     return Dropped(), torch.zeros(2, 1, 4, 4)
 
+class Broken(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1)) * (float("nan") if self.training else 1.0)
+
+def broken():
+    return Broken(16, 4), torch.zeros(2, 1, 4, 4)
+
 class Greedy(nn.Linear):
     def forward(self, x):
         return super().forward(x.flatten(1).repeat(1, 1 << 44)[:, :16])
@@ -204,6 +211,13 @@ def test_skips_are_in_the_ledger_and_do_not_count() -> None:
     assert skips[0]["layers"]
 
 
+def test_numbers_that_are_not_finite_end_the_run_unless_they_are_to_be_left_out() -> None:
+    with pytest.raises(TrainingError, match="not finite"):
+        fit(config_of("network=py:run_nets:broken"), Path("run"))
+    result = fit(config_of("network=py:run_nets:broken", "nonfinite=skip"), Path("skipped"))
+    assert (result.steps, result.skipped) == (0, 20)
+
+
 def test_an_array_may_be_the_target_and_the_loss_the_metric() -> None:
     rng = np.random.default_rng(0)
     np.savez("tokens.npz", input=rng.integers(0, 8, (60, 1)).repeat(6, 1))
@@ -285,6 +299,7 @@ def test_a_batch_that_does_not_fit_is_answered_once_with_an_estimate_and_the_lar
     with pytest.raises(TrainingError, match="a batch of 16 does not fit the memory of cpu") as caught:
         fit(config_of("network=py:run_nets:greedy"), Path("run"))
     assert "estimated to need" in caught.value.what
+    assert caught.value.allowed
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
