@@ -25,7 +25,7 @@ from narrowcast.training.doctor.sentinel import Fault, Sentinel, range_of
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
 
-__all__ = ["agreed_cause", "explain", "explain_vanishing", "first_cause"]
+__all__ = ["agreed_cause", "explain", "explain_vanishing", "first_cause", "sharded"]
 
 _UNKNOWN = "unknown"
 _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
@@ -124,13 +124,14 @@ def agreed_cause(scene: Scene) -> Cause | None:
         return None
     first = min(causes, key=lambda one: (one.operator == _UNKNOWN, one.part is Part.BACKWARD, one.rank)).rank
     tried = texts[first]
-    if scene.rank == first and not _sharded(scene.model):
+    if scene.rank == first and not sharded(scene.model):
         found = explain(scene)
         tried = tried if found is None else found.model_dump_json()
     return Cause.model_validate_json(gather(tried, scene.device)[first])
 
 
-def _sharded(model: nn.Module) -> bool:
+def sharded(model: nn.Module) -> bool:
+    """Return whether a model's parameters are spread over ranks, so that no rank can run it alone."""
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(one, DTensor) for one in model.parameters())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.errors import TrainingError
+from narrowcast.training.doctor.cause import sharded
 from narrowcast.training.doctor.diagnosis import Diagnosis
 from narrowcast.training.doctor.exchange import ranks
 from narrowcast.training.doctor.histories import shifted
@@ -230,7 +231,7 @@ class Watch:
         return next((state for key, state in reversed(self._states) if key == id(batch)), None)
 
     def _scene(self, batch: Any) -> Scene | None:
-        if self._loss is None or batch is None:
+        if self._loss is None or batch is None or sharded(self._model):
             return None
         state = self._state(batch)
         return Scene(self._model, self._loss, batch, self._precision, self._scale, state, self._step, self._rank)
