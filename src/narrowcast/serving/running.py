@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 
@@ -36,6 +37,7 @@ def serve(
     async def main() -> bool:
         server = InferenceServer(repository, hosting, options)
         await server.start()
+        gc.freeze()  # what is loaded stays: the collector need not look at it again and again
         listening(server)
         return await server.run_until_signal()
 
