@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic_core import PydanticUndefined
 
 from narrowcast.training.config import Config, Section
-from narrowcast.training.reading import fields_of, sections_of
+from narrowcast.training.reading import fields_of, items_of, sections_of
 
 __all__ = ["write"]
 
@@ -33,7 +33,7 @@ def _lines(section: type[Section], path: str, told: set[type[Section]]) -> list[
     for key in fields_of(section):
         field = section.model_fields[key]
         lines.append(f"| `{key}` | {_kind(field.annotation)} | {_default(field)} | {field.description} |")
-        for inner in sections_of(section, key):
+        for inner in (*sections_of(section, key), *items_of(section, key)):
             if inner not in told:
                 told.add(inner)
                 below += _lines(inner, f"{path}.{key}".lstrip("."), told)

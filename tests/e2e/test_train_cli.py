@@ -142,7 +142,7 @@ def test_ctrl_c_writes_a_checkpoint_and_ends_with_130(cli: Cli) -> None:
     out, err = process.communicate()
     assert process.returncode == 130, err
     assert "Traceback" not in out + err
-    assert "--resume goes on from it" in " ".join(err.split())
+    assert "--resume goes on from the last checkpoint" in " ".join(err.split())
     assert list(Path("run/checkpoints").glob("step-*"))
     Path("cli_net.py").write_text(NET.format(pause=0))
     assert cli("train", "small.yaml", "--out", "run", "--set", "checkpoint=100", "--resume").code == 0

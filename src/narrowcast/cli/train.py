@@ -87,7 +87,8 @@ def train(
     except KeyboardInterrupt:
         if _leads():
             errors_console().print(
-                "interrupted, and a checkpoint is written; the same command with --resume goes on from it",
+                "interrupted; the same command with --resume goes on from the last checkpoint, which is of this moment "
+                "if training had begun",
                 style="yellow",
             )
         raise typer.Exit(130) from None

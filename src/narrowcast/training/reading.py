@@ -16,7 +16,17 @@ from pydantic_core import ErrorDetails
 from narrowcast.errors import ConfigError, RuntimeMissingError
 from narrowcast.training.config import Config, Section
 
-__all__ = ["dump", "read_config", "read_yaml", "sections_of", "validated", "with_overrides"]
+__all__ = [
+    "dump",
+    "fields_of",
+    "items_of",
+    "put",
+    "read_config",
+    "read_yaml",
+    "sections_of",
+    "validated",
+    "with_overrides",
+]
 
 #: Mistakes that one message lists.
 _LISTED = 5
@@ -154,6 +164,13 @@ def sections_of(section: type[Section], key: str) -> list[type[Section]]:
     return _sections(section.model_fields[key].annotation)
 
 
+def items_of(section: type[Section], key: str) -> list[type[Section]]:
+    """Return the sections that a key holds several of, in a list or by names; none elsewhere."""
+    annotation = section.model_fields[key].annotation
+    inner = [part for part in get_args(annotation) if part is not Ellipsis and part is not str]
+    return [one for part in inner for one in _sections(part)] if get_origin(annotation) in (dict, tuple) else []
+
+
 def section_at(section: type[Section], key: str, value: Any) -> type[Section] | None:
     """Return the section that a key holds, chosen by the name that is given; None where its value is plain."""
     found = sections_of(section, key)
@@ -206,15 +223,20 @@ def _path(places: Sequence[int | str]) -> tuple[list[str], type[Section] | None]
     keys: list[str] = []
     section: type[Section] | None = Config
     inside: list[type[Section]] = [Config]
-    for number, place in enumerate(places):
+    items: list[type[Section]] = []
+    for place in places:
         tags = [one for one in inside if "name" in one.model_fields and one.model_fields["name"].default == place]
-        if len(inside) > 1 and tags and number < len(places):
+        if len(inside) > 1 and tags:
             inside = tags
             continue
-        section = inside[0] if inside else None
         keys.append(str(place))
+        if items:  # a name or a number of one's own
+            inside, items = items, []
+            continue
+        section = inside[0] if inside else None
         known = section is not None and str(place) in section.model_fields
         inside = sections_of(section, str(place)) if known and section is not None else []
+        items = items_of(section, str(place)) if known and section is not None else []
     return keys, section
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from narrowcast.errors import ConfigError
-from narrowcast.training.config import Adam, AdamW, Config, Sgd
-from narrowcast.training.reading import dump, read_config, read_yaml, validated, with_overrides
+from narrowcast.training.config import Adam, AdamW, Config, Section, Sgd
+from narrowcast.training.reading import (
+    dump,
+    fields_of,
+    items_of,
+    read_config,
+    read_yaml,
+    sections_of,
+    validated,
+    with_overrides,
+)
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
 LEAST: dict[str, Any] = {"network": "bundled:mnist-cnn", "data": "bundled:mnist5k", "epochs": 3}
@@ -75,6 +85,24 @@ def test_off_is_what_yaml_calls_false() -> None:
     assert made("doctor=off").doctor == made("doctor='off'").doctor == "off"
 
 
+def described(section: type[Section], path: str = "") -> Iterator[tuple[str, str | None]]:
+    for key in fields_of(section):
+        yield f"{path}{key}", section.model_fields[key].description
+        for inner in (*sections_of(section, key), *items_of(section, key)):
+            yield from described(inner, f"{path}{key}.")
+
+
+def test_every_key_is_described() -> None:
+    found = dict(described(Config))
+    assert {
+        "optimizer.momentum",
+        "precision.loss_scale.hysteresis",
+        "tune.space.low",
+        "distill.features.weight",
+    } <= set(found)
+    assert all(text and text.endswith((".", "`.")) for text in found.values())
+
+
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "unknown key": ("precisoin=fp32", "'precisoin' is unknown", "did you mean precision?"),
     "unknown key below": ("optimizer.lrr=1", "'optimizer.lrr' is unknown", "did you mean lr?"),
@@ -101,6 +129,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     "a range without an end": ("tune.space={batch: {low: 1}}", "tune.space.batch: give low and high", ""),
     "a range upside down": ("tune.space={batch: {low: 3, high: 1}}", "low must be below high", ""),
+    "unknown key of a range": ("tune.space={batch: {lo: 1}}", "'tune.space.batch.lo' is unknown", "did you mean low?"),
     "a feature without a student": (
         "distill={teacher: t, features: [{teacher: a}]}",
         "'distill.features.0.student'",
