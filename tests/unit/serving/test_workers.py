@@ -138,6 +138,20 @@ def test_a_process_that_dies_while_it_loads_is_a_failure(folder: Path, monkeypat
     asyncio.run(main())
 
 
+def test_a_process_that_cannot_be_started_is_a_failure_and_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "/no/such/program")
+
+    async def main() -> None:
+        before = set(map(str, Path("/proc/self/fd").iterdir()))
+        with pytest.raises(RuntimeFailedError, match="cannot be started: No such file"):
+            await ProcessWorker(folder).start()
+        assert len(set(map(str, Path("/proc/self/fd").iterdir())) - before) <= 1
+
+    asyncio.run(main())
+
+
 # Shared memory --------------------------------------------------------------------------------------------------------
 
 SHAPES = nst.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=5)

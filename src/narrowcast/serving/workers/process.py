@@ -57,6 +57,8 @@ class ProcessWorker(Worker):
     async def start(self) -> None:
         link = _Link(self._lost)
         await link.open(self._folder)
+        if link.ended:
+            raise RuntimeFailedError("the worker process ended as soon as it had loaded the model")
         self._link = link
         self.signature = link.signature
 
@@ -129,28 +131,44 @@ class _Link(asyncio.Protocol):
         Raises:
             NarrowcastError: It could not.
         """
-        ours, theirs = socket.socketpair()
-        inputs, outputs = anonymous_file(), anonymous_file()
-        self._inputs, self._outputs = Arena(inputs), Arena(outputs)
-        with theirs:
-            passed = (theirs.fileno(), inputs, outputs)
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "narrowcast.serving.workers.child",
-                *map(str, passed),
-                str(folder),
-                pass_fds=passed,
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        self.pid = self._process.pid
-        self._transport, _ = await self._loop.create_connection(lambda: self, sock=ours)
+        try:
+            await self._spawn(folder)
+        except OSError as error:
+            raise RuntimeFailedError(f"a worker process cannot be started: {error.strerror or error}") from error
         try:
             self.signature = read_signature(await self._loaded)
         except BaseException:
             await self.close()
             raise
+
+    async def _spawn(self, folder: Path) -> None:
+        """Start the process.
+
+        Raises:
+            OSError: The system has no process or descriptor left.
+        """
+        ours, theirs = socket.socketpair()
+        inputs, outputs = anonymous_file(), anonymous_file()
+        self._inputs, self._outputs = Arena(inputs), Arena(outputs)
+        with theirs:
+            passed = (theirs.fileno(), inputs, outputs)
+            command = [sys.executable, "-m", "narrowcast.serving.workers.child", *map(str, passed), str(folder)]
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *command, pass_fds=passed, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+                )
+            except OSError:
+                ours.close()
+                self._inputs.close()
+                self._outputs.close()
+                raise
+        self.pid = self._process.pid
+        self._transport, _ = await self._loop.create_connection(lambda: self, sock=ours)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process has closed its socket."""
+        return self._ended.is_set()
 
     def data_received(self, data: bytes) -> None:
         for document in self._frames.feed(data):
