@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from narrowcast.serving.http.encoding import decompress
 from narrowcast.serving.http.message import Request, Response, json_response
@@ -344,3 +346,35 @@ def test_pipelining_without_end_is_bounded() -> None:
 
 def test_json_answers() -> None:
     assert exchange(post(b""), handler=lambda request: json_response({"a": 1}))[2] == b'{"a":1}'
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=6),
+    st.integers(1, 400),
+    st.integers(1, 4),
+)
+def test_any_bytes_are_answered_or_refused(changes: list[tuple[int, int]], step: int, count: int) -> None:
+    """Requests with some bytes changed, in pieces: the answers are whole, and none is a mistake of the server."""
+    stream = bytearray(post(b"some body", Accept_Encoding="gzip") * count)
+    for place, value in changes:
+        stream[place % len(stream)] = value
+    stream += b"\r\n\r\n"
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
+        for at in range(0, len(stream), step):
+            writer.write(bytes(stream[at : at + step]))
+        return await reader.read()
+
+    limits = replace(LIMITS, header_seconds=0.05, body_seconds=0.05, idle_seconds=0.05)
+    said = run(talk, limits=limits)
+    while said:
+        head, _, said = said.partition(b"\r\n\r\n")
+        lines = head.split(b"\r\n")
+        assert lines[0].split(b" ")[0] == b"HTTP/1.1"
+        assert not lines[0].startswith(b"HTTP/1.1 5"), head
+        if lines[0].startswith(b"HTTP/1.1 100"):
+            continue
+        length = next(int(line.partition(b":")[2]) for line in lines if line.lower().startswith(b"content-length"))
+        assert len(said) >= length
+        said = said[length:]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,6 +196,27 @@ def test_statistics_count_by_window_and_the_metrics_agree(serve: Any) -> None:
     assert samples["narrowcast_request_duration_seconds_bucket", "+Inf"] == 5
     assert samples["narrowcast_request_duration_seconds_count", ""] == 5
     assert running.ask("GET", "/", port="metrics").status == 404
+
+
+def test_a_region_that_its_client_makes_smaller_is_refused_and_kills_nobody(serve: Any) -> None:
+    running = serve({"fine": function()}, shared_memory=True)
+    path = Path("/dev/shm/narrowcast_test_shrinks")
+    try:
+        path.write_bytes(bytes(4096 * 4))
+        register = json.dumps({"key": f"/{path.name}", "byte_size": 4096 * 4}).encode()
+        assert running.ask("POST", "/v2/systemsharedmemory/region/r/register", register).status == 200
+        with path.open("r+b") as file:
+            file.truncate(4096)
+        place = {"shared_memory_region": "r", "shared_memory_offset": 8192, "shared_memory_byte_size": 16}
+        item = {"name": "x", "shape": [1, 4], "datatype": "FP32", "parameters": place}
+        answer = running.infer("fine", json.dumps({"inputs": [item]}).encode())
+        assert (answer.status, "become smaller" in answer.error) == (400, True)
+        body = request(1, outputs=[{"name": "y", "parameters": place}])
+        answer = running.infer("fine", body)
+        assert (answer.status, "become smaller" in answer.error) == (400, True)
+        assert running.infer("fine", request(1)).status == 200
+    finally:
+        path.unlink()
 
 
 # The end --------------------------------------------------------------------------------------------------------------

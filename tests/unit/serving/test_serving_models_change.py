@@ -226,6 +226,29 @@ def test_requests_during_changes_never_fail(serve: Any) -> None:
     assert count > 5
 
 
+def test_each_answer_under_promotions_and_rollbacks_is_of_one_version(repository: Path, serve: Any) -> None:
+    hosting = Hosting(Placement.INLINE, 1, Settings(Batching(8)), VersionPolicy(latest=0))
+    running = serve(places=(repository,), hosting=hosting)
+
+    async def change() -> None:
+        for _ in range(100):
+            await running.server.catalogue.promote("scale", 1)
+            await asyncio.sleep(0.002)
+            await running.server.catalogue.rollback("scale")
+            await asyncio.sleep(0.002)
+
+    changing = asyncio.run_coroutine_threadsafe(change(), running.loop)
+    seen: set[str] = set()
+    while not changing.done():
+        answer = running.infer("scale", request(1, 1, 1))
+        assert answer.status == 200, answer.body
+        version = answer.json["model_version"]
+        assert answer.json["outputs"][0]["data"][::4] == [float(version)] * 3
+        seen.add(version)
+    changing.result()
+    assert seen == {"1", "3"}
+
+
 def test_simultaneous_loads_of_one_model_are_one_after_the_other() -> None:
     """Nobody sees a half-loaded model, and nothing of the superseded loads is left."""
     loads: list[LoadedModel] = []
