@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Limits"]
+__all__ = ["HEADER_OVERHEAD", "Limits"]
+
+#: What a header costs beyond its bytes, as HTTP/2 counts it (RFC 9113, 6.5.2).
+HEADER_OVERHEAD = 32
 
 
 @dataclass(frozen=True)
@@ -13,8 +16,7 @@ class Limits:
 
     Attributes:
         target_bytes: Length of a request target (path and query).
-        header_bytes: Names and values of all headers of a request.
-        headers: Number of headers.
+        header_bytes: Names and values of all headers of a request, and :data:`HEADER_OVERHEAD` for each.
         body_bytes: Body of a request as it is sent.
         decompressed_bytes: Body of a request after decompression.
         tensors: Inputs, and outputs asked for, of one request.
@@ -29,7 +31,6 @@ class Limits:
 
     target_bytes: int = 8 << 10
     header_bytes: int = 32 << 10
-    headers: int = 100
     body_bytes: int = 64 << 20
     decompressed_bytes: int = 256 << 20
     tensors: int = 256

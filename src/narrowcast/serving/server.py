@@ -23,7 +23,7 @@ __all__ = ["InferenceServer", "ServerOptions"]
 
 _log = logging.getLogger(__name__)
 #: How long the server still answers "ending" after its last request, so that clients see an answer and no reset.
-_LINGER_SECONDS = 0.3
+_LINGER_SECONDS = 0.15
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ class InferenceServer:
                 while self.catalogue.busy or self._http.busy:
                     await asyncio.sleep(0.005)
                 await asyncio.sleep(_LINGER_SECONDS)
+                self._http.stop_listening()
+                await asyncio.sleep(_LINGER_SECONDS)  # for what the last connections were about to ask
         except TimeoutError:
             finished = not (self.catalogue.busy or self._http.busy)
         await self._close()

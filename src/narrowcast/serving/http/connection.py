@@ -11,7 +11,7 @@ import httptools
 
 from narrowcast.serving.http.encoding import compress, decompress
 from narrowcast.serving.http.message import Body, Request, Response, refused
-from narrowcast.serving.limits import Limits
+from narrowcast.serving.limits import HEADER_OVERHEAD, Limits
 from narrowcast.serving.refusals import Refusal
 
 __all__ = ["Connection", "Handler", "Owner"]
@@ -83,8 +83,8 @@ class Connection(asyncio.Protocol):
     def _reset(self) -> None:
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
-        self._count = 0
         self._header_bytes = 0
+        self._watched: bool | None = None  # whether the deadline is that of headers, or of a body
         self._body: list[bytes] = []
         self._body_bytes = 0
 
@@ -101,9 +101,10 @@ class Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-            if self._reading and self._in_headers:
-                self._header_bytes += len(data)
-                self._check_headers()
+            if self._reading:
+                self._watch(len(data))
+            elif not self._pending:
+                self._rest()
         except httptools.HttpParserUpgrade:
             self._ended = True  # answered already, as if it had not been asked for, and the last answer
         except httptools.HttpParserCallbackError as error:
@@ -142,11 +143,21 @@ class Connection(asyncio.Protocol):
 
     # httptools --------------------------------------------------------------------------------------------------------
 
+    def _watch(self, size: int) -> None:
+        """Bound the time of a request that has not come whole, and what its headers may still hold back."""
+        limits = self._limits
+        if self._in_headers:
+            self._header_bytes += size  # the parser keeps a header to itself until it is complete
+            self._check_headers()
+        if self._watched is not self._in_headers:
+            self._watched = self._in_headers
+            seconds = limits.header_seconds if self._in_headers else limits.body_seconds
+            self.deadline = self._owner.loop.time() + seconds
+
     def on_message_begin(self) -> None:
         if self._ended:
-            raise Refusal(400, "a request follows the last one of its connection", close=True)
+            raise Refusal(400, "a request follows the last one of its connection")
         self._reading = self._in_headers = True
-        self.deadline = self._owner.loop.time() + self._limits.header_seconds
 
     def on_url(self, url: bytes) -> None:
         self._target += url
@@ -155,24 +166,20 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
-        self._count += 1
-        self._header_bytes += len(name) + len(value)
+        self._header_bytes += len(name) + len(value) + HEADER_OVERHEAD
+        self._check_headers()
         known = self._headers.get(name)
         self._headers[name] = value if known is None else known + b"," + value
 
     def _check_headers(self) -> None:
-        limits = self._limits
-        if self._count > limits.headers or self._header_bytes > limits.header_bytes:
-            raise Refusal(431, f"more than {limits.headers} headers or {limits.header_bytes} bytes of them")
+        if self._header_bytes > self._limits.header_bytes:
+            raise Refusal(431, f"the headers take more than {self._limits.header_bytes} bytes")
 
     def on_headers_complete(self) -> None:
-        self._check_headers()
         self._in_headers = False
         length = self._headers.get(b"content-length")
         if length is not None and int(length) > self._limits.body_bytes:
             raise Refusal(413, f"the body is larger than {self._limits.body_bytes} bytes")
-        if length != b"0":
-            self.deadline = self._owner.loop.time() + self._limits.body_seconds
         if b"expect" in self._headers and not self._pending:
             if self._headers[b"expect"].lower() != b"100-continue":
                 raise Refusal(417, "the only expectation known is 100-continue")
@@ -241,6 +248,7 @@ class Connection(asyncio.Protocol):
             self._write(self._pending.popleft())
         if full and not self._paused and not self._transport.is_closing():
             self._transport.resume_reading()
+        self._rest()
 
     def _write(self, pending: _Pending) -> None:
         response = pending.response
@@ -251,8 +259,6 @@ class Connection(asyncio.Protocol):
         self._send(parts)
         if response.close or not pending.keep_alive:
             self._end()
-        else:
-            self._rest()
 
     def _send(self, parts: list[Body]) -> None:
         if sum(map(len, parts)) < _JOIN_BELOW:

@@ -68,10 +68,15 @@ class HttpServer:
                 connection.expire()
         self._sweeper = self.loop.call_later(_SWEEP_SECONDS, self._sweep)
 
-    async def close(self) -> None:
-        """Accept no more connections, and close those on which nothing is due."""
+    def stop_listening(self) -> None:
+        """Accept no more connections; those that are there go on."""
         if self._server is not None:
             self._server.close()
+            self._server = None
+
+    async def close(self) -> None:
+        """Accept no more connections, and close those on which nothing is due."""
+        self.stop_listening()
         for connection in list(self._connections):
             connection.retire()
         end = self.loop.time() + 1.0

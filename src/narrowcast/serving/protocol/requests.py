@@ -49,7 +49,7 @@ class SharedRegions(Protocol):
     def write(self, place: SharedSlice, data: bytes | memoryview) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestedOutput:
     """An output that a client asked for.
 
@@ -193,7 +193,7 @@ class _Tail:
 
 
 def _read_inputs(document: Object, data: _Tail, signature: Signature, limits: Limits, shared: SharedRegions) -> Tensors:
-    specs = {spec.name: spec for spec in signature.inputs}
+    specs = signature.input_by_name
     inputs: Tensors = {}
     for item in _objects(document, "inputs", limits):
         name = item.get("name")
@@ -224,7 +224,7 @@ def _read_elsewhere(
     name: str, datatype: Datatype, shape: tuple[int, ...], item: Object, parameters: Object, shared: SharedRegions
 ) -> Any:
     """Return an input whose values are in the JSON or in shared memory."""
-    place = _shared_slice(f"input {name!r}", parameters)
+    place = _shared_slice(f"input {name!r}", parameters) if parameters else None
     if place is None:
         return decode_json(name, datatype, shape, item.get("data"))
     if "data" in item:
