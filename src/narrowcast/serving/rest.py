@@ -105,7 +105,7 @@ class RestApi:
         self._endpoints: dict[str, Callable[[Request, _Route], Response | asyncio.Future[Response]]] = {
             "infer": self._infer,
             "server": lambda request, route: json_response(documents.server_metadata()),
-            "live": lambda request, route: Response(),
+            "live": lambda request, route: json_response({"live": True}),
             "ready": self._ready,
             "metadata": self._metadata,
             "model_ready": self._model_ready,
@@ -179,7 +179,7 @@ class RestApi:
             raise Refusal(503, "the server is ending")
         if not self._catalogue.ready:
             raise Refusal(503, "a model has no worker that is alive", retry_after=1)
-        return Response()
+        return json_response({"ready": True})
 
     def _metadata(self, request: Request, route: _Route) -> Response:
         served = self._catalogue.find(route.name, route.version)
@@ -189,7 +189,7 @@ class RestApi:
         served = self._catalogue.find(route.name, route.version)
         if self.draining or not served.scheduler.workers_alive:
             raise Refusal(503, f"model {served.name!r} cannot run requests now", retry_after=1)
-        return Response()
+        return json_response({"name": served.name, "ready": True})
 
     def _config(self, request: Request, route: _Route) -> Response:
         served = self._catalogue.find(route.name, route.version)

@@ -243,7 +243,7 @@ def test_a_refusal_says_when_to_come_again() -> None:
         raise Refusal(429, "too many", retry_after=2.4)
 
     status, headers, _ = exchange(post(b""), handler=handler)
-    assert (status, headers["retry-after"]) == (429, "2")
+    assert (status, headers["retry-after"]) == (429, "3"), "whole seconds, and not too early"
 
 
 def test_a_large_answer_arrives_whole() -> None:

@@ -162,6 +162,18 @@ def shared() -> list[Any]:
     return []
 
 
+def test_health_is_a_status_and_a_document(serve_once: Any, shared: list[Any]) -> None:
+    if not shared:
+        shared.append(serve_once({"fine": function()}))
+    for target, said in (
+        ("/v2/health/live", {"live": True}),
+        ("/v2/health/ready", {"ready": True}),
+        ("/v2/models/fine/ready", {"name": "fine", "ready": True}),
+    ):
+        answer = shared[0].ask("GET", target)
+        assert (answer.status, answer.json) == (200, said)
+
+
 def test_statistics_count_by_window_and_the_metrics_agree(serve: Any) -> None:
     running = serve({"fine": function()}, hosting=Hosting(Placement.INLINE, 1, Settings(Batching(8))), metrics_port=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ def refused(refusal: Refusal) -> Response:
     """Return the answer to a refused request."""
     response = json_response({"error": refusal.message}, refusal.status)
     if refusal.retry_after is not None:
-        response.headers = ((b"Retry-After", b"%d" % max(1, round(refusal.retry_after))),)
+        response.headers = ((b"Retry-After", b"%d" % max(1, math.ceil(refusal.retry_after))),)
     response.close = refusal.close
     return response
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -253,5 +254,5 @@ def _answering(method: Method) -> Method:
 
 
 async def _abort(context: Context, refusal: Refusal) -> None:
-    trailing = () if refusal.retry_after is None else (("retry-after", str(max(1, round(refusal.retry_after)))),)
+    trailing = () if refusal.retry_after is None else (("retry-after", str(max(1, math.ceil(refusal.retry_after)))),)
     await context.abort(_CODES.get(refusal.status, grpc.StatusCode.INTERNAL), refusal.message, trailing)
