@@ -26,6 +26,8 @@ __all__ = [
 
 Object = dict[str, Any]
 
+#: More than any memory holds, and few enough that their bytes can be counted in 64 bits.
+_MOST_ELEMENTS = 1 << 48
 #: Priority 0 asks for the default, and 1 is served first (schedule policy extension).
 _MAX_PRIORITY = 64
 #: Parameters that belong to extensions which this server does not have; to ignore them would give wrong answers.
@@ -104,8 +106,10 @@ def read_infer(
         return _read_raw(body, signature)
     if header_length is not None and not 0 < header_length <= len(body):
         raise Refusal(400, f"Inference-Header-Content-Length is {header_length}, but the body has {len(body)} bytes")
-    text = body if header_length is None else memoryview(body)[:header_length]
-    return read_document(_load(text), [memoryview(body)[len(text) :]], signature, limits, shared)
+    if header_length is None:
+        return read_document(_load(body), (), signature, limits, shared)
+    view = memoryview(body)
+    return read_document(_load(view[:header_length]), (view[header_length:],), signature, limits, shared)
 
 
 def read_document(
@@ -189,7 +193,7 @@ class _Tail:
     @property
     def left(self) -> int:
         """Bytes that nobody took."""
-        return sum(map(len, self._parts[self._part :])) - self._at
+        return sum(map(len, self._parts[self._part :])) - self._at if self._parts else 0
 
 
 def _read_inputs(document: Object, data: _Tail, signature: Signature, limits: Limits, shared: SharedRegions) -> Tensors:
@@ -238,12 +242,19 @@ def check_shape(name: str, value: object, limits: Limits) -> tuple[int, ...]:
     Raises:
         Refusal: It is no such shape, or has too many axes.
     """
-    if not isinstance(value, list) or set(map(type, cast(list[object], value))) - {int}:
+    if not isinstance(value, list):
         raise Refusal(400, f"input {name!r} needs a 'shape' of integers")
     shape = cast(list[int], value)
     if len(shape) > limits.rank:
         raise Refusal(400, f"input {name!r} has more than {limits.rank} axes")
-    if min(shape, default=0) < 0 or math.prod(shape) > 1 << 48:
+    count = 1
+    for size in shape:
+        if type(size) is not int:
+            raise Refusal(400, f"input {name!r} needs a 'shape' of integers")
+        if size < 0:
+            raise Refusal(400, f"input {name!r}: no tensor has shape {shape}")
+        count *= size
+    if count > _MOST_ELEMENTS:
         raise Refusal(400, f"input {name!r}: no tensor has shape {shape}")
     return tuple(shape)
 
