@@ -41,17 +41,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (optimize, bench, verify, run, runtimes):
+for command in (
+    *(optimize, bench, verify, run, runtimes),
+    *(train, doctor),
+    *(serve, models),
+    *(profile, advise, devices),
+    *(formats, compare),
+):
     app.command()(command)
-app.command()(formats)
-app.command()(compare)
-app.command()(devices)
-app.command()(profile)
-app.command()(train)
-app.command()(advise)
-app.command()(serve)
-app.command()(models)
-app.command()(doctor)
 # A value may be negative: what begins with a dash and is no option is a value.
 app.command("format", context_settings={"ignore_unknown_options": True})(format_)
 
