@@ -6,6 +6,7 @@ nothing: the norm is taken of the scaled gradients, and unscaling, normalisation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from narrowcast.training import multi_tensor
 
-__all__ = ["Broken", "FusedUpdate", "Gradients", "Ranks"]
+__all__ = ["Broken", "Census", "FusedUpdate", "Gradients", "Ranks"]
 
 
 class Ranks(Protocol):
@@ -58,7 +59,10 @@ class FusedUpdate(Protocol):
 
 
 class Broken(NamedTuple):
-    """A parameter whose gradient is not finite, or has a norm that is not, with how many elements are infinite and NaN."""
+    """A parameter whose gradient is not finite, or has a norm that is not, with how many elements are infinite and NaN.
+
+    Where only its norm was seen, one of them counts for all.
+    """
 
     name: str
     inf: int
@@ -68,6 +72,24 @@ class Broken(NamedTuple):
     def kind(self) -> Literal["inf", "nan"]:
         """``nan`` if any element is NaN."""
         return "nan" if self.nan else "inf"
+
+
+class Census(NamedTuple):
+    """The norms of gradients, which tell where numbers broke when the gradients are gone.
+
+    Args:
+        names: Of the parameters, in the order of the forward pass.
+        norms: Of their gradients, FP32, [names].
+    """
+
+    names: tuple[str, ...]
+    norms: Tensor
+
+    def broken(self) -> tuple[Broken, ...]:
+        """Return the parameters whose norms are not finite, in the order of the backward pass; waits for the device."""
+        sizes = zip(self.names, self.norms.tolist(), strict=True)
+        found = [Broken(name, int(math.isinf(size)), int(math.isnan(size))) for name, size in sizes]
+        return tuple(one for one in reversed(found) if one.inf or one.nan)
 
 
 class Gradients:
@@ -82,6 +104,7 @@ class Gradients:
         self._named = {name: one for name, one in parameters.items() if one.grad is not None}
         self._device = device
         self._values = [_stored(one) for one in self._named.values()]
+        self._each: Tensor | None = None  # norms
 
     def __len__(self) -> int:
         return len(self._values)
@@ -96,10 +119,15 @@ class Gradients:
             return torch.zeros((), device=self._device)
         sharded = self._sharded() if ranks is not None and ranks.world > 1 else set[int]()
         if ranks is None or not sharded:
-            return torch.linalg.vector_norm(self._norms(self._values))
+            self._each = self._norms(self._values)
+            return torch.linalg.vector_norm(self._each)
         whole = [one for one in self._values if id(one) not in sharded]
         squares = ranks.sum(self._norms([one for one in self._values if id(one) in sharded]).square().sum())
         return (squares + self._norms(whole).square().sum()).sqrt() if whole else squares.sqrt()
+
+    def census(self) -> Census:
+        """Return the norms that :meth:`norm` took; no gradient is kept by it."""
+        return Census(tuple(self._named), self._each if self._each is not None else torch.empty(0, device=self._device))
 
     @torch.no_grad()
     def multiply(self, factor: Tensor | float) -> None:

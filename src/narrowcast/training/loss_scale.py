@@ -40,7 +40,7 @@ class Scale(Protocol):
 
     @property
     def guards(self) -> bool:
-        """Whether an update with a gradient that is not finite is left out (which costs one host synchronisation)."""
+        """Whether an update with a gradient that is not finite is left out, which the host must then learn."""
         ...
 
     @property

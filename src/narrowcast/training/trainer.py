@@ -6,7 +6,6 @@ window's mean loss, whatever its micro-batches weigh.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
@@ -26,19 +25,18 @@ from narrowcast.training.checks import (
     unwrapped,
 )
 from narrowcast.training.gradients import FusedUpdate, Gradients, Ranks
-from narrowcast.training.ledger import Ledger, Skip
+from narrowcast.training.ledger import Ledger
 from narrowcast.training.lookout import Lookout, Sighting
 from narrowcast.training.loss_scale import ScaleState
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
 from narrowcast.training.reduction import Reduction
 from narrowcast.training.rounding import WideUpdate, accumulate_in_fp32
+from narrowcast.training.settling import Books, Settling
 from narrowcast.training.updates import update_for
-from narrowcast.training.window import Batch, Loss, StepInfo, Window, as_batch, as_loss, samples_in
+from narrowcast.training.window import Batch, Decision, Fate, Loss, StepInfo, Window, as_batch, as_loss, samples_in
 
 __all__ = ["Loss", "StepInfo", "Trainer", "Watch"]
-
-_log = logging.getLogger(__name__)
 
 
 class Watch(Protocol):
@@ -70,8 +68,12 @@ class Trainer:
 
     A mean loss counts by the length of the first axis of its inputs; a :class:`Loss` by its weight. With loss scaling an
     update whose losses or gradients are not finite is left out on all ranks: neither the weights nor the schedule nor
-    ``steps`` move, and the skip is in the step's info, in the log and in ``ledger``. A step waits for the device once with
-    loss scaling, and never without it.
+    ``steps`` move, and the skip is in the step's info, in the log and in ``ledger``.
+
+    Without loss scaling no step waits for the device. With it an update waits once, for the decision; but with PyTorch's
+    fused optimizers (in one process, without a watch) the device leaves updates out itself, and the host learns of it just
+    before the next backward pass, when a forward pass is queued. Only then do the schedule and the log move, and are
+    errors raised. What is read of the trainer or of a step's info is right at any time, and is waited for.
 
     Args:
         model: Any module, compiled or not; it is cast or converted in place where the precision asks for it.
@@ -115,19 +117,15 @@ class Trainer:
         if self.precision.parameters == "fp32":
             check_weights(self._parameters, self.precision.name)
         self.model = self.precision.prepare(model)
-        self.optimizer = optimizer
+        self._optimizer = optimizer
         self._moved = moved_by(optimizer)
         self.loss = loss
-        self.schedule = schedule
         self.clip_norm = clip_norm
         self.accumulate = accumulate
         self.watch = watch
         self.ranks = ranks
-        self.ledger = Ledger()
-        self.steps = 0
-        self.skipped = 0
         self._guards = self.precision.scale.guards or nonfinite == "skip"
-        self._scale = self.precision.scale.start()
+        self._decides = self._guards or self.device.type == "cpu"  # on the CPU nothing is waited for
         self._unit: float | None = None  # what the first micro-batch of the run weighed
         self._window = Window()
         self._closed_at: float | None = None
@@ -142,11 +140,44 @@ class Trainer:
         )
         self._update = update_for(optimizer, clip_norm, ranks, self._before_update)
         self._lookout = Lookout(self.device) if self.device.type == "cuda" and not self._guards else None
+        self._books = Books(self.precision.scale, schedule, ranked=ranks is not None)  # without a decision under way
+        self._settling = Settling(self._books, self._reduction, self.device, len(self._parameters))
+        self._settles_late = self._guards and self.device.type == "cuda" and (ranks is None or ranks.world == 1)
+
+    @property
+    def steps(self) -> int:
+        """Updates done so far."""
+        return self._settling.settled().steps
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out so far."""
+        return self._settling.settled().skipped
 
     @property
     def scale(self) -> float:
         """What the losses of the window at hand are multiplied with."""
-        return self._scale.value
+        return self._settling.settled().scale.value
+
+    @property
+    def ledger(self) -> Ledger:
+        """The updates left out so far."""
+        return self._settling.settled().ledger
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, with the learning rate of the next update."""
+        self._settling.settled()
+        return self._optimizer
+
+    @property
+    def schedule(self) -> torch.optim.lr_scheduler.LRScheduler | None:
+        """The learning-rate schedule, stepped after each update."""
+        return self._settling.settled().schedule
+
+    @schedule.setter
+    def schedule(self, schedule: torch.optim.lr_scheduler.LRScheduler | None) -> None:
+        self._settling.settled().schedule = schedule
 
     def step(self, batch: Batch) -> StepInfo:
         """Run one micro-batch; each ``accumulate``-th updates the weights.
@@ -168,31 +199,36 @@ class Trainer:
                 value = self.loss(self._outputs(inputs), targets)
             loss, weight, mean = as_loss(value, samples)
             total, weight = self._in_units(loss, weight, mean)
-            factor = self.scale / self.accumulate
+            factor = self.scale / self.accumulate  # settles the update before, with this forward pass queued
             (total if factor == 1.0 else total * factor).backward()
         if self.watch is not None:
             self._window.batches.append((batch, loss.detach()))
             self.watch.after_backward(self.model, self.scale)
         self._window.add(total, weight, samples)
-        return self._close(early=False) if last else self._info(self._window.total, self._window.weight)
+        if last:
+            return self._close(early=False)
+        return self._info(self._window.total, self._window.weight, Decision(Fate(self._books.steps)))
 
     def flush(self) -> StepInfo | None:
         """Close a window that holds fewer micro-batches than the others, normalised by what it holds; None if it is empty.
 
         With several ranks all must flush, with the same number of micro-batches.
         """
+        self._settling.settled()
         return self._close(early=True) if self._window.count else None
 
     def discard(self) -> None:
         """Drop the micro-batches of a window that has not closed."""
+        self._settling.settled()
         self._open()
 
     def finish(self) -> None:
-        """Wait until it is known that all updates so far were finite.
+        """Wait until it is known of all updates so far whether they were finite.
 
         Raises:
-            TrainingError: One was not.
+            TrainingError: One was not, and training cannot go on.
         """
+        self._settling.settled()
         self._look_out(wait=True)
 
     def _outputs(self, inputs: Any) -> Any:
@@ -216,29 +252,55 @@ class Trainer:
         """Decide, and update the weights or leave the update out."""
         window = self._window
         assert window.total is not None
-        check_unchanged(self.optimizer, self._moved)
+        check_unchanged(self._optimizer, self._moved)
         check_weight(window.weight)
         self._reduction.close(early=early)
         loss, weight, world = self._over_ranks(window.total, window.weight)
-        factor = self.accumulate * world / (weight * self.scale)
+        factor = self.accumulate * world / (weight * self._books.scale.value)
+        late = self._settles_late and self.watch is None and self._update.leaves_out()
         with self._wide.widened():
             gradients = Gradients(self._parameters, self.device)
-            outcome = self._update(gradients, factor, loss, decide=self._guards)
-        if outcome.known is False:
-            return self._left_out(gradients, self._info(loss, weight, norm=outcome.norm, skipped=True))
-        self.steps += 1
-        info = self._info(loss, weight, norm=outcome.norm, updated=True)
+            outcome = self._update(gradients, factor, loss, decide=not late and self._decides)
+        if late:
+            decision = self._settling.later(gradients.census(), window.total, outcome.finite)
+            info = self._info(loss, weight, decision, norm=outcome.norm)
+            self._open()
+            return info
+        made = outcome.known is not False
+        info = self._info(loss, weight, Decision(Fate.of(self._books.steps, updated=made)), norm=outcome.norm)
+        if made:
+            self._made(outcome.finite, info)
+        else:
+            self._left_out(gradients)
+        return info
+
+    def _made(self, finite: Tensor, info: StepInfo) -> None:
+        """Enter an update that was made, and open the next window."""
         if self._lookout is not None:
-            self._lookout.send(
-                outcome.finite, Sighting(self.steps - 1, window.batches[-1][0] if window.batches else None)
-            )
-        if self.schedule is not None:
-            self.schedule.step()
-        self._scale = self.precision.scale.after(self._scale, True)
+            batches = self._window.batches
+            self._lookout.send(finite, Sighting(self._books.steps, batches[-1][0] if batches else None))
+        self._books.count()
         if self.watch is not None:
             self.watch.after_update(self.model, info)
         self._open()
-        return info
+
+    def _left_out(self, gradients: Gradients) -> None:
+        """Say where the numbers broke, and open the next window with what the scale makes of it.
+
+        Raises:
+            TrainingError: Without loss scaling, unless told to skip; or when a scale has no answer left.
+        """
+        window, own = self._window, self._window.total
+        assert own is not None
+        if self.watch is not None and (batch := window.first_broken()) is not None:
+            self.watch.on_nonfinite(self, batch, self._books.steps)
+        origin = self._reduction.origin(gradients.broken(), own)
+        if not self._guards:
+            where = "" if self.ranks is None or origin.rank is None else f" on rank {origin.rank}"
+            layer = f"; the first in the backward pass is {origin.layers[0]}" if origin.layers else ""
+            raise self._stopped(self._books.steps, where + layer)
+        self._open()
+        self._books.leave_out(origin)
 
     def _over_ranks(self, total: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor | float, int]:
         """Return a window's loss and weight summed over ranks, and how many ranks gradients are the mean of."""
@@ -251,52 +313,6 @@ class Trainer:
     def _before_update(self) -> None:
         if self.watch is not None:
             self.watch.before_update(self.model)
-
-    def _left_out(self, gradients: Gradients, info: StepInfo) -> StepInfo:
-        """Say where the numbers broke, and open the next window with what the scale makes of it.
-
-        Raises:
-            TrainingError: Without loss scaling, unless told to skip; or when a scale has no answer left.
-        """
-        window, own = self._window, self._window.total
-        assert own is not None
-        if self.watch is not None and (batch := window.first_broken()) is not None:
-            self.watch.on_nonfinite(self, batch, self.steps)
-        rank, layers, kind = self._reduction.origin(gradients.broken(), own)
-        where = "" if self.ranks is None or rank is None else f" on rank {rank}"
-        if not self._guards:
-            raise self._stopped(
-                self.steps, where + (f"; the first in the backward pass is {layers[0]}" if layers else "")
-            )
-        skip = Skip(self.steps, self.steps + self.skipped, rank, layers, kind, self.scale)
-        self.ledger.add(skip)
-        self.skipped += 1
-        self._scale = self.precision.scale.after(self._scale, False)
-        _log.warning(
-            "update %d left out: %s in %s%s; loss scale %g -> %g",
-            skip.step,
-            skip.kind,
-            f"the gradient of {layers[0]}" if layers else "the loss",
-            where,
-            skip.scale,
-            self.scale,
-        )
-        self._open()
-        self._check_patience(skip)
-        return info
-
-    def _check_patience(self, skip: Skip) -> None:
-        patience = self.precision.scale.patience
-        if self._scale.stuck < patience:
-            return
-        where = f"the gradient of {skip.layers[0]}" if skip.layers else "the loss"
-        layer = skip.layers[0].rpartition(".")[0] if skip.layers else "LAYER"
-        raise TrainingError(
-            f"{patience} updates in a row were left out at loss scale {skip.scale:g}, which falls no further "
-            f"({skip.kind} in {where}, step {skip.step})",
-            next_step="check the data for NaN, lower the learning rate, set clip_norm, keep that layer in FP32 with "
-            f"overrides={{{layer!r}: 'fp32'}}, or use bf16-mixed",
-        )
 
     def _look_out(self, *, wait: bool = False) -> None:
         seen = self._lookout.arrived(wait=wait) if self._lookout is not None else None
@@ -315,27 +331,19 @@ class Trainer:
 
     def _open(self) -> None:
         """Open the next window."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         self._reduction.open()
         self._window = Window()
         self._closed_at = time.perf_counter()
 
     def _info(
-        self,
-        loss: Tensor | None,
-        weight: Tensor | float,
-        *,
-        norm: Tensor | None = None,
-        updated: bool = False,
-        skipped: bool = False,
+        self, loss: Tensor | None, weight: Tensor | float, decision: Decision, *, norm: Tensor | None = None
     ) -> StepInfo:
         assert loss is not None
         seconds = None if self._closed_at is None else time.perf_counter() - self._closed_at
         return StepInfo(
-            step=self.steps,
-            updated=updated,
-            skipped=skipped,
-            scale=self.scale,
+            decision=decision,
+            scale=self._books.scale.value,
             samples_per_s=None if seconds is None else self._window.samples / max(seconds, 1e-9),
             mean_loss=loss if isinstance(weight, float) and weight == 1.0 else loss / weight,
             norm=norm,
@@ -343,7 +351,7 @@ class Trainer:
         )
 
     def _rate(self) -> Tensor | float:
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self._optimizer.param_groups[0]["lr"]
         return rate.clone() if isinstance(rate, Tensor) else rate  # a schedule changes tensors in place
 
     def state_dict(self) -> dict[str, Any]:
@@ -366,7 +374,7 @@ class Trainer:
             "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "scale": dict(self._scale._asdict()),
+            "scale": dict(self._books.scale._asdict()),
             "rounding": self._wide.state_dict(),
             "counters": {"steps": self.steps, "skipped": self.skipped, "unit": self._unit},
         }
@@ -397,6 +405,6 @@ class Trainer:
         if self.schedule is not None:
             self.schedule.load_state_dict(dict(state["schedule"]))
         self._wide.load_state_dict(state["rounding"])
-        self._scale = ScaleState(**state["scale"])
+        self._books.scale = ScaleState(**state["scale"])
         counters = state["counters"]
-        self.steps, self.skipped, self._unit = counters["steps"], counters["skipped"], counters["unit"]
+        self._books.steps, self._books.skipped, self._unit = counters["steps"], counters["skipped"], counters["unit"]

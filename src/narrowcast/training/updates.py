@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
     Args:
         norm: Norm of all gradients, unscaled and before clipping; 0-d.
         finite: Whether the losses and all gradients are finite, on every rank; 0-d, bool.
-        known: The same on the host, if the host knows already.
+        known: The same on the host; None if it was not to be known there.
     """
 
     norm: Tensor
@@ -37,6 +37,10 @@ class Outcome(NamedTuple):
 class Update(Protocol):
     """Moves the weights by their gradients, or leaves them as they are where those are not finite."""
 
+    def leaves_out(self) -> bool:
+        """Return whether the device leaves the next update out by itself, and the gradients' census says what broke."""
+        ...
+
     def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
         """Update.
 
@@ -44,7 +48,8 @@ class Update(Protocol):
             gradients: As the backward passes left them.
             factor: What makes them the gradients of the mean loss: unscales and normalises.
             loss: The window's loss, 0-d; one that is not finite stops the update as a gradient does.
-            decide: Whether the host must know the outcome before it goes on, at the price of waiting for the device.
+            decide: Whether the host must know the outcome before it goes on, at the price of waiting for the device. Without,
+                weights are harmed by what is not finite unless the update leaves itself out.
         """
         ...
 
@@ -73,6 +78,9 @@ class _Own:
         self._clip_norm = clip_norm
         self._before = before
 
+    def leaves_out(self) -> bool:
+        return False  # it does, but takes no norm of each gradient, and nobody keeps the gradients
+
     def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
         self._before()
         inverse = torch.where(loss.isfinite(), factor, torch.nan)  # a factor of NaN makes every gradient one
@@ -91,8 +99,21 @@ class _Fused:
         keeps = isinstance(optimizer, SGD) and any(group["momentum"] for group in optimizer.param_groups)
         self._first = _Plain(optimizer, clip_norm, ranks, before) if keeps else None
 
+    def leaves_out(self) -> bool:
+        return self._first is None or not self._begins()
+
+    def _begins(self) -> bool:
+        """Return whether a parameter is about to get its first momentum."""
+        state = self._optimizer.state
+        return any(
+            one.grad is not None and "momentum_buffer" not in state.get(one, {})
+            for group in self._optimizer.param_groups
+            if group["momentum"]
+            for one in group["params"]
+        )
+
     def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
-        if self._first is not None and not self._optimizer.state:
+        if self._first is not None and self._begins():
             # SGD keeps its first gradients as momentum: told to leave that update out, it would keep what the memory held.
             return self._first(gradients, factor, loss, decide=decide)
         norm, finite, factor = _measured(gradients, factor, loss, self._clip_norm, self._ranks)
@@ -122,6 +143,9 @@ class _Plain:
         self._ranks = ranks
         self._before = before
 
+    def leaves_out(self) -> bool:
+        return False
+
     def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
         norm, finite, factor = _measured(gradients, factor, loss, self._clip_norm, self._ranks)
         known = _on_host(finite, decide)
@@ -148,10 +172,10 @@ def _measured(
 
 
 def _on_host(flag: Tensor, decide: bool) -> bool | None:
-    """Return a flag as the host knows it: on the CPU always, and from a device only if it must be waited for."""
-    if flag.device.type == "cpu":
-        return bool(flag.numpy())
-    return bool(flag) if decide else None
+    """Return a flag on the host, which waits for it, or None."""
+    if not decide:
+        return None
+    return bool(flag.numpy()) if flag.device.type == "cpu" else bool(flag)
 
 
 def _is_fused(optimizer: Optimizer) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from narrowcast.errors import TrainingError
 
-__all__ = ["Batch", "Loss", "StepInfo", "Window", "as_batch", "as_loss", "samples_in"]
+__all__ = ["Batch", "Decision", "Fate", "Loss", "StepInfo", "Window", "as_batch", "as_loss", "samples_in"]
 
 #: Inputs (a tensor, a tuple of arguments, or a dict of arguments by name) and targets.
 Batch = tuple[Any, Any]
@@ -30,14 +30,59 @@ class Loss(NamedTuple):
     weight: Tensor | float
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """What a step did. Tensors stay on the device: reading ``loss``, ``grad_norm`` or ``lr`` waits for them.
+class Fate(NamedTuple):
+    """What became of a step.
 
     Args:
         step: Updates done so far.
-        updated: Whether this step moved the weights.
-        skipped: Whether it would have, and was left out as a gradient or a loss is not finite.
+        updated: Whether the step moved the weights.
+        skipped: Whether it would have, and was left out.
+    """
+
+    step: int
+    updated: bool = False
+    skipped: bool = False
+
+    @classmethod
+    def of(cls, steps: int, *, updated: bool) -> Fate:
+        """Return the fate of a step that closed a window, after a number of updates."""
+        return cls(steps + updated, updated, not updated)
+
+
+class Decision:
+    """What became of a step: known at once, or found out when somebody asks.
+
+    Args:
+        fate: What is known.
+        ask: Has it settled, where it is not known.
+    """
+
+    def __init__(self, fate: Fate | None = None, ask: Callable[[], object] | None = None) -> None:
+        self._fate = fate
+        self._ask = ask
+
+    def settle(self, fate: Fate) -> None:
+        """Note what became of the step."""
+        self._fate, self._ask = fate, None
+
+    def read(self) -> Fate:
+        """Return what became of the step; waits for the device if that is not known yet."""
+        if self._ask is not None:
+            self._ask()
+        assert self._fate is not None
+        return self._fate
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a step did.
+
+    Tensors stay on the device: reading ``loss``, ``grad_norm`` or ``lr`` waits for them. So may reading ``step``,
+    ``updated`` or ``skipped`` of a step that closed a window, where the device decides: it then raises what the trainer
+    raises when training cannot go on.
+
+    Args:
+        decision: What became of the step.
         scale: The loss scale that the step ran with.
         samples_per_s: Samples of this rank per second since the last window closed; None in the first.
         mean_loss: Mean loss of the window so far, 0-d; of all ranks once it has closed.
@@ -45,14 +90,27 @@ class StepInfo:
         rate: Learning rate of the first parameter group in this step.
     """
 
-    step: int
-    updated: bool
-    skipped: bool
+    decision: Decision = field(repr=False)
     scale: float
     samples_per_s: float | None
     mean_loss: Tensor
     norm: Tensor | None
     rate: Tensor | float
+
+    @property
+    def step(self) -> int:
+        """Updates done so far."""
+        return self.decision.read().step
+
+    @property
+    def updated(self) -> bool:
+        """Whether this step moved the weights."""
+        return self.decision.read().updated
+
+    @property
+    def skipped(self) -> bool:
+        """Whether it would have, and was left out as a gradient or a loss is not finite."""
+        return self.decision.read().skipped
 
     @property
     def loss(self) -> float:
