@@ -22,6 +22,7 @@ from narrowcast.report.doctor_words import (
     magnitude,
     part_words,
     range_words,
+    sample_words,
     scale_words,
     scaled_words,
 )
@@ -155,6 +156,11 @@ def _keys(run: Run) -> list[_Key]:
         ),
         _Key("Left out", text.integer(len(run.skipped)), "updates with a gradient that is not finite"),
     ]
+    count, numbers = run.counted
+    if count < numbers:
+        keys.append(
+            _Key("Numbers counted", text.integer(count), f"shares are of this sample of {text.integer(numbers)}")
+        )
     if any(reading.scale != 1 for reading in readings):
         keys.append(_Key("Loss scale", scale_words(run.scale), "of the last update"))
     return keys
@@ -260,7 +266,7 @@ def _row(layer: LayerView, view: PartView, formats: Sequence[str]) -> _Row:
 
 def _broken(view: PartView) -> str:
     if not view.infinite + view.nan:
-        return f"{text.integer(view.count)} numbers, the smallest above {magnitude(view.smallest)}"
+        return f"{sample_words(view.count, view.numbers)}, the smallest above {magnitude(view.smallest)}"
     return f"{text.integer(view.infinite)} infinities, {text.integer(view.nan)} NaN"
 
 

@@ -60,6 +60,7 @@ def _part(view: PartView) -> dict[str, Any]:
         "largest": view.largest if math.isfinite(view.largest) else str(view.largest),
         "smallest": view.smallest,
         "count": view.count,
+        "numbers": view.numbers,
         "infinite": view.infinite,
         "nan": view.nan,
         "formats": {name: _held(held) for name, held in view.held.items()},

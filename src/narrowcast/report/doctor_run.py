@@ -95,6 +95,7 @@ class PartView:
         largest: The largest finite magnitude; 0 if there is none.
         smallest: What every number but zeros exceeds.
         count: Numbers that were counted.
+        numbers: Numbers that there were; if they are more, shares are of a sample.
         infinite: How many infinities.
         nan: How many NaN.
         held: By format.
@@ -104,6 +105,7 @@ class PartView:
     largest: float
     smallest: float
     count: int
+    numbers: int
     infinite: int
     nan: int
     held: dict[str, Held]
@@ -191,6 +193,12 @@ class Run:
         if self.skips:
             return tuple(skip.step for skip in self.skips)
         return tuple(reading.step for reading in self.record.readings if reading.skipped)
+
+    @cached_property
+    def counted(self) -> tuple[int, int]:
+        """How many numbers were counted, and how many there were; if they are more, shares are of a sample."""
+        views = [view for layer in self.layers for view in layer.parts.values()]
+        return sum(view.count for view in views), sum(view.numbers for view in views)
 
     @property
     def stored(self) -> str:
@@ -340,6 +348,7 @@ def _part(series: Series, formats: Sequence[str], scale: float) -> PartView:
         largest=largest,
         smallest=float(EDGES[used[0]]) if used.size else 0.0,
         count=int(series.total.sum()),
+        numbers=series.numbers,
         infinite=int(series.total[INFINITE]),
         nan=int(series.total[NOT_A_NUMBER]),
         held={name: _held(series, name, largest, carried) for name in formats},

@@ -19,6 +19,7 @@ from narrowcast.report.doctor_words import (
     held_words,
     magnitude,
     part_words,
+    sample_words,
     scale_words,
     scaled_words,
 )
@@ -87,7 +88,10 @@ def _about(run: Run) -> str:
     steps = text.integer(run.steps)
     skipped = f"{text.integer(len(run.skipped))} update{'' if len(run.skipped) == 1 else 's'} left out"
     scale = f", loss scale {scale_words(run.scale)}" if any(one.scale != 1 for one in run.readings) else ""
-    return f"{setting.precision}, {steps} steps, {skipped}{scale}; {setting.level} level, sampled each {setting.every} steps"
+    count, numbers = run.counted
+    sample = f"; shares are of {sample_words(count, numbers)}" if count < numbers else ""
+    level = f"{setting.level} level, sampled each {setting.every} steps"
+    return f"{setting.precision}, {steps} steps, {skipped}{scale}; {level}{sample}"
 
 
 def _cause(cause: Cause, again: str, say: Say) -> Iterator[Text | Padding]:

@@ -17,6 +17,7 @@ __all__ = [
     "magnitude",
     "part_words",
     "range_words",
+    "sample_words",
     "scale_words",
     "scaled_words",
 ]
@@ -37,6 +38,16 @@ _KINDS = {
     "stagnant": "updates too small to move the weights",
 }
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def sample_words(count: int, numbers: int) -> str:
+    """Return what shares are shares of: all numbers, or a sample of them.
+
+    >>> sample_words(1200, 1200), sample_words(1200, 90000)
+    ('1,200 numbers', 'a sample of 1,200 of 90,000 numbers')
+    """
+    every = f"{text.integer(numbers)} numbers"
+    return every if count == numbers else f"a sample of {text.integer(count)} of {every}"
 
 
 def part_words(part: Part) -> str:

@@ -15,9 +15,9 @@ from torch import Tensor
 __all__ = ["add_", "copy_", "multiply_", "norms", "subtract_"]
 
 
-def norms(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the L2 norm of each tensor: 0-d, in its dtype."""
-    return tuple(torch._foreach_norm(list(tensors)))
+def norms(tensors: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor, ...]:
+    """Return the norm of each tensor, L2 unless another order is asked for: 0-d, in its dtype."""
+    return tuple(torch._foreach_norm(list(tensors), order))
 
 
 def multiply_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:

@@ -64,6 +64,7 @@ def _series(layer: str, part: Part, centre: float, spread: float, rng: np.random
         columns=fold(buckets),
         largest=np.array([one.max() for one in values]),
         total=buckets.sum(0),
+        numbers=int(buckets.sum()),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -24,17 +26,18 @@ from narrowcast.training.doctor.buckets import (
     largest_edge,
     smallest_edge,
 )
-from narrowcast.training.doctor.histograms import Counter, dense_view, sampled
+from narrowcast.training.doctor.histograms import Counter, dense_view, sampled, spacing
 from narrowcast.training.doctor.histories import shifted
 from narrowcast.training.doctor.whatif import overflow_limit, shares, stagnant, underflow_limit
 
 torch.set_num_threads(1)
 
 
-def counted(*tensors, divisor=1.0):
+def counted(*tensors, divisor=1.0, limit=1 << 20):
     counter = Counter(1, torch.device("cpu"))
     for tensor in tensors:
-        counter.add(0, tensor, divisor)
+        counter.add(0, sampled(tensor, limit), divisor)
+    counter.flush()
     return counter.counts[0].numpy(), float(counter.largest[0])
 
 
@@ -100,15 +103,103 @@ def test_layouts_and_divisors_do_not_matter():
         assert dense_view(view).data_ptr() == view.data_ptr()
     doubled = torch.stack([image, image], -1)[..., 0]  # not dense
     assert (counted(doubled)[0] == plain).all()
-    assert (counted(numbers * 1024, divisor=torch.tensor(1024.0))[0] == plain).all()
+    assert (counted(numbers * 1024, divisor=1024.0)[0] == plain).all()
     assert (counted(torch.view_as_complex(numbers.view(-1, 2)))[0] == plain).all()
     assert (counted(torch.empty(0))[0] == 0).all()
 
 
-def test_samples_are_spread_evenly():
+def test_samples_are_spread_evenly_and_hold_both_ends():
     numbers = torch.arange(100.0)
-    assert sampled(numbers, 200).numel() == 100
-    assert sampled(numbers, 30).tolist() == numbers[::4].tolist()
+    assert sampled(numbers, 100).tolist() == numbers.tolist()
+    assert spacing(100, 30) == 7  # 4, 5 and 6 have a divisor in common with 100
+    assert sampled(numbers, 30).tolist() == [*numbers[::7].tolist(), 0.0, 99.0]
+    assert sampled(torch.tensor(3.0), 30).tolist() == [3.0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 1 << 40), st.integers(1, 1 << 20))
+def test_samples_are_at_most_so_many(numbers, limit):
+    distance = spacing(numbers, limit)
+    assert -(-numbers // distance) <= limit
+    assert distance == 1 or math.gcd(distance, numbers) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sample_counts_a_small_tensor_in_full(dtype):
+    numbers = wide_numbers(low=-8, high=7, count=3_000).view(30, 100).to(dtype)
+    sizes = numbers.abs().double().numpy().ravel()
+    expected = np.bincount(np.searchsorted(EDGES, sizes, side="left"), minlength=BUCKETS)
+    for view in (numbers, numbers.t(), numbers.view(3, 10, 10, 10).to(memory_format=torch.channels_last)):
+        counts, largest = counted(view, limit=3_000)
+        assert (counts == expected).all()
+        assert largest == sizes.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2])
+@pytest.mark.parametrize("outlier", [49_152.0, -49_152.0])
+def test_the_largest_is_exact_where_the_sample_misses_it(dtype, outlier):
+    numbers = torch.rand(64, 1024).to(dtype)
+    numbers[0, 1] = outlier  # between the first two numbers of the sample
+    counts, largest = counted(numbers, limit=1000)
+    assert largest == 49_152.0
+    assert counts.sum() == -(-numbers.numel() // spacing(numbers.numel(), 1000)) + 2
+    held = shares(counts, "e4m3fn", largest=largest)
+    assert 0 < held.overflow.low == held.overflow.high < 0.01
+    assert not shares(counts, "e5m2", largest=largest).overflow.high
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_seen_where_the_sample_misses_it(value):
+    numbers = torch.rand(64, 1024)
+    numbers[0, 1] = value
+    counts, largest = counted(numbers, limit=1000)
+    found = shares(counts, "fp16", largest=largest)
+    assert (found.nan if value != value else found.infinite) > 0
+    assert 0.9 < largest < 1
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 16, 16), (8, 48, 14, 14), (2, 256, 32, 16)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_samples_come_from_all_channels_rows_and_columns_alike(shape, channels_last):
+    for axis in range(1, 4):
+        sizes = [-1 if place == axis else 1 for place in range(4)]
+        numbers = torch.arange(float(shape[axis])).view(sizes).expand(shape)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        image = numbers.contiguous(memory_format=layout)
+        taken = sampled(image, image.numel() // 16)[:-2]
+        assert taken.numel() > image.numel() // 32
+        often = torch.bincount(taken.long(), minlength=shape[axis])
+        assert often.min() >= 0.8 * taken.numel() / shape[axis] - 1
+        assert often.max() <= 1.2 * taken.numel() / shape[axis] + 1
+
+
+def test_shares_of_a_sample_are_near_those_of_all():
+    image = wide_numbers(count=1 << 20, low=-30, high=10).view(16, 64, 32, 32).to(memory_format=torch.channels_last)
+    image *= torch.exp2(torch.arange(64.0) / 8 - 4).view(1, -1, 1, 1)  # channels of very different size
+    whole, part = (shares(counted(image, limit=limit)[0], "e5m2").zero.high for limit in (1 << 20, 1 << 16))
+    assert 0.2 < whole < 0.8
+    assert part == pytest.approx(whole, abs=0.01)  # five standard deviations of 2**16 draws
+
+
+def test_many_tensors_of_all_kinds_count_as_each_alone():
+    counter = Counter(3, torch.device("cpu"))
+    given_ = [(place % 3, wide_numbers(place, count=100 + place, low=-8, high=7)) for place in range(12)]
+    given_ = [
+        (slot, one.to(torch.bfloat16 if place % 2 else torch.float32)) for place, (slot, one) in enumerate(given_)
+    ]
+    for slot, one in given_:
+        counter.add(slot, one, 2.0 if slot == 1 else 1.0)
+    counter.flush()
+    for slot in range(3):
+        alone = [counted(one, divisor=2.0 if slot == 1 else 1.0) for number, one in given_ if number == slot]
+        assert (counter.counts[slot].numpy() == sum(counts for counts, _ in alone)).all()
+        assert float(counter.largest[slot]) == max(largest for _, largest in alone)
+
+
+def test_a_known_largest_hides_no_number_beyond_it():
+    counts, _ = counted(torch.tensor([1.0, 70_000.0]))
+    assert shares(counts, "fp16", largest=1.0).overflow.low == 0.5
+    assert shares(counts, "fp16", largest=70_000.0).overflow == (0.5, 0.5)
 
 
 def test_shifting_a_histogram_is_scaling_its_numbers():

@@ -10,7 +10,7 @@ import pytest
 
 from narrowcast.errors import ArtifactError, FormatError, TrainingError
 from narrowcast.training.doctor.buckets import BUCKETS, EDGES
-from narrowcast.training.doctor.histories import Histories, format_advice, scale_advice
+from narrowcast.training.doctor.histories import Histories, Sample, format_advice, scale_advice
 from narrowcast.training.doctor.record import (
     Cause,
     Event,
@@ -38,7 +38,7 @@ def histogram(numbers):
 def series_of(numbers, part=Part.BACKWARD, layer="head", steps=1):
     histories = Histories()
     for step in range(steps):
-        histories.add(layer, part, step, 1.0, histogram(numbers), max(map(abs, numbers)))
+        histories.add(layer, part, Sample(step, 1.0, histogram(numbers), max(map(abs, numbers)), len(numbers)))
     return histories.series([layer])
 
 
@@ -79,10 +79,39 @@ def test_long_runs_keep_few_samples_and_count_all(tmp_path):
     (series,) = series_of([1.0, 0.5], steps=1000)
     assert 32 <= len(series.steps) <= 64
     assert set(np.diff(series.steps)) == {series.steps[1] - series.steps[0]}
-    assert series.total.sum() == 2000
+    assert series.total.sum() == series.numbers == 2000
+    assert not series.sampled
     write_series(tmp_path, [series])
     append(tmp_path, [SETTING])
     assert (read(tmp_path).series[0].columns == series.columns).all()
+
+
+def test_a_peak_is_kept_when_its_sample_is_dropped():
+    histories = Histories()
+    for step in range(1000):
+        size = 300.0 if step == 777 else 1.0
+        histories.add("head", Part.FORWARD, Sample(step, 1.0, histogram([size]), size, 1))
+    (series,) = histories.series(["head"])
+    assert 777 not in series.steps
+    assert series.largest.max() == 300.0
+    assert series.steps[series.largest.argmax()] == max(step for step in series.steps if step < 777)
+
+
+def test_advice_from_a_sample_says_so(tmp_path):
+    histories = Histories()
+    for part in (Part.FORWARD, Part.BACKWARD):
+        histories.add("head", part, Sample(0, 1.0, histogram([2.0**-60] * 1999 + [1.0]), 1.0, 50_000))
+    series = histories.series(["head"])
+    write_series(tmp_path, series)
+    append(tmp_path, [SETTING])
+    assert [(one.numbers, one.sampled) for one in read(tmp_path).series] == [(50_000, True)] * 2
+    evidence = scale_advice(series).evidence
+    assert evidence.startswith("the largest of 50,000 gradients is 1,")
+    assert "of a sample of 2,000 the share that becomes zero falls from 99.950%" in evidence
+    advice = format_advice(series, ("fp16", "bf16"))
+    assert [one.format for one in advice] == ["bf16", "bf16"]
+    assert all("99.950% of a sample of 2,000 numbers would be zero" in one.evidence for one in advice)
+    assert "sample" not in scale_advice(series_of([1.0, 0.5])).evidence
 
 
 def test_the_scale_is_the_largest_power_of_two_with_room():

@@ -14,6 +14,7 @@ from narrowcast.errors import TrainingError
 from narrowcast.training.doctor.cause import first_cause
 from narrowcast.training.doctor.record import Part
 from narrowcast.training.doctor.sampling import targets
+from narrowcast.training.doctor.whatif import shares
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,32 @@ def test_a_shared_module_counts_each_call_once():
     doctor.close()
     assert int(doctor.record().of("first", Part.FORWARD).total.sum()) == 3 * 4 * 8
     assert int(doctor.record().of("first", Part.BACKWARD).total.sum()) == 3 * 4 * 8
+
+
+def test_large_tensors_are_sampled_and_their_largest_is_exact():
+    spike = torch.zeros(1000, 600)
+    spike[0, 1] = 7e4  # beside the first number of the sample
+
+    class Spiked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + spike
+
+    model = nn.Sequential(Spiked(1, 600), nn.ReLU(inplace=True))
+    batch = torch.rand(1000, 1), torch.zeros(1000, 600)
+    expected = model[0](batch[0]).detach().abs().max()
+    trainer, doctor = watched(model, squares, level="deep", every=1)
+    trainer.step(batch)
+    doctor.close()
+    for layer, part in (("0", Part.FORWARD), ("1", Part.FORWARD), ("1", Part.BACKWARD)):
+        series = doctor.record().of(layer, part)
+        assert series.numbers == 600_000
+        assert series.sampled
+        assert series.total.sum() <= (1 << 18) + 2
+    series = doctor.record().of("0", Part.FORWARD)
+    assert series.largest.tolist() == [float(expected)]
+    assert shares(series.total, "fp16", largest=float(expected)).overflow.low == 1 / series.total.sum()
+    weights = doctor.record().of("0", Part.WEIGHT)
+    assert weights.numbers == weights.total.sum() == 1200
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -41,6 +41,8 @@ INFINITE_COLUMN = 256
 NAN_COLUMN = 257
 #: Columns in all.
 COLUMNS = 258
+#: The first bucket of each column.
+_FIRST = np.array([0, *range(1, INFINITE, PER_OCTAVE), INFINITE, NOT_A_NUMBER])
 
 
 def _edges() -> np.ndarray:
@@ -63,9 +65,7 @@ def fold(counts: np.ndarray) -> np.ndarray:
     Returns:
         Shape [..., COLUMNS], int64.
     """
-    counts = np.asarray(counts, np.int64)
-    finite = counts[..., 1:INFINITE].reshape(*counts.shape[:-1], 255, PER_OCTAVE).sum(-1)
-    return np.concatenate([counts[..., :1], finite, counts[..., INFINITE:]], axis=-1)
+    return np.add.reduceat(np.asarray(counts, np.int64), _FIRST, axis=-1)
 
 
 def column_exponent(column: int) -> int:

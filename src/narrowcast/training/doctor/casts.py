@@ -57,14 +57,21 @@ class CastCounter(TorchDispatchMode):
         self._paths = paths
         self._counts: dict[tuple[Place, str, float], list[Tensor]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return (
+            False  # nothing is compiled while it counts, and what keeps Dynamo away costs as much as the counter itself
+        )
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if wrapped(types):
+        if types and wrapped(types):
             return NotImplemented  # a subclass of Tensor goes on with plain tensors, which are seen
-        place = self._paths.here()
         limit = _limit(func, args, kwargs)
-        if limit is not None:
-            key = (place._replace(towards="", node=""), str(func.overloadpacket), limit)
+        if limit is None:
+            self._paths.follow()
+        else:
+            key = (self._paths.here()._replace(towards="", node=""), str(func.overloadpacket), limit)
             self._counts.setdefault(key, []).append(_count(args[0], limit))
         return func(*args, **kwargs)
 

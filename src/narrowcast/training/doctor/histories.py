@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,12 +15,30 @@ from narrowcast.training.doctor import whatif
 from narrowcast.training.doctor.buckets import BUCKETS, COLUMNS, INFINITE, PER_OCTAVE, fold, largest_edge
 from narrowcast.training.doctor.record import FormatAdvice, Part, ScaleAdvice, Series
 
-__all__ = ["Histories", "format_advice", "scale_advice", "shifted"]
+__all__ = ["Histories", "Sample", "format_advice", "scale_advice", "shifted"]
 
 _TIMES = 64  # samples that a series keeps; when there are more, every other one goes
 _MARGIN = 8.0  # room above the largest gradient seen
 _HIGHEST = 2.0**24  # a loss scale beyond it gains nothing: FP32's own products end soon after
 _LOST = 1e-3  # share of the numbers that a format may turn to zero and still be advised
+
+
+class Sample(NamedTuple):
+    """A layer's numbers at one step.
+
+    Attributes:
+        step: Updates done before.
+        scale: The loss scale at that time.
+        counts: Shape [BUCKETS].
+        largest: The largest finite magnitude.
+        numbers: How many numbers the tensors hold, which may be more than were counted.
+    """
+
+    step: int
+    scale: float
+    counts: np.ndarray
+    largest: float
+    numbers: int
 
 
 @dataclass
@@ -28,20 +48,25 @@ class _History:
     columns: list[np.ndarray] = field(default_factory=list[np.ndarray])
     largest: list[float] = field(default_factory=list[float])
     total: np.ndarray = field(default_factory=lambda: np.zeros(BUCKETS, np.int64))
+    numbers: int = 0
     stride: int = 1
     seen: int = 0
 
-    def add(self, step: int, scale: float, counts: np.ndarray, largest: float) -> None:
-        self.total += counts
+    def add(self, sample: Sample) -> None:
+        self.total += sample.counts
+        self.numbers += sample.numbers
         if self.seen % self.stride == 0:
-            self.steps.append(step)
-            self.scales.append(scale)
-            self.columns.append(fold(counts))
-            self.largest.append(largest)
+            self.steps.append(sample.step)
+            self.scales.append(sample.scale)
+            self.columns.append(fold(sample.counts))
+            self.largest.append(sample.largest)
+        else:
+            self.largest[-1] = max(self.largest[-1], sample.largest)
         self.seen += 1
         if len(self.steps) > _TIMES:
             self.stride *= 2
-            for values in (self.steps, self.scales, self.columns, self.largest):
+            self.largest = [max(pair) for pair in zip_longest(self.largest[::2], self.largest[1::2], fillvalue=0.0)]
+            for values in (self.steps, self.scales, self.columns):
                 del values[1::2]
 
     def series(self, layer: str, part: Part) -> Series:
@@ -53,6 +78,7 @@ class _History:
             np.stack(self.columns) if self.columns else np.zeros((0, COLUMNS), np.int64),
             np.array(self.largest),
             self.total.copy(),
+            self.numbers,
         )
 
 
@@ -62,9 +88,11 @@ class Histories:
     def __init__(self) -> None:
         self._all: dict[tuple[str, Part], _History] = {}
 
-    def add(self, layer: str, part: Part, step: int, scale: float, counts: np.ndarray, largest: float) -> None:
-        """Add a sample: counts of shape [BUCKETS], and the largest finite magnitude."""
-        self._all.setdefault((layer, part), _History()).add(step, scale, counts, largest)
+    def add(self, layer: str, part: Part, sample: Sample) -> None:
+        """Add what was counted at a step."""
+        if (layer, part) not in self._all:
+            self._all[layer, part] = _History()
+        self._all[layer, part].add(sample)
 
     def take_up(self, series: Series, step: int) -> None:
         """Go on with a series that was written before, as far as it goes back behind a step.
@@ -78,6 +106,7 @@ class Histories:
             columns=list(series.columns[:kept]),
             largest=series.largest[:kept].tolist(),
             total=series.total.copy(),
+            numbers=series.numbers,
         )
 
     def series(self, layers: Sequence[str]) -> tuple[Series, ...]:
@@ -119,7 +148,9 @@ def scale_advice(series: Sequence[Series], format: str = "fp16") -> ScaleAdvice 
     scale = min(2.0**exponent, _HIGHEST)
     before = whatif.shares(total, format).zero.high
     after = whatif.shares(total, format, scale=scale).zero.high
-    numbers = int(total.sum())
+    numbers = sum(one.numbers for one in chosen)
+    counted = int(total.sum())
+    share = "the share" if counted == numbers else f"of a sample of {counted:,} the share"
     margin = found.max / (largest * scale)
     return ScaleAdvice(
         scale=scale,
@@ -128,8 +159,8 @@ def scale_advice(series: Sequence[Series], format: str = "fp16") -> ScaleAdvice 
         lost=before,
         lost_scaled=after,
         evidence=(
-            f"the largest of {numbers:,} gradients counted is {largest:.3g}, so times {scale:g} it stays {margin:.3g} times "
-            f"below {found.name}'s largest number; the share that becomes zero falls from {before:.3%} to {after:.3%}"
+            f"the largest of {numbers:,} gradients is {largest:.3g}, so times {scale:g} it stays {margin:.3g} times below "
+            f"{found.name}'s largest number; {share} that becomes zero falls from {before:.3%} to {after:.3%}"
         ),
     )
 
@@ -150,11 +181,15 @@ def format_advice(series: Sequence[Series], formats: Sequence[str]) -> tuple[For
 
 def _advice(series: Series, formats: Sequence[Format]) -> FormatAdvice:
     largest = largest_edge(series.total)
+    counted = f" of a sample of {int(series.total.sum()):,} numbers" if series.sampled else ""
     tried: list[str] = []
     for format in formats:
         scale = 2.0 ** math.floor(math.log2(format.max / 2 / largest)) if largest else 1.0
         shares = whatif.shares(series.total, format, scale=scale)
-        seen = f"{format.name} times {scale:g}: {shares.zero.high:.3%} would be zero, {shares.subnormal.high:.3%} subnormal"
+        seen = (
+            f"{format.name} times {scale:g}: {shares.zero.high:.3%}{counted} would be zero, {shares.subnormal.high:.3%} "
+            "subnormal"
+        )
         if shares.zero.high <= _LOST and not shares.overflow.high:
             return FormatAdvice(
                 layer=series.layer,

@@ -84,11 +84,13 @@ class Journal:
         return Record(self._setting, tuple(self.readings), tuple(self.events), self.series(), self.summary())
 
     def save(self) -> None:
-        """Append what is new to the folder; every tenth time, write all."""
+        """Append what is new to the folder, if there is one; every tenth time, write all."""
+        if self._folder is None:
+            return
         self._saves += 1
         if self._saves % _WRITES == 0:
             self.write()
-        elif self._folder is not None:
+        else:
             record.append(self._folder, self._unwritten)
             self._unwritten = []
 

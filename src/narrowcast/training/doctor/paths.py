@@ -90,11 +90,17 @@ class Paths:
         """The innermost module that runs forward, else ``loss``."""
         return self._stack[-1] if self._stack else OUTSIDE
 
+    def follow(self) -> bool:
+        """Remember where the operator that runs now belongs, and return whether it runs forward; as :meth:`here`, but quick."""
+        if _ENGINE._current_graph_task_id() != -1 and not self._stack:  # inside a module, it is computed again
+            return False
+        # Autograd has numbered the operator's node by now: the number given out last is its own.
+        self._forward.setdefault(_ENGINE._autograd._get_sequence_nr() - 1, self.forward)
+        return True
+
     def here(self) -> Place:
         """Return where the operator that runs now belongs; to be asked below autograd, in a dispatch mode."""
-        if _ENGINE._current_graph_task_id() == -1 or self._stack:  # a module in the backward pass is computed again
-            # Autograd has numbered the operator's node by now: the number given out last is its own.
-            self._forward.setdefault(_ENGINE._autograd._get_sequence_nr() - 1, self.forward)
+        if self.follow():
             return Place(self.forward, Part.FORWARD)
         node = _ENGINE._current_autograd_node()
         if node is None:

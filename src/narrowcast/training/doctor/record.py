@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 #: Version of the record; a reader refuses any other.
-SCHEMA = 1
+SCHEMA = 2
 #: Name of the folder in a run's folder.
 FOLDER = "doctor"
 _LINES = "record.jsonl"
@@ -302,8 +302,11 @@ class Series:
         steps: Shape [T]: the step of each sample, increasing. When there are many, every other one is dropped.
         scales: Shape [T]: the loss scale at that time.
         columns: Shape [T, COLUMNS], int64: counts by octave, see :mod:`narrowcast.training.doctor.buckets`.
-        largest: Shape [T]: the largest finite magnitude.
+        largest: Shape [T]: the largest finite magnitude, up to the next step here. Of activations and all gradients it is that
+            of the whole tensors (where one is not finite, that of its sample), of the rest that of the samples.
         total: Shape [BUCKETS], int64: counts of all samples, those dropped too.
+        numbers: How many numbers the tensors held. If ``total`` counts fewer, it is an evenly spaced sample, and of activations
+            and gradients the least and the greatest number beside it, infinities and NaN above all: shares are estimates.
     """
 
     layer: str
@@ -313,6 +316,12 @@ class Series:
     columns: np.ndarray
     largest: np.ndarray
     total: np.ndarray
+    numbers: int
+
+    @property
+    def sampled(self) -> bool:
+        """Whether fewer numbers were counted than the tensors held."""
+        return int(self.total.sum()) < self.numbers
 
 
 @dataclass(frozen=True)
@@ -386,6 +395,7 @@ def write_series(folder: Path, series: Sequence[Series]) -> None:
             f"{number}.start": np.array([start], np.int64),
             f"{number}.buckets": filled.astype(np.int64),
             f"{number}.counts": one.total[filled].astype(np.int64),
+            f"{number}.numbers": np.array([one.numbers], np.int64),
         }
     names = json.dumps([[one.layer, one.part.value] for one in series])
     folder.mkdir(parents=True, exist_ok=True)
@@ -458,11 +468,12 @@ def _series(path: Path) -> tuple[Series, ...]:
 def _one(file: Any, number: int, layer: str, part: Part) -> Series:
     stored = {
         name: np.asarray(file.get_tensor(f"{number}.{name}"))
-        for name in ("steps", "scales", "largest", "columns", "start", "buckets", "counts")
+        for name in ("steps", "scales", "largest", "columns", "start", "buckets", "counts", "numbers")
     }
     columns = np.zeros((len(stored["steps"]), COLUMNS), np.int64)
     start, width = int(stored["start"][0]), stored["columns"].shape[1]
     columns[:, start : start + width] = stored["columns"]
     total = np.zeros(BUCKETS, np.int64)
     total[stored["buckets"]] = stored["counts"]
-    return Series(layer, part, stored["steps"], stored["scales"], columns, stored["largest"], total)
+    numbers = int(stored["numbers"][0])
+    return Series(layer, part, stored["steps"], stored["scales"], columns, stored["largest"], total, numbers)

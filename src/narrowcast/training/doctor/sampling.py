@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from narrowcast.training.doctor.casts import CastCounter
-from narrowcast.training.doctor.histograms import Counter, sampled
+from narrowcast.training.doctor.histograms import Counter, index_on, sampled
 from narrowcast.training.doctor.paths import Paths, bare, layer_names, unseen
 from narrowcast.training.doctor.record import Part
 from narrowcast.training.doctor.replay import local
 from narrowcast.training.doctor.updates import ratios, thinned
+from narrowcast.training.multi_tensor import norms
 
-__all__ = ["Mailbox", "Sampler", "Target", "compiled", "targets"]
+__all__ = ["Counted", "Mailbox", "Sampler", "Target", "compiled", "targets"]
 
-_PARTS = tuple(Part)
+_PLACES = {part: place for place, part in enumerate(Part)}
+_HALF = (torch.bfloat16, torch.float16)
 _ENGINE: Any = torch._C  # pyright: ignore[reportPrivateUsage]
 
 
@@ -82,22 +84,40 @@ class Mailbox:
             read(copies)
 
 
+class Counted(NamedTuple):
+    """What a histogram counted.
+
+    Attributes:
+        target: Number of the target.
+        part: What was counted.
+        step: The latest one.
+        scale: What the numbers were divided by.
+        numbers: How many the tensors hold, of which a sample may have been counted.
+    """
+
+    target: int
+    part: Part
+    step: int
+    scale: float
+    numbers: int
+
+
 class Sampler:
     """Counts the tensors of single steps.
 
     Args:
         model: The model.
-        cap: Numbers of a tensor that a cheap sample counts at most; deep ones count all activations.
+        cap: Numbers that are counted at most, beside the least and the greatest, of an activation or a gradient.
     """
 
     def __init__(self, model: nn.Module, *, cap: int = 1 << 18) -> None:
         self.targets = targets(model)
         self.device = next(model.parameters()).device
         self._cap = cap
-        self._counter = Counter(len(self.targets) * len(_PARTS), self.device)
+        self._counter = Counter(len(self.targets) * len(_PLACES), self.device)
         self._stuck = torch.zeros(len(self.targets), 2, dtype=torch.float64, device=self.device)
-        self._used: dict[int, tuple[int, float]] = {}  # slot -> step and the scale that its numbers were divided by
-        self._before: list[tuple[int, nn.Parameter, Tensor]] = []
+        self._used: dict[int, Counted] = {}  # by slot
+        self._before: tuple[dict[int, list[nn.Parameter]], Tensor] | None = None
         self._hooks = ExitStack()
         self._casts: CastCounter | None = None
         self._model = model
@@ -121,27 +141,32 @@ class Sampler:
     def _hook(self, number: int, step: int, scale: float) -> Callable[[nn.Module, Any, Any], None]:
         def see(part: nn.Module, args: Any, out: Any) -> None:
             again = _ENGINE._current_graph_task_id() != -1  # computed again in the backward pass: counted before
-            for one in tree_leaves(out):
+            for one in (out,) if type(out) is Tensor else tree_leaves(out):
                 if not isinstance(one, Tensor) or not one.is_floating_point() or one.device != self.device:
                     continue
                 if not again:
-                    self._add(number, Part.FORWARD, step, 1.0, local(one))
+                    self._sample(number, Part.FORWARD, step, 1.0, local(one))
                 if one.requires_grad:
                     one.register_hook(seen_gradient)
 
         def seen_gradient(gradient: Tensor) -> None:
-            self._add(number, Part.BACKWARD, step, scale, local(gradient))
+            self._sample(number, Part.BACKWARD, step, scale, local(gradient))
 
         return see
 
-    def _add(self, number: int, part: Part, step: int, scale: float, tensor: Tensor) -> None:
+    def _sample(self, number: int, part: Part, step: int, scale: float, tensor: Tensor) -> None:
+        """Count a sample of a tensor, which may change from now on."""
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-        if not plain or tensor.device != self.device or not tensor.numel():
-            return
-        slot = number * len(_PARTS) + _PARTS.index(part)
-        self._used[slot] = (step, scale)
-        with unseen():
-            self._counter.add(slot, tensor, scale)
+        if plain and tensor.device == self.device and tensor.numel():
+            with unseen():
+                self._add(Counted(number, part, step, scale, tensor.numel()), sampled(tensor, self._cap))
+
+    def _add(self, counted: Counted, numbers: Tensor) -> None:
+        slot = counted.target * len(_PLACES) + _PLACES[counted.part]
+        before = self._used.get(slot)
+        held = counted.numbers + (before.numbers if before is not None else 0)
+        self._used[slot] = counted._replace(numbers=held)
+        self._counter.add(slot, numbers, counted.scale)
 
     @torch.no_grad()
     def gradients(self, chosen: Sequence[int], step: int, scale: float) -> None:
@@ -149,45 +174,61 @@ class Sampler:
         for number in chosen:
             for _, one in self.targets[number].parameters:
                 if one.grad is not None and not one.grad.is_sparse:
-                    self._add(number, Part.GRADIENT, step, scale, sampled(local(one.grad), self._cap))
+                    self._sample(number, Part.GRADIENT, step, scale, local(one.grad))
 
     @torch.no_grad()
     def before_update(self, chosen: Sequence[int]) -> None:
         """Keep some of the weights of some targets."""
-        self._before = [
-            (number, one, thinned(local(one)).clone())
-            for number in chosen
-            for _, one in self.targets[number].parameters
-            if one.grad is not None and not one.grad.is_sparse and one.device == self.device
-        ]
+        moving: dict[int, list[nn.Parameter]] = {}
+        for number in chosen:
+            for _, one in self.targets[number].parameters:
+                if one.grad is not None and not one.grad.is_sparse and one.device == self.device and local(one).numel():
+                    moving.setdefault(number, []).append(one)
+        self._before = (moving, _weights(moving)) if moving else None
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
         """Count these weights, what was added to them, and how many have a gradient and did not move."""
-        for number, parameter, old in self._before:
-            new = thinned(local(parameter))
-            moved = new.float() - old.float()
-            self._add(number, Part.WEIGHT, step, 1.0, new)
-            self._add(number, Part.UPDATE, step, 1.0, moved)
-            self._add(number, Part.RATIO, step, 1.0, ratios(moved, old))
-            if parameter.grad is not None and parameter.dtype in (torch.bfloat16, torch.float16):
-                wanted = thinned(local(parameter.grad)) != 0
-                self._stuck[number] += torch.stack([(wanted & (moved == 0)).sum(), wanted.sum()])
-        self._before = []
+        if self._before is None:
+            return
+        (moving, old), self._before = self._before, None
+        new = _weights(moving)
+        moved = new - old
+        lengths = [sum(thinned(local(one)).numel() for one in parameters) for parameters in moving.values()]
+        held = [sum(local(one).numel() for one in parameters) for parameters in moving.values()]
+        for part, numbers in ((Part.WEIGHT, new), (Part.UPDATE, moved), (Part.RATIO, ratios(moved, old))):
+            for number, count, piece in zip(moving, held, numbers.split(lengths), strict=True):
+                self._add(Counted(number, part, step, 1.0, count), piece)
+        self._count_stuck(moving, moved)
 
-    def take(self) -> tuple[list[tuple[int, Part, int, float]], list[Tensor], Any]:
+    def _count_stuck(self, moving: dict[int, list[nn.Parameter]], moved: Tensor) -> None:
+        """Count, of weights in 16 bits, the numbers that have a gradient, and those of them that did not move."""
+        every = [(number, one) for number, parameters in moving.items() for one in parameters]
+        pieces = moved.split([thinned(local(one)).numel() for _, one in every])
+        narrow = [
+            (number, thinned(local(one.grad)), piece)
+            for (number, one), piece in zip(every, pieces, strict=True)
+            if one.grad is not None and one.dtype in _HALF
+        ]
+        if not narrow:
+            return
+        owners, gradients, still = zip(*narrow, strict=True)
+        wanted = torch.cat(gradients) != 0
+        stuck = wanted & (torch.cat(still) == 0)
+        lengths = [one.numel() for one in still]
+        counts = [torch.stack(norms(mask.float().split(lengths), 1.0)) for mask in (stuck, wanted)]
+        self._stuck.index_add_(0, index_on(owners, self.device), torch.stack(counts, -1).double())
+
+    def take(self) -> tuple[list[Counted], list[Tensor], Any]:
         """Return what was counted since the last time, and count from zero again.
 
         Returns:
-            Number of the target, part, step and scale of each row; the rows ``counts`` and ``largest``, the stuck numbers,
-            and the rows of casts, on the device; and the places of casts.
+            What each row counts; the rows ``counts`` and ``largest``, the stuck numbers, and the rows of casts, on the device;
+            and the places of casts.
         """
-        slots = list(self._used)
-        rows = [
-            (slot // len(_PARTS), _PARTS[slot % len(_PARTS)], step, scale) for slot, (step, scale) in self._used.items()
-        ]
-        pinned = self.device.type == "cuda"  # from pageable memory a copy would wait for the device
-        index = torch.tensor(slots, dtype=torch.int64, pin_memory=pinned).to(self.device, non_blocking=True)
+        self._counter.flush()
+        index = index_on(list(self._used), self.device)
+        rows = list(self._used.values())
         places, casts = self._casts.take() if self._casts is not None else ([], None)
         tensors = [
             self._counter.counts[index],
@@ -201,3 +242,8 @@ class Sampler:
         self._used = {}
         self._casts = None
         return rows, tensors, places
+
+
+def _weights(moving: dict[int, list[nn.Parameter]]) -> Tensor:
+    """Return some numbers of each parameter, one parameter after the other, in FP32."""
+    return torch.cat([thinned(local(one)) for parameters in moving.values() for one in parameters]).float()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast import formats as nf
+from narrowcast.training.doctor.histograms import spacing
 from narrowcast.training.doctor.record import Cause, Part, Remedy
 from narrowcast.training.doctor.sentinel import range_of
 
@@ -24,7 +25,7 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 def thinned(tensor: Tensor, limit: int = _NUMBERS) -> Tensor:
     """Return at most ``limit`` numbers, evenly spaced in the order of a tensor's indices."""
     flat = tensor.detach().reshape(-1)
-    return flat[:: -(-flat.numel() // limit)] if flat.numel() > limit else flat
+    return flat[:: spacing(flat.numel(), limit)]
 
 
 @torch.no_grad()
@@ -90,9 +91,10 @@ def explain_stagnation(
     moving = updates != 0
     small = ratios(updates, weights)[moving] <= torch.finfo(parameter.dtype).eps / 2
     share = float(small.float().mean()) if small.numel() else 0.0
+    counted = f"a sample of {weights.numel():,}" if weights.numel() < parameter.numel() else "the"
     seen = (
-        f"{stuck:.1%} of the numbers of {name!r} in {format} did not move though they have a gradient: in FP32, {share:.1%} of "
-        f"the updates are at most half a unit in the last place of their weight (2^-8 of its binade in bf16)"
+        f"{stuck:.1%} of {counted} numbers of {name!r} in {format} did not move though they have a gradient: in FP32, "
+        f"{share:.1%} of the updates are at most half a unit in the last place of their weight (2^-8 of its binade in bf16)"
     )
     return Cause(
         step=step,

@@ -1,9 +1,12 @@
 """The doctor beside a training run: it counts, remembers, and when numbers break it looks for the cause.
 
-The cheap level touches one layer at every fourth update (at most 2**18 numbers of each of its parameters' gradients, weights
-and updates), and reads loss and norm when they have arrived: it installs no hooks, so compiled models train as without it.
-The deep level adds, at every ``every``-th update, all activations and their gradients and all casts that saturate; parts that
-are compiled run uncompiled in that one step, since what was compiled before does not call hooks that come later.
+The cheap level touches one layer at every fourth update (its parameters' gradients, weights and updates), and reads loss and
+norm when they have arrived: it installs no hooks, so compiled models train as without it. The deep level adds, at every
+``every``-th update, all activations and their gradients and all casts that saturate; parts that are compiled run uncompiled
+in that one step, since what was compiled before does not call hooks that come later.
+
+Of each activation and gradient at most 2**18 numbers are counted, evenly spaced, and the least and the greatest of all of
+them; of each parameter and its update at most 2**16.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from narrowcast.errors import TrainingError
 from narrowcast.training.doctor.cause import sharded
 from narrowcast.training.doctor.diagnosis import Diagnosis
 from narrowcast.training.doctor.exchange import ranks
-from narrowcast.training.doctor.histories import shifted
+from narrowcast.training.doctor.histories import Sample, shifted
 from narrowcast.training.doctor.journal import Journal
 from narrowcast.training.doctor.record import Event, Layer, Part, Reading, Record, Setting, Summary
 from narrowcast.training.doctor.replay import Scene
@@ -258,12 +261,12 @@ class Watch:
 
         def read(copies: list[Tensor]) -> None:
             counts, largest = copies[0].numpy(), copies[1].numpy()
-            for row, (number, part, step, assumed) in enumerate(rows):
-                scale = scales.get(step, assumed)
-                wrong = scale / assumed if part is Part.BACKWARD else 1.0  # hooks ran before the scale was told
-                found = shifted(counts[row], -math.log2(wrong)) if wrong != 1.0 else counts[row]
-                name = sampler.targets[number].name
-                journal.histories.add(name, part, step, scale, found, float(largest[row]) / wrong)
+            for one, found, most in zip(rows, counts, largest.tolist(), strict=True):
+                scale = scales.get(one.step, one.scale)
+                wrong = scale / one.scale if one.part is Part.BACKWARD else 1.0  # hooks ran before the scale was told
+                found = shifted(found, -math.log2(wrong)) if wrong != 1.0 else found
+                sample = Sample(one.step, scale, found, most / wrong, one.numbers)
+                journal.histories.add(sampler.targets[one.target].name, one.part, sample)
             self._diagnosis.read_stuck(copies[2])
             self._diagnosis.read_casts(places, copies[3].tolist())
 

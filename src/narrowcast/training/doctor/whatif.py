@@ -1,7 +1,8 @@
 """What a number format would do to numbers that were counted by magnitude: overflow, underflow, stagnation. NumPy alone.
 
 Histograms of :mod:`narrowcast.training.doctor.buckets` know magnitudes up to a sixteenth of an octave, so shares come as
-bounds: equal where a format's limit is an edge of a bucket, else apart by the one bucket that it falls in.
+bounds: equal where a format's limit is an edge of a bucket, else apart by the one bucket that it falls in. Where a sample was
+counted, they are its shares: those of all numbers are near them, but need not lie between the bounds.
 """
 
 from __future__ import annotations
@@ -69,14 +70,15 @@ def shares(counts: np.ndarray, format: str | ElementFormat, *, scale: float = 1.
         format: An element format of :mod:`narrowcast.formats`, by name or itself. Of unsigned ones only the magnitude is
             judged, since histograms know no sign.
         scale: What the numbers are multiplied by first, such as a loss scale.
-        largest: The largest finite magnitude, if it is known: it narrows the bounds.
+        largest: The largest finite magnitude, if it is known: it narrows the bounds of the bucket that it lies in.
 
     Raises:
         FormatError: An unknown format or a block format, whose scales depend on which numbers are neighbours.
     """
     found = element(format)
     limits = _limits(found)
-    lower, upper = EDGES[:-1] * scale, np.minimum(EDGES[1:], largest) * scale  # buckets 1 to 4080
+    upper = np.where((EDGES[:-1] < largest) & (largest < EDGES[1:]), largest, EDGES[1:])  # of buckets 1 to 4080
+    lower, upper = EDGES[:-1] * scale, upper * scale
     finite = np.asarray(counts[1:INFINITE], np.float64)
     total = float(np.sum(counts)) or 1.0
 
