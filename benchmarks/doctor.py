@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from training_loops import loss_itself
 from training_models import workloads
 
 from narrowcast.training import Trainer
@@ -41,11 +42,6 @@ def block(trainer, batch, steps):
     return time.perf_counter() - start
 
 
-def itself(loss, target):
-    """Return the loss, which is what the models return."""
-    return loss
-
-
 def measure(name, arguments):
     """Return the costs of both levels on one model."""
     torch.manual_seed(0)
@@ -56,9 +52,9 @@ def measure(name, arguments):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **fused)
     called = torch.compile(model) if arguments.compile else model
     precision = arguments.precision
-    trainer = Trainer(called, optimizer, itself, precision=precision)
+    trainer = Trainer(called, optimizer, loss_itself, precision=precision)
     doctors = {
-        level: Watch(called, level, every=arguments.every, optimizer=optimizer, loss=itself, precision=precision)
+        level: Watch(called, level, every=arguments.every, optimizer=optimizer, loss=loss_itself, precision=precision)
         for level in LIMITS
     }
     for watch in (None, *doctors.values()):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -317,6 +318,25 @@ def test_a_browser_shows_the_page_without_labels_on_labels(tmp_path: Path):
         pixels = np.asarray(image.convert("L"), np.float64)
     for part in np.split(pixels, 4):
         assert part.std() > 4
+
+
+def test_shares_of_a_sample_are_said_to_be_such(tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    whole = open_run(folder)
+    count = sum(int(one.total.sum()) for one in whole.record.series if one.part in PARTS)
+    assert whole.counted == (count, count)
+    write_series(folder / "doctor", [replace(one, numbers=10 * one.numbers) for one in whole.record.series])
+    run = open_run(folder)
+    screen = Console(file=io.StringIO(), width=400)
+    render_doctor_terminal(whole, screen)
+    assert "sample of" not in screen.file.getvalue() + render_doctor(whole)
+    render_doctor_terminal(run, screen)
+    assert f"shares are of a sample of {count:,} of {10 * count:,} numbers" in screen.file.getvalue()
+    page = render_doctor(run)
+    assert f"shares are of this sample of {10 * count:,}" in page
+    assert "a sample of 48,000 of 480,000 numbers, the smallest above" in page
+    parts = doctor_record(run)["layers"][0]["parts"]
+    assert {(part["count"], part["numbers"]) for part in parts.values()} == {(48_000, 480_000)}
 
 
 # TensorBoard ----------------------------------------------------------------------------------------------------------
