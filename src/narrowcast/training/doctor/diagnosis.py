@@ -79,7 +79,11 @@ class Diagnosis:
         cause = agreed_cause(scene) if self._replays <= _REPLAYS else None
         kind = EventKind.DATA if cause is not None and cause.operator == "data" else EventKind.NONFINITE
         if cause is None:
-            why = "the replay was sound" if self._replays <= _REPLAYS else f"{_REPLAYS} steps were replayed before"
+            why = (
+                "the replay was sound"
+                if self._replays <= _REPLAYS
+                else f"it was not run again, as {_REPLAYS} such steps had been"
+            )
             sentence = f"Step {scene.step}: a loss or a gradient was not finite; {why}"
         else:
             sentence = cause_sentence(cause)

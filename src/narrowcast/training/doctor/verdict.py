@@ -56,18 +56,21 @@ def verdict(events: Sequence[Event], steps: int) -> Verdict:
 
 
 def _first_of_each(faults: Sequence[Event]) -> list[Event]:
-    """Return the first event of each kind and place, and say how often it came again."""
+    """Return the first event of each kind and place, those with a cause first, and say how often it came again."""
     keys = [(one.kind, one.rank, one.cause and (one.cause.layer, one.cause.part, one.cause.operator)) for one in faults]
     counts = Counter(keys)
     first = dict(reversed(list(zip(keys, faults, strict=True))))
     found: list[Event] = []
-    for key, one in sorted(first.items(), key=lambda item: item[1].step):
+    for key, one in sorted(first.items(), key=lambda item: (_unexplained(item[1]), item[1].step)):
         again = counts[key] - 1
-        text = (
-            one.sentence if not again else f"{one.sentence} It came again {again} {'time' if again == 1 else 'times'}."
-        )
+        text = one.sentence.removesuffix(".") + "."
+        text += f" It came again {again} {'time' if again == 1 else 'times'}." if again else ""
         found.append(one.model_copy(update={"sentence": text}))
     return found
+
+
+def _unexplained(event: Event) -> bool:
+    return event.kind is EventKind.NONFINITE and event.cause is None
 
 
 def _layer(name: str) -> str:
