@@ -65,21 +65,13 @@ def loss_of(settings: LossSettings) -> LossFunction:
     return lambda outputs, targets: chosen(logits_of(outputs, "the network"), targets, settings)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, settings: LossSettings) -> Tensor | Loss:
-    """Return the mean over samples (logits ``[N, C]``), or over what counts of dense targets (``[N, C, ...]``)."""
-    if targets.ndim == 1:
-        return functional.cross_entropy(
-            logits.float(), targets, ignore_index=settings.ignore, label_smoothing=settings.label_smoothing
-        )
-    return _summed(logits, targets, settings)
-
-
 def _next_token(logits: Tensor, tokens: Tensor, settings: LossSettings) -> Loss:
     """Return the sum over tokens of what each position (``[N, T, V]``) says of the next token (``[N, T]``)."""
-    return _summed(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), settings)
+    return _cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), settings)
 
 
-def _summed(logits: Tensor, targets: Tensor, settings: LossSettings) -> Loss:
+def _cross_entropy(logits: Tensor, targets: Tensor, settings: LossSettings) -> Loss:
+    """Return the sum over targets that count, of samples (logits ``[N, C]``) or dense (``[N, C, ...]``)."""
     total = functional.cross_entropy(
         logits.float(),
         targets,

@@ -238,12 +238,15 @@ class Trainer:
         return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
 
     def _in_units(self, loss: Tensor, weight: Tensor | float, mean: bool) -> tuple[Tensor, Tensor | float]:
-        """Return a loss as a sum, and its weight, in units of what the first micro-batch of the run weighed."""
+        """Return a loss as a sum, and its weight, in units of the first micro-batch of the run that weighed anything."""
         if self._unit is None:  # the only time that a weight is read
             first = torch.as_tensor(weight, dtype=torch.float32, device=self.device)
             many = self.ranks is not None and self.ranks.world > 1
-            self._unit = float(self.ranks.sum(first) / self.ranks.world) if self.ranks and many else float(weight)
-            check_weight(self._unit)
+            unit = float(self.ranks.sum(first) / self.ranks.world) if self.ranks and many else float(weight)
+            if unit == 0:
+                return loss * weight if mean else loss, weight  # nothing, in any unit
+            check_weight(unit)
+            self._unit = unit
         share = weight / self._unit
         factor = share if mean else 1 / self._unit
         return loss if isinstance(factor, float) and factor == 1.0 else loss * factor, share
