@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -229,7 +230,8 @@ def _python(ref: ModelRef, seed: int, architecture: Architecture | None = None) 
         raise ModelError(f"model {ref} returned {type(made).__name__}", allowed=hint)
     module, example = made
     if isinstance(example, dict):
-        names, values = [str(key) for key in example], tuple(example.values())
+        example = _in_order(ref, module, {str(key): value for key, value in example.items()})
+        names, values = list(example), tuple(example.values())
     else:
         values = example if isinstance(example, tuple) else (example,)
         names = ["input"] if len(values) == 1 else [f"input_{i}" for i in range(len(values))]
@@ -237,6 +239,26 @@ def _python(ref: ModelRef, seed: int, architecture: Architecture | None = None) 
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             raise ModelError(f"model {ref}: example input {name!r} is {type(value).__name__}", allowed=hint)
     return TorchModel(module, values, names)
+
+
+def _in_order(ref: ModelRef, module: Any, example: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs that are named like the arguments of ``forward`` in their order; others as they are.
+
+    Raises:
+        ModelError: An argument between them is left out.
+    """
+    arguments = list(inspect.signature(module.forward).parameters)
+    if not set(example) <= set(arguments):
+        return example
+    ordered = [name for name in arguments if name in example]
+    if ordered != arguments[: len(ordered)]:
+        missing = next(name for name in arguments if name not in example)
+        raise ModelError(
+            f"model {ref}: the example names {', '.join(ordered)}, and leaves out {missing!r}, which comes before",
+            allowed="the first arguments of forward",
+            next_step=f"add an example for {missing!r}, or wrap the module",
+        )
+    return {name: example[name] for name in ordered}
 
 
 def _bundled(ref: ModelRef, seed: int) -> TorchModel:
