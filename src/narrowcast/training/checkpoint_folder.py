@@ -9,6 +9,7 @@ A folder holds one line of training: a checkpoint of step 100 ends what lay afte
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -31,6 +32,7 @@ __all__ = [
     "complete",
     "discard",
     "finish",
+    "not_written",
     "output_errors",
     "step_of",
     "sync",
@@ -43,6 +45,7 @@ _PLACED = re.compile(r"step-(\d{8,})")
 _REPLACED = re.compile(
     r"\.step-(\d{8,})\.replaced"
 )  # moved aside for a new one of the same step: good until that is there
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LEFT_OVER = re.compile(r"\.step-(\d{8,})\.(writing|removed)")
 
 
@@ -167,15 +170,48 @@ def output_errors(folder: Path) -> Generator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            reason = "there is a file where a folder should be"
-        else:
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise OutputError(
-            f"checkpoint in {folder} cannot be written: {reason}",
-            allowed="a folder with permission to write and room for the state",
-            next_step="free space or name another folder; checkpoints that are there still hold",
-        ) from error
+        raise not_written(folder, error) from error
+
+
+def not_written(folder: Path, error: BaseException, where: str = "") -> OutputError | TrainingError:
+    """Return the error to raise for a checkpoint that was not written, with the advice that helps against its cause.
+
+    Args:
+        folder: Where it should be.
+        error: What went wrong.
+        where: What goes before the reason, such as ``rank 1:`` and a blank.
+
+    Returns:
+        An OutputError where the system did not write; otherwise a TrainingError: the state cannot be stored.
+    """
+    system = _system_error(error)
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        reason = "there is a file where a folder should be"
+    else:
+        reason = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
+    what = f"checkpoint in {folder} cannot be written: {where}{reason}"
+    if system is None:
+        return TrainingError(what, next_step="checkpoints that are there still hold")
+    advice = "free space or name another folder" if system in _FULL else "name another folder"
+    return OutputError(
+        what,
+        allowed="a folder with permission to write and room for the state",
+        next_step=f"{advice}; checkpoints that are there still hold",
+    )
+
+
+def _system_error(error: BaseException) -> int | None:
+    """Return the number of the system's error, 0 if it has none; None if it was not the system that failed."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if not isinstance(error, SafetensorError):
+        return None
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else 0
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -69,7 +69,7 @@ class Layout:
             under: The keys in the saved state that lead to the trainer's.
         """
         moved = [one for group in optimizer.param_groups for one in group["params"]]
-        named = {(*under, "model", name): one for name, one in model.named_parameters()}
+        named = {(*under, "model", name): one for name, one in model.named_parameters(remove_duplicate=False)}
         named |= {(*under, "optimizer", "state", str(place)): one for place, one in enumerate(moved)}
         return cls({path: one for path, one in named.items() if isinstance(one, DTensor)})
 
@@ -161,7 +161,10 @@ def whole_tensors(path: Path, tree: Any) -> dict[str, Tensor]:
 
 def _read(path: Path, tree: Any, layout: Layout) -> dict[str, Tensor]:
     """Return the parts of a checkpoint's tensors that this process holds."""
-    tensors = {leaf.name: layout.empty(keys, leaf) for keys, leaf in leaves(tree)}
+    tensors: dict[str, Tensor] = {}
+    for keys, leaf in leaves(tree):
+        if leaf.name not in tensors:  # tied weights are read once, for all of their names
+            tensors[leaf.name] = layout.empty(keys, leaf)
     reader = HuggingFaceStorageReader(str(path))
     try:
         with warnings.catch_warnings():
@@ -179,11 +182,8 @@ def _written(hidden: Path, tensors: Mapping[str, Tensor], ranks: Ranks, folder: 
         with ranks.watched():
             dcp.save(dict(tensors), storage_writer=writer, planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True))
     except CheckpointException as error:
-        raise OutputError(
-            f"checkpoint in {folder} cannot be written: {_reason(error)}",
-            allowed="a folder that all ranks can write, with room for the state",
-            next_step="free space or name another folder; checkpoints that are there still hold",
-        ) from error
+        rank, (problem, _) = next(iter(error.failures.items()))
+        raise folders.not_written(folder, problem, f"rank {rank}: ") from error
     mine = sorted(hidden.glob(f"shard-{ranks.rank + 1:05d}-*"))
     for path in mine:
         folders.sync(path)

@@ -5,8 +5,8 @@ size, floats (infinite and NaN too), tensors of every dtype, NumPy arrays and sc
 Each comes back with its own type and, bit for bit, its own value; other kinds of mappings come back as dictionaries. JSON
 has fewer types: what it lacks is an object with one marked key, such as ``{"$tuple": [...]}``.
 
-Tensors that are the same view of the same storage are stored once and come back as one tensor (tied weights). Views that
-only overlap are stored by value, each for itself. Strides come back where they are dense (channels last).
+Tensors that are the same view of the same storage, whole or sharded, are stored once and come back as one tensor (tied
+weights). Views that only overlap are stored by value, each for itself. Strides come back where they are dense (channels last).
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 import torch
 from torch import nn
 
 from narrowcast.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["Leaf", "Packed", "is_sharded", "leaves", "pack", "unpack"]
 
@@ -210,7 +213,7 @@ class _Packer:
         if is_sharded(value):
             if value.dtype in _AS_BYTES:
                 raise _refused(f"a sharded tensor of dtype {value.dtype}", path)
-            return self._named(value, Leaf("", value.dtype, tuple(value.shape)), path)
+            return self._sharded(value, path)
         if type(value) not in _PLAIN_TENSORS:
             raise _refused(f"a tensor of class {type(value).__name__}", path)
         if value.numel() == 0:
@@ -219,6 +222,19 @@ class _Packer:
         if view not in self._views:
             self._views[view] = self._store(value, path)
         return self._views[view]
+
+    def _sharded(self, value: DTensor, path: tuple[str, ...]) -> Leaf:
+        local = value.to_local()
+        storage = local.untyped_storage().data_ptr()  # the part of a rank may be empty, which has no address of its own
+        place = (local.device, storage)
+        view = (*place, local.storage_offset(), local.dtype, tuple(local.shape), local.stride(), tuple(value.shape))
+        if storage and view in self._views:
+            return self._views[view]
+        stored = value.clone() if storage and place in self._storages else value
+        self._storages.add(place)
+        leaf = self._named(stored, Leaf("", value.dtype, tuple(value.shape)), path)
+        self._views[view] = leaf
+        return leaf
 
     def _store(self, value: torch.Tensor, path: tuple[str, ...]) -> Leaf:
         stride = None if value.is_contiguous() or not _is_dense(value) else value.stride()
@@ -317,7 +333,7 @@ def _restored(stored: torch.Tensor, leaf: Leaf) -> torch.Tensor:
     return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=stored.device).copy_(stored)
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     """Whether ranks hold parts of a tensor (``DTensor``)."""
     if type(tensor) in _PLAIN_TENSORS:
         return False

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from narrowcast.errors import NarrowcastError, OutputError, TrainingError
@@ -65,6 +65,21 @@ class Net(nn.Module):
         return self.head(self.dropout(x) * self.scale)
 
 
+class Tied(nn.Module):
+    """Two pairs of names for one parameter each; of the second, which has one element, only rank 0 has a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 7)
+        self.up, self.down = nn.Linear(7, 7), nn.Linear(7, 7)
+        self.down.weight = self.up.weight
+        self.gain = self.scale = nn.Parameter(torch.ones(1))
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.down(F.gelu(self.up(self.stem(x)) * self.gain)) * self.scale)
+
+
 def weighted(outputs: Tensor, targets: Tensor) -> Loss:
     """Cross-entropy of the targets that count; how many do differs from rank to rank."""
     kept = targets != IGNORED
@@ -97,10 +112,11 @@ def trainer_of(
     loss: Callable[[Any, Any], Any] = weighted,
     accumulate: int = 1,
     dropout: float = 0.0,
+    tied: bool = False,
     **options: Any,
 ) -> Trainer:
     torch.manual_seed(3)
-    net = Net(dropout)
+    net = Tied() if tied else Net(dropout)
     if ranks.world == 1:
         model: nn.Module = net
     elif held == "sharded":
@@ -207,18 +223,45 @@ def restore(trainer: Trainer, ranks: Ranks, folder: Path) -> tuple[int, Any]:
     return found.state["place"], found.own
 
 
-def continued(ranks: Ranks, held: str, folder: Path) -> dict[str, Any]:
-    """Go on from a checkpoint of another number of ranks."""
-    trainer = trainer_of(ranks, held)
+def continued(ranks: Ranks, held: str, folder: Path, *, tied: bool = False) -> dict[str, Any]:
+    """Go on from a checkpoint, of another number of ranks or of the same."""
+    trainer = trainer_of(ranks, held, tied=tied)
     place, own = restore(trainer, ranks, folder)
     return {"seen": trained(ranks, trainer, range(place, place + 3)), "own": own is not None}
 
 
-def saved_halfway(ranks: Ranks, held: str, folder: Path) -> dict[str, Any]:
-    trainer = trainer_of(ranks, held)
+def saved_halfway(ranks: Ranks, held: str, folder: Path, *, tied: bool = False) -> dict[str, Any]:
+    trainer = trainer_of(ranks, held, tied=tied)
     trained(ranks, trainer, range(3))
     sharded_checkpoint.save(folder, {"trainer": trainer.state_dict(), "place": 3}, step=3, ranks=ranks)
     return {"seen": trained(ranks, trainer, range(3, 6))}
+
+
+def tied(ranks: Ranks, place: Path) -> dict[str, Any]:
+    """Save a model with tied weights in the middle, sharded, and go on from it and from the checkpoint of one process."""
+    folder = place / "tied-halfway"
+    straight = saved_halfway(ranks, "sharded", folder, tied=True)["seen"]
+    tree = json.loads((folder / "step-00000003" / "state.json").read_text(encoding="utf-8"))
+    return {
+        "straight": straight,
+        "stored": {name: leaf["$tensor"]["name"] for name, leaf in tree["trainer"]["model"].items()},
+        "sharded": continued(ranks, "sharded", folder, tied=True)["seen"],
+        "replicated": continued(ranks, "replicated", folder, tied=True)["seen"],
+        "from one": continued(ranks, "sharded", place / "tied-one", tied=True)["seen"],
+    }
+
+
+def overlapping(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Save two sharded tensors of which one is a part of the other's memory, and read them whole."""
+    local = torch.arange(4.0) + 10 * ranks.rank
+    state = {
+        "all": DTensor.from_local(local, ranks.mesh, [Shard(0)]),
+        "some": DTensor.from_local(local[1:3], ranks.mesh, [Shard(0)]),
+    }
+    sharded_checkpoint.save(folder, state, step=1, ranks=ranks)
+    found = sharded_checkpoint.load_latest(folder, ranks=ranks)
+    assert found is not None
+    return {name: whole(one) for name, one in found.state.items()}
 
 
 def failed_saves(ranks: Ranks, place: Path) -> dict[str, Any]:
@@ -367,6 +410,8 @@ def work_of_two(ranks: Ranks, place: Path) -> dict[str, Any]:
         seen[f"{held} from one"] = continued(ranks, held, place / "one")
     seen["sharded narrow"] = course(ranks, "sharded", *COURSES["bf16"], gather="compute")
     seen["sharded from replicated"] = continued(ranks, "sharded", place / "replicated-halfway")
+    seen["tied"] = tied(ranks, place)
+    seen["overlapping"] = overlapping(ranks, place / "overlapping")
     seen["failed saves"] = failed_saves(ranks, place)
     seen["partial"] = partial(ranks)
     seen["seeded apart"] = seeded_apart(ranks)
@@ -374,7 +419,8 @@ def work_of_two(ranks: Ranks, place: Path) -> dict[str, Any]:
 
 
 def work_of_three(ranks: Ranks, place: Path) -> dict[str, Any]:
-    return {f"{held} of two": continued(ranks, held, place / "sharded-halfway") for held in ("replicated", "sharded")}
+    seen = {f"{held} of two": continued(ranks, held, place / "sharded-halfway") for held in ("replicated", "sharded")}
+    return seen | {"tied of two": continued(ranks, "sharded", place / "tied-halfway", tied=True)}
 
 
 def work(rank: int, place: Path, ports: list[int]) -> NoReturn:

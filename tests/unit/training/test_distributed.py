@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from ranks_at_work import COURSES, Net, continued, course, saved_halfway, whole
+from safetensors import SafetensorError
 from torch import nn
 
-from narrowcast.errors import DeviceError, TrainingError
-from narrowcast.training import checkpoint
+from narrowcast.errors import DeviceError, NarrowcastError, OutputError, TrainingError
+from narrowcast.training import checkpoint, checkpoint_folder
 from narrowcast.training.distributed import Ranks, replicate
 from narrowcast.training.sharding import shard
 from narrowcast.training.trainer import Trainer
@@ -68,7 +70,13 @@ def halfway(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def processes(halfway: tuple[Path, list[Any]]) -> Processes:
+def tied_halfway(halfway: tuple[Path, list[Any]]) -> list[Any]:
+    """How a model with tied weights went on in one process, after a checkpoint."""
+    return saved_halfway(Ranks(), "", halfway[0] / "tied-one", tied=True)["seen"]
+
+
+@pytest.fixture(scope="module")
+def processes(halfway: tuple[Path, list[Any]], tied_halfway: list[Any]) -> Processes:
     return Processes(halfway[0])
 
 
@@ -159,6 +167,54 @@ def test_three_processes_go_on_from_a_sharded_checkpoint_of_two(
     assert first == second == third
     assert close(first["seen"], halfway[1], 1e-4)
     assert not first["own"]
+
+
+def test_tied_weights_are_saved_once_and_resumed_by_any_number_of_processes(
+    processes: Processes, tied_halfway: list[Any]
+) -> None:
+    found = processes.two("tied")
+    stored = found["stored"]
+    assert stored["up.weight"] == stored["down.weight"] == "trainer/model/up.weight"
+    assert stored["gain"] == stored["scale"]
+    assert len(set(stored.values())) == len(stored) - 2
+    assert found["sharded"] == found["straight"]
+    for held in ("straight", "replicated", "from one"):
+        assert close(found[held], tied_halfway, 1e-4), held
+    for seen in processes.seen:
+        assert close(seen["three"]["tied of two"]["seen"], tied_halfway, 1e-4)
+    folder = processes.place / "tied-halfway"
+    assert close(continued(Ranks(), "", folder, tied=True)["seen"], tied_halfway, 1e-4)
+    latest = checkpoint.load_latest(folder)
+    assert latest is not None
+    assert latest.state["trainer"]["model"]["down.weight"] is latest.state["trainer"]["model"]["up.weight"]
+
+
+def test_sharded_tensors_that_overlap_are_saved_each_for_itself(processes: Processes) -> None:
+    assert processes.two("overlapping") == {"all": [0, 1, 2, 3, 10, 11, 12, 13], "some": [1, 2, 11, 12]}
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError, "free space or name another folder"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            OutputError,
+            "free space or name another",
+        ),
+        (OSError(errno.EACCES, "Permission denied"), OutputError, "name another folder"),
+        (RuntimeError("Some tensors share memory\nand more"), TrainingError, "checkpoints that are there still hold"),
+    ],
+    ids=["full", "full_in_safetensors", "no_permission", "not_the_system"],
+)
+def test_the_advice_for_a_failed_save_fits_its_cause(
+    problem: Exception, kind: type[NarrowcastError], advice: str
+) -> None:
+    error = checkpoint_folder.not_written(Path("runs"), problem, "rank 1: ")
+    assert type(error) is kind
+    assert error.what.startswith("checkpoint in runs cannot be written: rank 1: ")
+    assert "\n" not in error.what
+    assert error.next_step.startswith(advice)
 
 
 def test_a_save_that_fails_fails_on_all_ranks_and_leaves_what_was_there(processes: Processes) -> None:
