@@ -48,7 +48,7 @@ def shard(
         The module.
 
     Raises:
-        TrainingError: A unit does not exist, or the precision does not go with what is asked for.
+        TrainingError: A unit does not exist, or shares a weight with the rest of the module, or the precision does not go with what is asked for.
     """
     policy = policy_of(precision)
     policy.prepare(module)
@@ -119,9 +119,28 @@ def _units(module: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:
         if unknown:
             raise TrainingError(f"no module {unknown[0]!r} to shard", allowed="names of modules in the model")
         chosen = {name for name in names if name}
+        for name in chosen:
+            if other := _tied_outside(module, name):
+                raise TrainingError(
+                    f"module {name!r} has a weight that is {other!r} too, which sharding by itself would untie",
+                    allowed="units whose weights are theirs alone",
+                    next_step="leave it out of the units: its weights then belong to the module around it",
+                )
     else:
-        chosen = _blocks(module)
+        chosen = {name for name in _blocks(module) if not _tied_outside(module, name)}
     return [named[name] for name in reversed(list(named)) if name in chosen]
+
+
+def _tied_outside(module: nn.Module, unit: str) -> str | None:
+    """Return the name, outside of a unit, of a parameter that the unit has too; None if all are its own."""
+    inside: set[int] = set()
+    outside: dict[int, str] = {}
+    for name, one in module.named_parameters(remove_duplicate=False):
+        if name.startswith(f"{unit}."):
+            inside.add(id(one))
+        else:
+            outside.setdefault(id(one), name)
+    return next((name for key, name in outside.items() if key in inside), None)
 
 
 def _blocks(module: nn.Module) -> set[str]:
