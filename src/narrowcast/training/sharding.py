@@ -48,7 +48,8 @@ def shard(
         The module.
 
     Raises:
-        TrainingError: A unit does not exist, or shares a weight with the rest of the module, or the precision does not go with what is asked for.
+        TrainingError: A unit does not exist, or shares a weight with the rest of the module, or the
+            precision does not go with what is asked for.
     """
     policy = policy_of(precision)
     policy.prepare(module)
