@@ -111,6 +111,8 @@ class Loop:
         """
         if resume:
             self._restore()
+        if self._watch is not None:
+            self._watch.start(self._trainer.steps)
         self._shown.started(self._run, self._out, self._trainer.steps)
         started = time.perf_counter() - self._at.seconds
         with self._watched(), self._logging(), Interrupts() as interrupts:
@@ -220,13 +222,17 @@ class Loop:
             self._log.write(step, record)
 
     def _save(self) -> None:
+        """Write a checkpoint, and before it the doctor's record up to it."""
+        keep = self._config.checkpoint.keep
+        if self._watch is not None:
+            self._watch.save(self._trainer.steps, keep=keep)
         checkpoints.save(
             self._out / CHECKPOINTS,
             {"trainer": self._trainer.state_dict(), "position": asdict(self._at)},
             step=self._trainer.steps,
             ranks=self._ranks,
             own={"random": random_state()},
-            keep=self._config.checkpoint.keep,
+            keep=keep,
         )
 
     def _restore(self) -> None:

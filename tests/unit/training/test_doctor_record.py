@@ -23,6 +23,7 @@ from narrowcast.training.doctor.record import (
     read,
     write_series,
 )
+from narrowcast.training.doctor.resuming import mark, rewind
 from narrowcast.training.doctor.verdict import cause_sentence, verdict
 
 SETTING = Setting(level="cheap", every=50, precision="fp32", compute="fp32", formats=("fp16",), layers=())
@@ -168,6 +169,53 @@ def test_a_verdict_tells_each_fault_once_and_how_often_it_came():
     assert not found.healthy
     assert found.sentences == ("Step 7. It came again 2 times.",)
     assert verdict((), 10).healthy
+
+
+def test_a_series_that_is_taken_up_thins_out_as_if_it_had_not_been_cut(tmp_path):
+    def sample(step):
+        return Sample(step, 1.0, histogram([1.0]), 1.0 + step % 7, 1)
+
+    straight, before, after = Histories(), Histories(), Histories()
+    for step in range(300):
+        straight.add("head", Part.FORWARD, sample(step))
+    for step in range(101):
+        before.add("head", Part.FORWARD, sample(step))
+    write_series(tmp_path, before.series(["head"]))
+    append(tmp_path, [SETTING])
+    after.take_up(read(tmp_path).series[0], 101)
+    for step in range(101, 300):
+        after.add("head", Part.FORWARD, sample(step))
+    (wanted,), (found,) = straight.series(["head"]), after.series(["head"])
+    assert found.steps.tolist() == wanted.steps.tolist()
+    assert found.largest.tolist() == wanted.largest.tolist()
+    assert (found.seen, found.numbers) == (wanted.seen, wanted.numbers) == (300, 300)
+
+
+def test_a_record_goes_back_to_its_last_mark(tmp_path):
+    def wrote(number, steps):
+        write_series(tmp_path, series_of([1.0], steps=number))
+        append(tmp_path, [Reading(step=step) for step in steps])
+
+    append(tmp_path, [SETTING])
+    for end in (4, 8, 12):
+        wrote(end, range(end - 4, end))
+        mark(tmp_path, end, keep=2)
+    skipped = Reading(step=12, skipped=True)
+    append(tmp_path, [skipped])
+    mark(tmp_path, 12, keep=2)
+    wrote(15, range(12, 15))
+    assert {path.name for path in tmp_path.glob("histograms-*")} == {
+        f"histograms-{step:08d}.safetensors" for step in (8, 12)
+    }
+    assert rewind(tmp_path, 12)
+    assert [one.step for one in read(tmp_path).readings] == list(range(13))
+    assert read(tmp_path).readings[-1] == skipped  # left out before the checkpoint was written
+    assert read(tmp_path).series[0].numbers == 12
+    assert rewind(tmp_path, 10)  # without a checkpoint of its own
+    assert [one.step for one in read(tmp_path).readings] == list(range(8))
+    assert read(tmp_path).series[0].numbers == 8
+    assert not rewind(tmp_path, 0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_settings_are_refused():

@@ -79,6 +79,7 @@ class _History:
             np.array(self.largest),
             self.total.copy(),
             self.numbers,
+            self.seen,
         )
 
 
@@ -100,6 +101,10 @@ class Histories:
         Its total stays whole: which of its counts came later is not known.
         """
         kept = int((series.steps < step).sum())
+        seen = max(series.seen, kept) if kept == len(series.steps) else kept
+        stride = 1
+        while seen > stride * _TIMES:
+            stride *= 2
         self._all[series.layer, series.part] = _History(
             steps=series.steps[:kept].tolist(),
             scales=series.scales[:kept].tolist(),
@@ -107,6 +112,8 @@ class Histories:
             largest=series.largest[:kept].tolist(),
             total=series.total.copy(),
             numbers=series.numbers,
+            stride=stride,
+            seen=seen,
         )
 
     def series(self, layers: Sequence[str]) -> tuple[Series, ...]:

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from narrowcast.training.doctor import record
+from narrowcast.training.checkpoint_folder import output_errors
+from narrowcast.training.doctor import record, resuming
 from narrowcast.training.doctor.histories import Histories, format_advice, scale_advice
-from narrowcast.training.doctor.record import Event, Reading, Record, Setting, Summary
+from narrowcast.training.doctor.record import Event, Reading, Record, Setting, Summary, Verdict
 from narrowcast.training.doctor.verdict import verdict
 
 __all__ = ["Journal"]
@@ -22,7 +23,7 @@ class Journal:
 
     Args:
         setting: How the doctor is set up.
-        folder: Where the record goes; what it holds from before ``step`` is taken up.
+        folder: Where the record goes; what it holds from before ``step`` is taken up, and what came later goes.
         step: Updates done.
 
     Attributes:
@@ -43,13 +44,13 @@ class Journal:
         self._unwritten: list[Reading | Event] = []
         self._saves = 0
         if folder is not None:
-            if step and record.mend(folder):
+            if resuming.rewind(folder, step):
                 self._take_up(record.read(folder), step)
             record.append(folder, [setting])
 
     def _take_up(self, before: Record, step: int) -> None:
-        self.events = [one for one in before.events if one.step < step]
-        self.readings = [one for one in before.readings if one.step < step]
+        self.events = list(before.events)
+        self.readings = list(before.readings)
         for series in before.series:
             self.histories.take_up(series, step)
 
@@ -74,10 +75,25 @@ class Journal:
         series, formats = self.series(), self._setting.formats
         wanted = self._setting.compute == "fp16" or "fp16" in formats
         return Summary(
-            verdict=verdict(self.events, sum(not one.skipped for one in self.readings)),
+            verdict=self._verdict(),
             scale=scale_advice(series) if wanted else None,
             formats=format_advice(series, formats),
         )
+
+    def _verdict(self) -> Verdict:
+        """Return the answer, which says what part of the run it does not know."""
+        steps = {one.step for one in self.readings if not one.skipped}
+        found = verdict(self.events, len(steps))
+        run = max(steps, default=-1) + 1
+        if len(steps) == run:
+            return found
+        first = next(step for step in range(run) if step not in steps)
+        onwards = next(step for step in range(first, run) if step in steps)
+        unknown = (
+            f"Of the run's {run} steps {run - len(steps)} have no record: it lacks those from {first} on and goes on at step "
+            f"{onwards}; they were trained without the doctor, or what it wrote was lost."
+        )
+        return found.model_copy(update={"sentences": (*found.sentences, unknown)})
 
     def record(self) -> Record:
         """Return all of it, as :func:`narrowcast.training.doctor.record.read` would."""
@@ -102,3 +118,18 @@ class Journal:
             record.write_series(self._folder, self.series())
             self._unwritten = []
         return summary
+
+    def mark(self, step: int, keep: int) -> None:
+        """Write all to the folder, if there is one, as what a checkpoint goes on from.
+
+        Args:
+            step: Updates done, as the checkpoint counts them.
+            keep: How many checkpoints can be gone on from.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        if self._folder is not None:
+            with output_errors(self._folder):
+                self.write()
+                resuming.mark(self._folder, step, keep)

@@ -12,7 +12,8 @@ Gradients are counted without the loss scale (divided by it), so one histogram s
 the scale ``s`` is ``shares(series.total, "fp16", scale=s)``.
 
 The folder holds ``record.jsonl``, one JSON object a line with the key ``type`` (``setting``, ``reading``, ``event``,
-``summary``; the last summary holds), and ``histograms.safetensors``.
+``mark``, ``summary``; the last summary holds), ``histograms.safetensors``, and copies of it beside checkpoints (see
+:mod:`narrowcast.training.doctor.resuming`).
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ from narrowcast.training.doctor.buckets import BUCKETS, COLUMNS
 
 __all__ = [
     "FOLDER",
+    "HISTOGRAMS",
+    "LINES",
     "SCHEMA",
     "Cause",
     "Event",
     "EventKind",
     "FormatAdvice",
     "Layer",
+    "Mark",
     "Part",
     "Range",
     "Reading",
@@ -49,8 +53,9 @@ __all__ = [
     "Summary",
     "Verdict",
     "append",
-    "mend",
+    "lines",
     "read",
+    "write_lines",
     "write_series",
 ]
 
@@ -58,8 +63,10 @@ __all__ = [
 SCHEMA = 2
 #: Name of the folder in a run's folder.
 FOLDER = "doctor"
-_LINES = "record.jsonl"
-_HISTOGRAMS = "histograms.safetensors"
+#: Name of the file of readings, events and the rest in it.
+LINES = "record.jsonl"
+#: Name of the file of histograms in it.
+HISTOGRAMS = "histograms.safetensors"
 
 
 class _Value(BaseModel):
@@ -144,6 +151,12 @@ class Reading(_Value):
     grad_norm: float | None = None
     scale: float = 1.0
     skipped: bool = False
+
+
+class Mark(_Value):
+    """A checkpoint after ``step`` updates goes on from the lines before this one."""
+
+    step: int
 
 
 class Range(_Value):
@@ -307,6 +320,7 @@ class Series:
         total: Shape [BUCKETS], int64: counts of all samples, those dropped too.
         numbers: How many numbers the tensors held. If ``total`` counts fewer, it is an evenly spaced sample, and of activations
             and gradients the least and the greatest number beside it, infinities and NaN above all: shares are estimates.
+        seen: How many samples there were, those dropped too; 0 in a file that does not say.
     """
 
     layer: str
@@ -317,6 +331,7 @@ class Series:
     largest: np.ndarray
     total: np.ndarray
     numbers: int
+    seen: int = 0
 
     @property
     def sampled(self) -> bool:
@@ -347,11 +362,18 @@ class Record:
         return next((one for one in self.series if (one.layer, one.part) == (layer, part)), None)
 
 
-_TYPES: dict[str, type[_Value]] = {"setting": Setting, "reading": Reading, "event": Event, "summary": Summary}
+Line = Setting | Reading | Event | Mark | Summary
+_TYPES: dict[str, type[Line]] = {
+    "setting": Setting,
+    "reading": Reading,
+    "event": Event,
+    "mark": Mark,
+    "summary": Summary,
+}
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
-def append(folder: Path, values: Iterable[Setting | Reading | Event | Summary]) -> None:
+def append(folder: Path, values: Iterable[Line]) -> None:
     """Append values to the record in a folder, which is made if it is missing.
 
     Args:
@@ -359,23 +381,19 @@ def append(folder: Path, values: Iterable[Setting | Reading | Event | Summary]) 
         values: What to write, one line each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"type": _NAMES[type(value)], **json.loads(value.model_dump_json())}) + "\n" for value in values
-    ]
-    with (folder / _LINES).open("a", encoding="utf-8") as file:
-        file.writelines(lines)
+    with (folder / LINES).open("a", encoding="utf-8") as file:
+        file.writelines(map(_line, values))
 
 
-def mend(folder: Path) -> bool:
-    """Cut off a line that a kill left unfinished, and return whether there is a record to go on with."""
-    path = folder / _LINES
-    if not path.is_file():
-        return False
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
-    return bool(whole)
+def write_lines(folder: Path, values: Iterable[Line]) -> None:
+    """Write values in place of all lines before; a reader sees the old file or the new one, never half of one."""
+    partial = folder / f"{LINES}.partial"
+    partial.write_text("".join(map(_line, values)), encoding="utf-8")
+    partial.replace(folder / LINES)
+
+
+def _line(value: Line) -> str:
+    return json.dumps({"type": _NAMES[type(value)], **json.loads(value.model_dump_json())}) + "\n"
 
 
 def write_series(folder: Path, series: Sequence[Series]) -> None:
@@ -396,12 +414,13 @@ def write_series(folder: Path, series: Sequence[Series]) -> None:
             f"{number}.buckets": filled.astype(np.int64),
             f"{number}.counts": one.total[filled].astype(np.int64),
             f"{number}.numbers": np.array([one.numbers], np.int64),
+            f"{number}.seen": np.array([one.seen], np.int64),
         }
     names = json.dumps([[one.layer, one.part.value] for one in series])
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{_HISTOGRAMS}.partial"
+    partial = folder / f"{HISTOGRAMS}.partial"
     save_file(tensors, partial, metadata={"schema": str(SCHEMA), "series": names})
-    partial.replace(folder / _HISTOGRAMS)
+    partial.replace(folder / HISTOGRAMS)
 
 
 def read(run_dir: str | Path) -> Record:
@@ -414,31 +433,35 @@ def read(run_dir: str | Path) -> Record:
         ArtifactError: No record, a damaged one, or one of another version.
     """
     folder = Path(run_dir)
-    folder = folder if (folder / _LINES).is_file() else folder / FOLDER
-    if not (folder / _LINES).is_file():
+    folder = folder if (folder / LINES).is_file() else folder / FOLDER
+    if not (folder / LINES).is_file():
         raise ArtifactError(
-            f"{Path(run_dir)} holds no record of the numerics doctor ({FOLDER}/{_LINES})",
+            f"{Path(run_dir)} holds no record of the numerics doctor ({FOLDER}/{LINES})",
             next_step="train with the doctor on; `narrowcast train` has it on unless told otherwise",
         )
-    values = _lines(folder / _LINES)
+    values = lines(folder / LINES)
     setting = next((value for value in reversed(values) if isinstance(value, Setting)), None)
     if setting is None:
-        raise ArtifactError(f"{folder / _LINES} says nothing of its setting")
+        raise ArtifactError(f"{folder / LINES} says nothing of its setting")
     readings = {value.step: value for value in values if isinstance(value, Reading)}
     return Record(
         setting=setting,
         readings=tuple(readings[step] for step in sorted(readings)),
         events=tuple(value for value in values if isinstance(value, Event)),
-        series=_series(folder / _HISTOGRAMS),
+        series=_series(folder / HISTOGRAMS),
         summary=next((value for value in reversed(values) if isinstance(value, Summary)), None),
     )
 
 
-def _lines(path: Path) -> list[_Value]:
-    """Return the values of complete lines; the last one may have been cut off by a kill."""
-    values: list[_Value] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+def lines(path: Path) -> list[Line]:
+    """Return the values of complete lines; the last one may have been cut off by a kill.
+
+    Raises:
+        ArtifactError: Another line is damaged, or of another version.
+    """
+    values: list[Line] = []
+    texts = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(texts, 1):
         try:
             data: dict[str, Any] = json.loads(line)
             name = data.pop("type")
@@ -446,7 +469,7 @@ def _lines(path: Path) -> list[_Value]:
                 raise ArtifactError(f"{path} has version {data.get('schema_version')}", allowed=f"version {SCHEMA}")
             values.append(_TYPES[name].model_validate(data))
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-            if number == len(lines):
+            if number == len(texts):
                 break
             raise ArtifactError(f"{path} is damaged at line {number}: {error}") from None
     return values
@@ -476,4 +499,5 @@ def _one(file: Any, number: int, layer: str, part: Part) -> Series:
     total = np.zeros(BUCKETS, np.int64)
     total[stored["buckets"]] = stored["counts"]
     numbers = int(stored["numbers"][0])
-    return Series(layer, part, stored["steps"], stored["scales"], columns, stored["largest"], total, numbers)
+    seen = int(file.get_tensor(f"{number}.seen")[0]) if f"{number}.seen" in file.keys() else 0  # noqa: SIM118
+    return Series(layer, part, stored["steps"], stored["scales"], columns, stored["largest"], total, numbers, seen)

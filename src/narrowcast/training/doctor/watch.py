@@ -100,7 +100,7 @@ class Watch:
         self._states: deque[tuple[int, Any]] = deque(maxlen=_REMEMBERED)
         self._batch: Any = None
         self._chosen: list[int] = []
-        self._micro = self._turn = self._updates = 0
+        self._micro = 0
         self._step = -1
         self._scale = self._precision.scale.start().value
         self._scales: dict[int, float] = {}  # by step of a deep sample
@@ -141,6 +141,35 @@ class Watch:
             notes=(note,) if inside else (),
         )
 
+    # What a loop that writes checkpoints calls
+
+    def start(self, step: int) -> None:
+        """Take up the record of a run as of a checkpoint, before its first step; else that step says how far it was.
+
+        Args:
+            step: Updates done; 0 for a new run, whose folder then holds no record of another.
+
+        Raises:
+            ArtifactError: The folder holds a damaged record.
+        """
+        self._begin(step)
+
+    def save(self, step: int, *, keep: int = 2) -> None:
+        """Write everything that was seen, so that a checkpoint that is written next goes on from the whole record.
+
+        Args:
+            step: Updates done, as the checkpoint counts them.
+            keep: How many checkpoints stay.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        _, mail, journal, _ = self._begin(step)
+        self._flush()
+        mail.collect(wait=True)
+        self._explain()
+        journal.mark(step, keep + 1)  # the checkpoint that goes is there until the new one is
+
     # What a trainer calls
 
     def before_forward(self, trainer_step: int, batch: tuple[Any, Any]) -> None:
@@ -158,8 +187,7 @@ class Watch:
             self._chosen = trained
             sampler.watch_activations(trainer_step, self._scale)
         elif trainer_step % _STRIDE == 0:
-            self._chosen = [trained[self._turn % len(trained)]]
-            self._turn += 1
+            self._chosen = [trained[trainer_step // _STRIDE % len(trained)]]
 
     def after_backward(self, model: nn.Module, scale: float) -> None:
         """Count gradients of a window's first micro-batch."""
@@ -179,15 +207,13 @@ class Watch:
         """Count what moved, and read what has arrived."""
         sampler, _, journal, trained = self._begin(self._step)
         self._micro = 0
-        self._updates += 1
         sampler.after_update(self._step)
         self._send_reading(info)
-        sampled = self._chosen is trained if self._deep else self._updates % self._every == 0
+        sampled = self._chosen is trained if self._deep else (self._step + 1) % self._every == 0
         if sampled:
             self._flush()
             journal.save()
-        if self._diagnosis.pending:
-            journal.note(self._diagnosis.explain(sampler.targets, self._scene(self._batch), self._step))
+        self._explain()
 
     def on_nonfinite(self, trainer: Trainer, batch: tuple[Any, Any], step: int) -> None:
         """Find out why a step broke, or that it is the loss scale being found."""
@@ -205,7 +231,7 @@ class Watch:
             self._rank,
         )
         journal.keep(Reading(step=step, scale=trainer.scale, skipped=True))
-        journal.note(self._diagnosis.nonfinite(scene, self._updates))
+        journal.note(self._diagnosis.nonfinite(scene, step))
         journal.write()
 
     # What one reads
@@ -229,6 +255,12 @@ class Watch:
         return self._begin(0).journal.record()
 
     # What happens in between
+
+    def _explain(self) -> None:
+        """Note what waits to be explained."""
+        sampler, _, journal, _ = self._begin(self._step)
+        if self._diagnosis.pending:
+            journal.note(self._diagnosis.explain(sampler.targets, self._scene(self._batch), self._step))
 
     def _state(self, batch: Any) -> Any:
         return next((state for key, state in reversed(self._states) if key == id(batch)), None)
