@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from narrowcast.errors import TrainingError
 from narrowcast.models.loaders import fresh_module
 from narrowcast.models.runs import load_weights, read_weights
 from narrowcast.training import sharded_checkpoint as checkpoints
@@ -228,7 +229,7 @@ class Loop:
             self._watch.save(self._trainer.steps, keep=keep)
         checkpoints.save(
             self._out / CHECKPOINTS,
-            {"trainer": self._trainer.state_dict(), "position": asdict(self._at)},
+            {"trainer": self._trainer.state_dict(), "position": asdict(self._at), "data": self._hashes()},
             step=self._trainer.steps,
             ranks=self._ranks,
             own={"random": random_state()},
@@ -244,12 +245,30 @@ class Loop:
             self._shown.note(f"{self._out} holds no checkpoint yet: training begins anew")
             return
         check_keys(model.state_dict(), found.state["trainer"]["model"], f"checkpoint {found.path}")
+        self._check_data(found.state["data"], str(found.path))
         self._trainer.load_state_dict(found.state["trainer"])
         self._at = _Position(**found.state["position"])
         if found.own is not None:
             set_random_state(found.own["random"])
         else:  # other processes than before: any numbers do, if they are the same each time
             torch.manual_seed(hash((self._config.seed, self._trainer.steps, self._ranks.rank)))
+
+    def _hashes(self) -> dict[str, str]:
+        return {name: part.sha256 for name, part in self._run.parts._asdict().items() if part is not None}
+
+    def _check_data(self, before: dict[str, str], checkpoint: str) -> None:
+        """Check that the data are those of a checkpoint: others could hold trained samples in the part that is reported.
+
+        Raises:
+            TrainingError: A reference names other data now.
+        """
+        for name, part in self._run.parts._asdict().items():
+            if part is not None and before.get(name) != part.sha256:
+                raise TrainingError(
+                    f"data {part.source} ({name} part) have other content than when {checkpoint} was written",
+                    allowed="the same data",
+                    next_step="put the data back, or begin anew in another folder: --out",
+                )
 
     def _finish(self) -> RunResult:
         """Write the weights and the result, from the first process."""

@@ -199,6 +199,21 @@ def test_a_finished_run_can_be_made_longer() -> None:
     assert fit(config_of("epochs=5"), Path("run"), resume=True).steps == 25
 
 
+def test_a_run_does_not_go_on_with_other_data_behind_the_same_name() -> None:
+    rng = np.random.default_rng(0)
+
+    def write(shift: int) -> None:
+        labels = rng.integers(0, 3, 60)
+        np.savez("tokens.npz", input=labels[:, None].repeat(6, 1) + shift)
+
+    write(0)
+    settings = ("network=py:run_nets:tokens", "data={train: npz:tokens.npz, targets: input}", "loss=next-token")
+    fit(config_of(*settings), Path("run"))
+    write(1)
+    with pytest.raises(TrainingError, match=r"data npz:tokens\.npz \(train part\) have other content"):
+        fit(config_of(*settings, "epochs=5"), Path("run"), resume=True)
+
+
 def test_resume_without_a_run_begins_one() -> None:
     assert fit(config_of(), Path("run"), resume=True).steps == 20
 
