@@ -11,6 +11,7 @@ from rich.text import Text
 
 from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
 from narrowcast.cli.garbage import seldom_collected
+from narrowcast.cli.imports import without_torchao
 from narrowcast.cli.numbers import plain
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def advise(
     target = device_of(device)
     given = policy(precision) if precision else None
     asked = source(model, inputs=inputs or [], tokens=tokens, batch=batch, context=context)
-    with seldom_collected(), errors_console().status("tracing", spinner="dots"):
+    with seldom_collected(), without_torchao([model]), errors_console().status("tracing", spinner="dots"):
         counted = profile(asked)
         looked = Context(counted, target, given or default_policy(target, counted.parameters.dtype), runtime)
         found = find(looked)

@@ -17,6 +17,7 @@ from narrowcast.accounting.policies import POLICIES, Policy, own_policy, policy
 from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
 from narrowcast.cli.files import check_file, write_file
 from narrowcast.cli.garbage import seldom_collected
+from narrowcast.cli.imports import without_torchao
 from narrowcast.errors import ModelError, UserError
 
 if TYPE_CHECKING:
@@ -182,8 +183,10 @@ def profile(
         largest=largest_batch,
         training={name: value for name, value in training.items() if value is not None},
     )
-    with seldom_collected(), _quiet(debug), errors_console().status("tracing", spinner="dots"):
-        found = [_costs(name, asked) for name in (model, *([compare] if compare else []))]
+    models = [model, *([compare] if compare else [])]
+    tracing = errors_console().status("tracing", spinner="dots")
+    with seldom_collected(), without_torchao(models), _quiet(debug), tracing:
+        found = [_costs(name, asked) for name in models]
         if html is not None:
             from narrowcast.report.profile import render_profile
 
