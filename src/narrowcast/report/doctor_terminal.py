@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -23,17 +22,15 @@ from narrowcast.report.doctor_words import (
     scale_words,
     scaled_words,
 )
+from narrowcast.report.screen import HEAD, QUIET, Say, new_table, sayer
 from narrowcast.training.doctor.record import Cause, Part
 
 __all__ = ["render_doctor_terminal"]
 
-_QUIET, _HEAD = "bright_black", "bold"
 _NARROW = 100  # columns of a terminal below which classes and the size of updates are left out
 _MOST_EVENTS = 12
 _MOST_LAYERS = 60
 _MOST_REMEDIES = 6
-
-Say = Callable[..., Text]
 
 
 def render_doctor_terminal(run: Run, console: Console) -> None:
@@ -43,13 +40,13 @@ def render_doctor_terminal(run: Run, console: Console) -> None:
         run: What its folder says.
         console: Where to print.
     """
-    say = _sayer(console)
+    say = sayer(console)
     mark, style = {True: ("✓", "green"), False: ("✗", "red"), None: ("–", "yellow")}[run.healthy]
     console.print(say(f"{mark} {run.headline}", f"bold {style}"))
     summary = run.record.summary
     for sentence in run.findings:
         console.print(Padding(say(sentence), (0, 0, 0, 2)))
-    console.print(say(_about(run), _QUIET))
+    console.print(say(_about(run), QUIET))
     for note in run.notes:
         console.print(say(f"Note: {note}", "yellow"))
     for one in run.events:
@@ -63,24 +60,10 @@ def render_doctor_terminal(run: Run, console: Console) -> None:
     if run.events:
         console.print(_events(run, say))
     if summary is not None and summary.scale is not None:
-        console.print(say(f"Recommended loss scale: {scale_words(summary.scale.scale)}", _HEAD))
-        console.print(Padding(say(summary.scale.evidence, _QUIET), (0, 0, 0, 2)))
+        console.print(say(f"Recommended loss scale: {scale_words(summary.scale.scale)}", HEAD))
+        console.print(Padding(say(summary.scale.evidence, QUIET), (0, 0, 0, 2)))
     if summary is not None and summary.formats:
         console.print(_advice(run, say))
-
-
-def _sayer(console: Console) -> Say:
-    plain = console.options.ascii_only
-
-    def say(words: str, style: str = "") -> Text:
-        clean = text.printable(words, keep="\n\xa0")
-        return Text(text.ascii_of(clean) if plain else clean, style=style)
-
-    return say
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style=_QUIET)
 
 
 def _about(run: Run) -> str:
@@ -96,16 +79,16 @@ def _about(run: Run) -> str:
 
 def _cause(cause: Cause, again: str, say: Say) -> Iterator[Text | Padding]:
     rank = f", rank {cause.rank}" if cause.rank else ""
-    title = say(f"Step {text.integer(cause.step)}{rank}: {cause_title(cause)}", _HEAD)
-    yield title + say(f" ({again})", _QUIET) if again else title
+    title = say(f"Step {text.integer(cause.step)}{rank}: {cause_title(cause)}", HEAD)
+    yield title + say(f" ({again})", QUIET) if again else title
     yield Padding(say(cause.seen), (0, 0, 0, 2))
     if not cause.reproduced:
         yield Padding(say("The replay did not break again, so nothing could be tried.", "yellow"), (0, 0, 0, 2))
     for remedy in sorted(cause.remedies, key=lambda one: not one.mended)[:_MOST_REMEDIES]:
-        mark, style = ("✓", "green") if remedy.mended else ("✗", _QUIET)
+        mark, style = ("✓", "green") if remedy.mended else ("✗", QUIET)
         line = say(f"{mark} {remedy.setting}", style)
         if remedy.evidence:
-            line.append_text(say(f": {remedy.evidence}", _QUIET))
+            line.append_text(say(f": {remedy.evidence}", QUIET))
         yield Padding(line, (0, 0, 0, 4))
 
 
@@ -123,10 +106,10 @@ def _layers(run: Run, say: Say, width: int) -> Table:
     shown = [first if first in seen else second for first, second in pairs if seen & {first, second}]
     moved = width >= _NARROW and any(layer.ratio is not None for layer in run.layers)
     stagnant = run.stored == main and any(main in layer.stagnant for layer in run.layers)
-    table = _table()
+    table = new_table()
     table.add_column(say(f"\nlayer, as {main}"), overflow="fold", min_width=12)
     if width >= _NARROW:
-        table.add_column("\nclass", no_wrap=True, style=_QUIET)
+        table.add_column("\nclass", no_wrap=True, style=QUIET)
     for part in shown:
         for heading in (f"{part_words(part)}\nlargest", "\nbeyond", "\nto zero"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -135,7 +118,7 @@ def _layers(run: Run, say: Say, width: int) -> Table:
     if stagnant:
         table.add_column("updates\nlost", justify="right", no_wrap=True)
     for layer in run.layers[:_MOST_LAYERS]:
-        cells = [say(text.tail(layer.name or "(model)", 40), _HEAD)]
+        cells = [say(text.tail(layer.name or "(model)", 40), HEAD)]
         cells += [say(text.label(layer.kind, 20))] if width >= _NARROW else []
         for part in shown:
             cells += _part(layer.parts.get(part), main, say)
@@ -143,7 +126,7 @@ def _layers(run: Run, say: Say, width: int) -> Table:
         cells += [_lost(layer, main, say)] if stagnant else []
         table.add_row(*cells)
     if len(run.layers) > _MOST_LAYERS:
-        table.add_row(say(f"and {len(run.layers) - _MOST_LAYERS} more", _QUIET))
+        table.add_row(say(f"and {len(run.layers) - _MOST_LAYERS} more", QUIET))
     return table
 
 
@@ -155,19 +138,19 @@ def _part(view: PartView | None, format: str, say: Say) -> list[Text]:
     largest = say(magnitude(view.largest) + broken, "red" if broken else "")
     return [
         largest,
-        say(bounds(found.overflow), "red" if found.overflow.high > 0 else _QUIET),
-        say(bounds(found.zero), "yellow" if found.zero.high > 1e-3 else _QUIET),
+        say(bounds(found.overflow), "red" if found.overflow.high > 0 else QUIET),
+        say(bounds(found.zero), "yellow" if found.zero.high > 1e-3 else QUIET),
     ]
 
 
 def _lost(layer: LayerView, format: str, say: Say) -> Text:
     found = layer.stagnant.get(format)
-    return say("") if found is None else say(bounds(found), "red" if found.low > 0.5 else _QUIET)
+    return say("") if found is None else say(bounds(found), "red" if found.low > 0.5 else QUIET)
 
 
 def _formats(run: Run, say: Say) -> Table:
     """Return what each format would do to the layer that it harms most: cast as it is, and with a scale of its own."""
-    table = _table()
+    table = new_table()
     table.add_column("what if", no_wrap=True)
     table.add_column("of", no_wrap=True)
     table.add_column("worst layer", overflow="fold", min_width=12)
@@ -183,11 +166,11 @@ def _formats(run: Run, say: Say) -> Table:
             where = "every layer" if words == "all are held" else text.tail(name or "(model)", 28)
             bad = held.plain.overflow.high > 0
             table.add_row(
-                say(format, _HEAD),
+                say(format, HEAD),
                 say(PARTS[part]),
                 say(where),
                 say(words, "red" if bad else ""),
-                say(scaled_words(held.scaled, held.plain), _QUIET),
+                say(scaled_words(held.scaled, held.plain), QUIET),
             )
     return table
 
@@ -196,24 +179,24 @@ def _formats(run: Run, say: Say) -> Table:
 
 
 def _events(run: Run, say: Say) -> Table:
-    table = _table()
+    table = new_table()
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("event", no_wrap=True)
     table.add_column("")
     for one in run.events[:_MOST_EVENTS]:
         event = one.first
-        style = _QUIET if event.normal else "red"
+        style = QUIET if event.normal else "red"
         kind = f"{event.kind}, normal" if event.normal else str(event.kind)
         words = event_words(event) + (f" ({one.again})" if one.again else "")
         table.add_row(say(text.integer(event.step)), say(str(event.rank)), say(kind, style), say(words))
     if len(run.events) > _MOST_EVENTS:
-        table.add_row(say(""), say(""), say(f"and {len(run.events) - _MOST_EVENTS} more", _QUIET))
+        table.add_row(say(""), say(""), say(f"and {len(run.events) - _MOST_EVENTS} more", QUIET))
     return table
 
 
 def _advice(run: Run, say: Say) -> Table:
-    table = _table()
+    table = new_table()
     table.add_column("recommended for", overflow="fold", min_width=12)
     for heading in ("pass", "format"):
         table.add_column(heading, no_wrap=True)
@@ -223,7 +206,7 @@ def _advice(run: Run, say: Say) -> Table:
     advised = () if summary is None else summary.formats
     for one in advised[:_MOST_LAYERS]:
         cells = (text.tail(one.layer or "(model)", 40), part_words(one.part), one.format, scale_words(one.scale))
-        table.add_row(*map(say, cells), say(one.evidence, _QUIET))
+        table.add_row(*map(say, cells), say(one.evidence, QUIET))
     if len(advised) > _MOST_LAYERS:
-        table.add_row(say(f"and {len(advised) - _MOST_LAYERS} more", _QUIET))
+        table.add_row(say(f"and {len(advised) - _MOST_LAYERS} more", QUIET))
     return table

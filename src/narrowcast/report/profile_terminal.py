@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +12,7 @@ from rich.text import Text
 from narrowcast.report import text
 from narrowcast.report.profile_costs import BATCHES, Costs, Group, cache_rows, compared, groups, part_name, rows, title
 from narrowcast.report.profile_tree import Node
+from narrowcast.report.screen import HEAD, QUIET, Say, new_table, sayer
 
 if TYPE_CHECKING:
     from narrowcast.accounting.memory import Memory
@@ -24,9 +24,6 @@ _NARROW = 90  # columns of a terminal below which bars and what words mean are l
 _BOTH_NAMES = 110  # columns from which on a comparison is headed by the names of both models
 _SHORTEST = 8  # characters of a module's name
 _GAP = 2  # columns between columns
-_QUIET, _HEAD = "bright_black", "bold"
-
-Say = Callable[..., Text]
 
 
 class _Line(NamedTuple):
@@ -45,9 +42,9 @@ def render_profile_terminal(costs: Costs, console: Console, *, depth: int = 3, o
         depth: Levels of modules to show.
         operators: Groups of operators to show.
     """
-    say = _sayer(console)
+    say = sayer(console)
     wide = console.width >= _NARROW
-    console.print(say(title(costs), _HEAD))
+    console.print(say(title(costs), HEAD))
     console.print(_numbers(costs, say, wide))
     if costs.memory is not None:
         console.print(_memory(costs.memory, say, wide))
@@ -57,7 +54,7 @@ def render_profile_terminal(costs: Costs, console: Console, *, depth: int = 3, o
     if costs.cache is not None:
         console.print(_cache(costs, say))
     for note in notes(costs):
-        console.print(say(note, _QUIET))
+        console.print(say(note, QUIET))
     if costs.profile.uncounted:
         missed = ", ".join(f"{name} ({count})" for name, count in costs.profile.uncounted.items())
         console.print(say(f"Not counted, for want of a rule: {missed}", "yellow"))
@@ -71,8 +68,8 @@ def render_comparison_terminal(first: Costs, second: Costs, console: Console) ->
         second: The other.
         console: Where to print.
     """
-    say = _sayer(console)
-    table = _table()
+    say = sayer(console)
+    table = new_table()
     table.add_column("measure", no_wrap=True)
     wide = console.width >= _BOTH_NAMES
     headings = [text.tail(costs.profile.model, 28) for costs in (first, second)] if wide else ["first", "second"]
@@ -84,7 +81,7 @@ def render_comparison_terminal(first: Costs, second: Costs, console: Console) ->
         table.add_row(*(say(cell) for cell in (row.label, row.first, row.second, row.difference, row.ratio)))
     named = ("", "") if wide else ("first: ", "second: ")
     console.print(
-        say("\n".join(f"{name}{title(costs)}" for name, costs in zip(named, (first, second), strict=True)), _HEAD)
+        say("\n".join(f"{name}{title(costs)}" for name, costs in zip(named, (first, second), strict=True)), HEAD)
     )
     console.print(table)
 
@@ -109,36 +106,22 @@ def notes(costs: Costs) -> Iterator[str]:
         yield from (f"{note[0].upper()}{note[1:]}" for note in costs.estimate.notes)
 
 
-def _sayer(console: Console) -> Say:
-    plain = console.options.ascii_only
-
-    def say(words: str, style: str = "") -> Text:
-        clean = text.printable(words, keep="\n\xa0")
-        return Text(text.ascii_of(clean) if plain else clean, style=style)
-
-    return say
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style=_QUIET)
-
-
 def _numbers(costs: Costs, say: Say, wide: bool) -> Table:
-    table = _table()
+    table = new_table()
     table.add_column("measure", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("exactly", justify="right", no_wrap=True, style=_QUIET)
+    table.add_column("exactly", justify="right", no_wrap=True, style=QUIET)
     if wide:
-        table.add_column("", style=_QUIET)
+        table.add_column("", style=QUIET)
     for row in rows(costs):
-        cells = [say(row.label), say(row.short, _HEAD), say(row.exact)]
+        cells = [say(row.label), say(row.short, HEAD), say(row.exact)]
         table.add_row(*cells, *([say(row.hint)] if wide else []))
     return table
 
 
 def _memory(found: Memory, say: Say, wide: bool) -> Table:
     """Return what the memory holds at its peak."""
-    table = _table()
+    table = new_table()
     spread = f", on each of {found.devices} devices ({found.sharding})" if found.devices > 1 else ""
     table.add_column(say(f"memory at the peak{spread}"), no_wrap=True)
     for heading in ("bytes", "share"):
@@ -156,7 +139,7 @@ def _memory(found: Memory, say: Say, wide: bool) -> Table:
 def _cache(costs: Costs, say: Say) -> Table:
     """Return the bytes of keys and values by tokens and sequences."""
     made = cache_rows(costs)
-    table = _table()
+    table = new_table()
     table.add_column("tokens kept", justify="right", no_wrap=True)
     for batch in BATCHES:
         table.add_column(f"{batch} sequence{'' if batch == 1 else 's'}", justify="right", no_wrap=True)
@@ -184,7 +167,7 @@ def _tree(costs: Costs, depth: int, say: Say, width: int) -> Table:
         ("of time" if timed else "of MACs"): lambda node: text.portion(measure(node) / whole) if measure(node) else "",
     }
     lines = list(_lines(root, "", "", depth))
-    table = _table()
+    table = new_table()
     table.add_column("module" if root.paths[0] or costs.profile.parts[1:] else "operator", no_wrap=True)
     room = width - _GAP - (_BAR + _GAP if wide else 0)
     for heading, show in columns.items():
@@ -194,7 +177,7 @@ def _tree(costs: Costs, depth: int, say: Say, width: int) -> Table:
     if wide:
         table.add_column("", no_wrap=True, min_width=_BAR)
     for guides, node in lines:
-        name = say(guides, _QUIET) + say(text.tail(node.label, 48), _HEAD)
+        name = say(guides, QUIET) + say(text.tail(node.label, 48), HEAD)
         name += say(f"  {node.count} × " if node.count > 1 else "  ") + say(node.kind, "cyan")
         part = measure(node) / whole if whole else 0.0
         bar = [say("█" * max(round(_BAR * part), int(part > 0.01)), "blue")] if wide else []
@@ -236,7 +219,7 @@ def _operators(shown: Sequence[Group], costs: Costs, say: Say, width: int) -> Ta
     timed = costs.estimate is not None
     headings = ["operator", "calls", "MACs", "moved", "FLOP/B", *(["time", "bound by"] if timed else [])]
     made = [_cells(group, timed) for group in shown]
-    table = _table()
+    table = new_table()
     room = width - _GAP
     for place, heading in enumerate(headings):
         least = max(len(cells[place]) for cells in [headings, *made])
@@ -249,8 +232,8 @@ def _operators(shown: Sequence[Group], costs: Costs, say: Say, width: int) -> Ta
     if shapes:
         table.add_column("shapes of the first", no_wrap=True)
     for group, (name, *numbers), place in zip(shown, made, where, strict=True):
-        rest = [_cut(say(group.shapes, _QUIET), room, say)] if shapes else []
-        table.add_row(say(name, _HEAD), *map(say, numbers), place, *rest)
+        rest = [_cut(say(group.shapes, QUIET), room, say)] if shapes else []
+        table.add_row(say(name, HEAD), *map(say, numbers), place, *rest)
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console, Group
@@ -15,6 +15,7 @@ from narrowcast.artifacts.manifest import Evidence, Measurement
 from narrowcast.report import text
 from narrowcast.report.bars import blame_bars
 from narrowcast.report.candidates import candidate_rows
+from narrowcast.report.screen import HEAD, QUIET, Say, sayer
 from narrowcast.report.summary import (
     Cell,
     SummaryRow,
@@ -31,9 +32,7 @@ __all__ = ["measurement_table", "render_terminal"]
 WIDE = 100
 MOST_BLAME = 8
 
-_GOOD, _BAD, _QUIET, _HEAD = "green", "red", "bright_black", "bold"
-
-Say = Callable[..., Text]
+_GOOD, _BAD = "green", "red"
 
 
 def render_terminal(evidence: Evidence, console: Console) -> None:
@@ -43,12 +42,7 @@ def render_terminal(evidence: Evidence, console: Console) -> None:
         evidence: Everything that is shown.
         console: Where to print.
     """
-    plain = console.options.ascii_only
-
-    def say(words: str, style: str = "") -> Text:
-        clean = text.printable(words, keep="\n\xa0")
-        return Text(text.ascii_of(clean) if plain else clean, style=style)
-
+    say = sayer(console)
     wide = console.width >= WIDE
     brackets = ", 95% intervals in brackets" if wide else ""
     console.print(_verdict(evidence, say))
@@ -59,7 +53,7 @@ def render_terminal(evidence: Evidence, console: Console) -> None:
         ("Which operators lose accuracy (simulation, guides the search only)", _blame(evidence, say, wide)),
     ):
         if table is not None:
-            console.print(Padding(say(title, _HEAD), (1, 0, 0, 1)))
+            console.print(Padding(say(title, HEAD), (1, 0, 0, 1)))
             console.print(table)
 
 
@@ -67,35 +61,33 @@ def _verdict(evidence: Evidence, say: Say) -> Panel:
     met = evidence.verdict.met
     keys = Table.grid(padding=(0, 4), expand=False)
     shown = key_numbers(evidence)
-    keys.add_row(*(say(f"{key.value} {key.word}", _HEAD) for key in shown))
-    keys.add_row(*(say(key.detail, _QUIET) for key in shown))
+    keys.add_row(*(say(f"{key.value} {key.word}", HEAD) for key in shown))
+    keys.add_row(*(say(key.detail, QUIET) for key in shown))
     limits = Table.grid(padding=(0, 2))
     for row in limit_rows(evidence):
         style = _GOOD if row.met else _BAD
-        limits.add_row(
-            say("✓" if row.met else "✗", style), say(row.text), say(row.value, _HEAD), say(row.margin, style)
-        )
-    parts: list[Text | Table] = [say(evidence.verdict.headline, _HEAD)]
+        limits.add_row(say("✓" if row.met else "✗", style), say(row.text), say(row.value, HEAD), say(row.margin, style))
+    parts: list[Text | Table] = [say(evidence.verdict.headline, HEAD)]
     if evidence.model.random_weights:
         parts += [Text(), say("Random weights: accuracy says nothing about the task.", "yellow")]
     parts += [Text(), keys]
     if limits.rows:
         parts += [Text(), limits]
     if evidence.verdict.advice:
-        parts += [Text(), say("What would help", _HEAD), *(say(f"· {line}") for line in evidence.verdict.advice)]
+        parts += [Text(), say("What would help", HEAD), *(say(f"· {line}") for line in evidence.verdict.advice)]
     title = say(f"{'✓' if met else '✗'} {verdict_badge(evidence)}", f"bold {_GOOD if met else _BAD}")
     return Panel(Group(*parts), title=title, title_align="left", border_style=_GOOD if met else _BAD, padding=(1, 2))
 
 
 def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, header_style=_QUIET, pad_edge=False, padding=(0, 1))
+    return Table(box=box.SIMPLE_HEAD, header_style=QUIET, pad_edge=False, padding=(0, 1))
 
 
 def _both(cell: Cell, say: Say, wide: bool, style: str = "") -> Text:
     """Return a value and, where there is room, its interval."""
     found = say(f"{cell.value} {cell.word}".rstrip(), style)
     if wide and cell.interval:
-        found.append_text(say(f" ({text.unitless(cell.interval)})", _QUIET))
+        found.append_text(say(f" ({text.unitless(cell.interval)})", QUIET))
     return found
 
 
@@ -116,7 +108,7 @@ def _rows_table(rows: Sequence[SummaryRow], say: Say, wide: bool) -> Table:
         table.add_row(
             say(text.label(row.label, 28)),
             _both(row.original, say, False),
-            _both(row.artifact, say, wide, _HEAD),
+            _both(row.artifact, say, wide, HEAD),
             _both(row.ratio, say, wide, "" if row.ratio.better is None else _GOOD if row.ratio.better else _BAD),
         )
     return table
@@ -133,7 +125,7 @@ def _candidates(evidence: Evidence, say: Say, wide: bool) -> Group | None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("Budget")
     for row in rows:
-        style = _HEAD if row.chosen else _QUIET if row.failure else ""
+        style = HEAD if row.chosen else QUIET if row.failure else ""
         cells = [row.accuracy.value, row.speedup.value, row.size, *((row.memory, row.kept_float) if wide else ())]
         table.add_row(
             say("→" if row.chosen else "", style),
