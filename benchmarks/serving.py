@@ -234,7 +234,7 @@ async def http_load(port: int, request: bytes, check: Callable[[bytes], None], c
 async def grpc_load(port: int, connections: int, seconds: float) -> Any:
     import grpc.aio
 
-    from narrowcast.serving.rpc.messages import INFERENCE
+    from narrowcast.oip.messages import INFERENCE
 
     request = INFERENCE["ModelInferRequest"](model_name="noop")
     request.inputs.add(name="x", datatype="FP32", shape=[1, 4])

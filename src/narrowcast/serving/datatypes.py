@@ -6,16 +6,14 @@ Source: Open Inference Protocol, version 2, "Tensor Data Types" and the binary t
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from narrowcast.oip.datatypes import DATATYPES, LENGTH, REAL, Datatype, as_bytes, datatype_of, encode_binary
 from narrowcast.serving.refusals import Refusal
 
 __all__ = [
@@ -32,72 +30,8 @@ __all__ = [
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Datatype:
-    """One element type.
-
-    Attributes:
-        name: As the protocol calls it.
-        dtype: As NumPy calls it; elements of BYTES are objects of type ``bytes``.
-        json: Python types of the JSON values that stand for an element.
-        config: As a model configuration calls it.
-        contents: Field of the gRPC message ``InferTensorContents`` that can hold it; empty where only raw bytes can.
-        size: Bytes of one element; 0 where elements differ in length.
-        limit: Largest finite value of a type that a JSON number may overflow unnoticed, else None.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    json: frozenset[type]
-    config: str
-    contents: str
-    size: int
-    limit: float | None
-
-
 #: Up to so many values, Python finds the largest sooner than NumPy.
 _FEW = 64
-_REAL = frozenset({int, float})
-_INTEGER = frozenset({int})
-
-_LIMITS = {
-    "FP16": float(np.finfo(np.float16).max),
-    "BF16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max),
-    "FP32": float(np.finfo(np.float32).max),
-}
-
-
-def _size(dtype: type) -> int:
-    return 0 if dtype is np.object_ else np.dtype(dtype).itemsize
-
-
-#: All element types by name.
-DATATYPES: dict[str, Datatype] = {
-    name: Datatype(name, np.dtype(dtype), json, config, contents, _size(dtype), _LIMITS.get(name))
-    for name, dtype, json, config, contents in (
-        ("BOOL", np.bool_, frozenset({bool}), "TYPE_BOOL", "bool_contents"),
-        ("UINT8", np.uint8, _INTEGER, "TYPE_UINT8", "uint_contents"),
-        ("UINT16", np.uint16, _INTEGER, "TYPE_UINT16", "uint_contents"),
-        ("UINT32", np.uint32, _INTEGER, "TYPE_UINT32", "uint_contents"),
-        ("UINT64", np.uint64, _INTEGER, "TYPE_UINT64", "uint64_contents"),
-        ("INT8", np.int8, _INTEGER, "TYPE_INT8", "int_contents"),
-        ("INT16", np.int16, _INTEGER, "TYPE_INT16", "int_contents"),
-        ("INT32", np.int32, _INTEGER, "TYPE_INT32", "int_contents"),
-        ("INT64", np.int64, _INTEGER, "TYPE_INT64", "int64_contents"),
-        ("FP16", np.float16, _REAL, "TYPE_FP16", ""),
-        ("BF16", ml_dtypes.bfloat16, _REAL, "TYPE_BF16", ""),
-        ("FP32", np.float32, _REAL, "TYPE_FP32", "fp32_contents"),
-        ("FP64", np.float64, _REAL, "TYPE_FP64", "fp64_contents"),
-        ("BYTES", np.object_, frozenset({str}), "TYPE_STRING", "bytes_contents"),
-    )
-}
-_BY_DTYPE = {datatype.dtype: datatype for datatype in DATATYPES.values()}
-_LENGTH = struct.Struct("<I")
-
-
-def datatype_of(dtype: np.dtype[Any]) -> Datatype | None:
-    """Return the protocol's name for a NumPy element type, or None where it has none."""
-    return _BY_DTYPE.get(dtype)
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------
@@ -131,34 +65,21 @@ def decode_binary(name: str, datatype: Datatype, shape: Sequence[int], data: mem
 
 def _decode_strings(name: str, count: int, data: memoryview) -> Array:
     """Return elements that each follow their length in four bytes."""
-    if count * _LENGTH.size > len(data):
+    if count * LENGTH.size > len(data):
         raise Refusal(400, f"input {name!r}: {len(data)} bytes cannot hold {count} elements of BYTES")
     elements = np.empty(count, object)
     at = 0
     for index in range(count):
-        if at + _LENGTH.size > len(data):
+        if at + LENGTH.size > len(data):
             raise Refusal(400, f"input {name!r}: the data end before element {index} of {count}")
-        start = at + _LENGTH.size
-        at = start + cast(int, _LENGTH.unpack_from(data, at)[0])
+        start = at + LENGTH.size
+        at = start + cast(int, LENGTH.unpack_from(data, at)[0])
         if at > len(data):
             raise Refusal(400, f"input {name!r}: element {index} reaches past the end of the data")
         elements[index] = bytes(data[start:at])
     if at != len(data):
         raise Refusal(400, f"input {name!r}: {len(data) - at} bytes follow the last of {count} elements")
     return elements
-
-
-def encode_binary(datatype: Datatype, array: Array) -> bytes | memoryview:
-    """Return a tensor as bytes: a view of its own, where they lie in order already."""
-    if datatype.size == 0:
-        return b"".join(
-            part for element in array.flat for text in (_as_bytes(element),) for part in (_LENGTH.pack(len(text)), text)
-        )
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _as_bytes(element: bytes | str) -> bytes:
-    return element.encode() if isinstance(element, str) else bytes(element)
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------
@@ -239,7 +160,7 @@ def encode_json(name: str, datatype: Datatype, array: Array) -> Array | list[str
     """
     if datatype.size == 0:
         try:
-            return [_as_bytes(element).decode() for element in array.flat]
+            return [as_bytes(element).decode() for element in array.flat]
         except UnicodeDecodeError:
             raise Refusal(400, f"output {name!r} is not UTF-8 text; ask for it with 'binary_data'") from None
     if datatype.name == "BF16":
@@ -249,4 +170,4 @@ def encode_json(name: str, datatype: Datatype, array: Array) -> Array | list[str
 
 def finite(datatype: Datatype, array: Array) -> bool:
     """Whether JSON has a number for every element."""
-    return datatype.json is not _REAL or bool(np.isfinite(array).all())
+    return datatype.json is not REAL or bool(np.isfinite(array).all())

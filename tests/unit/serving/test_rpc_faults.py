@@ -13,8 +13,8 @@ import tritonclient.grpc.model_config_pb2 as triton_config
 import tritonclient.grpc.service_pb2 as triton
 from serving_models import Gate, doubled, function, spec
 
+from narrowcast.oip.messages import HEALTH, INFERENCE
 from narrowcast.serving.catalogue import Hosting
-from narrowcast.serving.rpc.messages import HEALTH, INFERENCE
 from narrowcast.serving.scheduling.queue import Batching
 from narrowcast.serving.scheduling.scheduler import Settings
 from narrowcast.serving.signature import Signature, Tensors

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from narrowcast.serving.rpc.messages import HEALTH
+from narrowcast.oip.messages import HEALTH
 
 __all__ = ["HealthService", "Probe"]
 

@@ -13,11 +13,11 @@ import grpc
 from google.protobuf.json_format import ParseDict
 
 from narrowcast.errors import NarrowcastError
+from narrowcast.oip.messages import INFERENCE
 from narrowcast.serving.catalogue import Catalogue
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol import documents
 from narrowcast.serving.refusals import Refusal, model_refusal
-from narrowcast.serving.rpc.messages import INFERENCE
 from narrowcast.serving.rpc.tensors import read_message, response_message
 from narrowcast.serving.scheduling.queue import Job
 from narrowcast.serving.shared_memory import SharedMemory

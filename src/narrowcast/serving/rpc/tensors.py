@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+from narrowcast.oip.messages import INFERENCE
 from narrowcast.serving.datatypes import DATATYPES, encode_binary
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol.requests import InferRequest, SharedRegions, read_document
 from narrowcast.serving.protocol.responses import check_output, write_shared
 from narrowcast.serving.refusals import Refusal
-from narrowcast.serving.rpc.messages import INFERENCE
 from narrowcast.serving.signature import Signature, Tensors
 
 __all__ = ["read_message", "response_message"]

@@ -7,8 +7,8 @@ configuration only the fields that this server fills in are here; others are emp
 
 from __future__ import annotations
 
-from narrowcast.serving.datatypes import DATATYPES
-from narrowcast.serving.rpc.schema import Schema
+from narrowcast.oip.datatypes import DATATYPES
+from narrowcast.oip.schema import Schema
 
 __all__ = ["HEALTH", "INFERENCE"]
 
