@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from narrowcast.errors import OutputError
 from narrowcast.serving.catalogue import Catalogue, Hosting
+from narrowcast.serving.http.connection import Handler
 from narrowcast.serving.http.server import HttpServer
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.metrics import MetricsApi
@@ -32,7 +33,7 @@ class ServerOptions:
 
     Attributes:
         host: Address of all listeners.
-        port: Port of the REST protocol; 0 lets the system choose.
+        port: Port of the REST protocol; 0 lets the system choose, None is for no such listener.
         grpc_port: Port of the gRPC protocol; 0 lets the system choose, None is for no such listener.
         metrics_port: Port of the metrics, or None for no such listener.
         limits: Bounds on requests.
@@ -42,7 +43,7 @@ class ServerOptions:
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int | None = 8000
     grpc_port: int | None = 8001
     metrics_port: int | None = 8002
     limits: Limits = field(default_factory=Limits)
@@ -71,6 +72,16 @@ class InferenceServer:
         self._http = HttpServer(self._api.handle, options.limits)
         self._metrics = HttpServer(MetricsApi(self.catalogue).handle, options.limits)
 
+    @property
+    def handler(self) -> Handler:
+        """What answers the requests of the REST protocol, for those who read them from elsewhere."""
+        return self._api.handle
+
+    @property
+    def metrics_handler(self) -> Handler:
+        """What answers requests for the metrics."""
+        return self._metrics.handler
+
     async def start(self) -> None:
         """Load all models, then listen.
 
@@ -80,7 +91,8 @@ class InferenceServer:
         options = self.options
         try:
             await self.catalogue.load_all()
-            self.ports["http"] = await _listen(self._http, options.host, options.port)
+            if options.port is not None:
+                self.ports["http"] = await _listen(self._http, options.host, options.port)
             if options.grpc_port is not None:
                 self.ports["grpc"] = await self._grpc.listen(options.host, options.grpc_port)
             if options.metrics_port is not None:
@@ -114,9 +126,10 @@ class InferenceServer:
             async with asyncio.timeout(self.options.grace):
                 while self.catalogue.busy or self._http.busy:
                     await asyncio.sleep(0.005)
-                await asyncio.sleep(_LINGER_SECONDS)
-                self._http.stop_listening()
-                await asyncio.sleep(_LINGER_SECONDS)  # for what the last connections were about to ask
+                if self.options.port is not None:
+                    await asyncio.sleep(_LINGER_SECONDS)
+                    self._http.stop_listening()
+                    await asyncio.sleep(_LINGER_SECONDS)  # for what the last connections were about to ask
         except TimeoutError:
             finished = not (self.catalogue.busy or self._http.busy)
         await self._close()
