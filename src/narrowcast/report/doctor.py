@@ -28,7 +28,7 @@ from narrowcast.report.doctor_words import (
 )
 from narrowcast.report.page import template
 from narrowcast.report.weights import breakable
-from narrowcast.training.doctor.record import Cause, Part
+from narrowcast.training.doctor.values import Cause, Part
 
 __all__ = ["render_doctor"]
 

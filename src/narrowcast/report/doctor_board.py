@@ -12,7 +12,7 @@ import numpy as np
 from narrowcast.errors import OutputError, RuntimeMissingError
 from narrowcast.report.doctor_run import Run
 from narrowcast.training.doctor.buckets import INFINITE_COLUMN
-from narrowcast.training.doctor.record import Series
+from narrowcast.training.doctor.values import Series
 
 __all__ = ["write_board"]
 

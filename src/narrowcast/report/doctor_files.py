@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from narrowcast.training.doctor.record import Reading
+from narrowcast.training.doctor.values import Reading
 from narrowcast.training.logs import SKIPS
 
 __all__ = ["SkipLine", "cut", "lines", "logged", "skips"]

@@ -14,7 +14,7 @@ from narrowcast.formats.kinds import Format
 from narrowcast.report import text
 from narrowcast.report.picture import Axis, svg
 from narrowcast.training.doctor.buckets import COLUMNS, INFINITE_COLUMN
-from narrowcast.training.doctor.record import EventKind, Reading
+from narrowcast.training.doctor.values import EventKind, Reading
 from narrowcast.training.doctor.whatif import element, overflow_limit, underflow_limit
 
 __all__ = ["LEVELS", "HeatRow", "Mark", "heat_map", "timeline"]

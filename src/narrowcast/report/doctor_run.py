@@ -17,7 +17,8 @@ from narrowcast.formats.kinds import Format
 from narrowcast.report.doctor_files import SkipLine, cut, lines, logged, skips
 from narrowcast.report.doctor_words import cause_title
 from narrowcast.training.doctor.buckets import EDGES, INFINITE, NOT_A_NUMBER
-from narrowcast.training.doctor.record import FOLDER, Event, Part, Reading, Record, Series, read
+from narrowcast.training.doctor.record import FOLDER, read
+from narrowcast.training.doctor.values import Event, Part, Reading, Record, Series
 from narrowcast.training.doctor.whatif import Bounds, Shares, element, overflow_limit, shares, stagnant
 from narrowcast.training.logs import LOG, SKIPS
 

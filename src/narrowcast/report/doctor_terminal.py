@@ -23,7 +23,7 @@ from narrowcast.report.doctor_words import (
     scaled_words,
 )
 from narrowcast.report.screen import HEAD, QUIET, Say, new_table, sayer
-from narrowcast.training.doctor.record import Cause, Part
+from narrowcast.training.doctor.values import Cause, Part
 
 __all__ = ["render_doctor_terminal"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from narrowcast.report import text
-from narrowcast.training.doctor.record import Cause, Event, Part, Range
+from narrowcast.training.doctor.values import Cause, Event, Part, Range
 from narrowcast.training.doctor.whatif import Bounds, Shares, element, overflow_limit, underflow_limit
 
 __all__ = [

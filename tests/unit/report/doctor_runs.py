@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from narrowcast.training.doctor.buckets import BUCKETS, EDGES, INFINITE, fold
-from narrowcast.training.doctor.record import (
+from narrowcast.training.doctor.record import append, write_series
+from narrowcast.training.doctor.values import (
     Cause,
     Event,
     EventKind,
@@ -24,8 +25,6 @@ from narrowcast.training.doctor.record import (
     Setting,
     Summary,
     Verdict,
-    append,
-    write_series,
 )
 
 __all__ = ["LAYERS", "counted", "write_run"]
@@ -65,6 +64,7 @@ def _series(layer: str, part: Part, centre: float, spread: float, rng: np.random
         largest=np.array([one.max() for one in values]),
         total=buckets.sum(0),
         numbers=int(buckets.sum()),
+        seen=len(steps),
     )
 
 

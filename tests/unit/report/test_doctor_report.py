@@ -27,7 +27,8 @@ from narrowcast.report.doctor_plots import HeatRow, Mark, heat_map, timeline
 from narrowcast.report.doctor_run import PARTS, open_run, worst
 from narrowcast.report.doctor_terminal import render_doctor_terminal
 from narrowcast.training.doctor.buckets import fold
-from narrowcast.training.doctor.record import EventKind, Layer, Part, Reading, Setting, append, read, write_series
+from narrowcast.training.doctor.record import append, read, write_series
+from narrowcast.training.doctor.values import EventKind, Layer, Part, Reading, Setting
 from narrowcast.training.doctor.whatif import shares
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from narrowcast.errors import TrainingError
 from narrowcast.training import precision
-from narrowcast.training.doctor.record import EventKind, Part
+from narrowcast.training.doctor.values import EventKind, Part
 
 
 @pytest.fixture(autouse=True)

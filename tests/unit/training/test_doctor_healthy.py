@@ -8,7 +8,8 @@ from doctor_models import healthy, squares, watched
 from torch import nn
 
 from narrowcast.training import DynamicScale, precision
-from narrowcast.training.doctor.record import EventKind, Part, read
+from narrowcast.training.doctor.record import read
+from narrowcast.training.doctor.values import EventKind, Part
 from narrowcast.training.float8 import Float8
 
 

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from narrowcast.errors import ArtifactError, FormatError, TrainingError
 from narrowcast.training.doctor.buckets import BUCKETS, EDGES
 from narrowcast.training.doctor.histories import Histories, Sample, format_advice, scale_advice
-from narrowcast.training.doctor.record import (
-    Cause,
-    Event,
-    EventKind,
-    Part,
-    Reading,
-    Remedy,
-    Setting,
-    append,
-    read,
-    write_series,
-)
+from narrowcast.training.doctor.record import append, read, write_series
 from narrowcast.training.doctor.resuming import mark, rewind
+from narrowcast.training.doctor.values import Cause, Event, EventKind, Part, Reading, Remedy, Setting
 from narrowcast.training.doctor.verdict import cause_sentence, verdict
 
 SETTING = Setting(level="cheap", every=50, precision="fp32", compute="fp32", formats=("fp16",), layers=())
@@ -43,25 +36,131 @@ def series_of(numbers, part=Part.BACKWARD, layer="head", steps=1):
     return histories.series([layer])
 
 
+def written(folder):
+    """Write a record in a run's folder and return its lines' file."""
+    append(folder / "doctor", [SETTING, Reading(step=0, loss=math.inf), Reading(step=1)])
+    write_series(folder / "doctor", series_of([1.0, 0.5], steps=3))
+    return folder / "doctor" / "record.jsonl"
+
+
 def test_a_folder_without_a_record_is_told_apart_from_a_damaged_one(tmp_path):
     with pytest.raises(ArtifactError, match="holds no record"):
         read(tmp_path)
-    append(tmp_path / "doctor", [SETTING, Reading(step=0, loss=math.inf), Reading(step=1)])
-    path = tmp_path / "doctor" / "record.jsonl"
-    whole = path.read_text()
-    path.write_text(whole + '{"type": "reading", "st')  # killed within a line
-    assert [one.step for one in read(tmp_path).readings] == [0, 1]
+    path = written(tmp_path)
     assert read(tmp_path).readings[0].loss == math.inf
     assert read(tmp_path / "doctor").setting == SETTING
-    path.write_text("nonsense\n" + whole)
-    with pytest.raises(ArtifactError, match="damaged at line 1"):
+    path.write_text("")
+    with pytest.raises(ArtifactError, match="says nothing of its setting"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("end", ['{"type": "reading", "st', '{"type": "reading", "step": 2}', "{\xff"])
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path, end):
+    path = written(tmp_path)
+    path.write_bytes(path.read_bytes() + end.encode("latin-1"))
+    assert [one.step for one in read(tmp_path).readings] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"nonsense", "JSON objects of type setting"),
+        (b"\xff\xfe\x00\x81PK\x03\x04", "JSON objects"),
+        (b"[" * 100_000, "JSON objects"),
+        (b"[1, 2]", "JSON objects"),
+        (b"17", "JSON objects"),
+        (b'{"type": ["setting"]}', "JSON objects"),
+        (b'{"type": "omen", "step": 1}', "JSON objects"),
+        (b'{"type": "reading", "step": "soon"}', "reading: step: Input should be a valid integer"),
+        (b'{"type": "reading", "step": 1, "colour": 2}', "reading: colour: Extra inputs"),
+        (b'{"type": "event", "step": 1}', "event: kind: Field required"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, said):
+    path = written(tmp_path)
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + line + b"\n" + b"".join(rest))
+    with pytest.raises(ArtifactError) as error:
+        read(tmp_path)
+    assert "damaged at line 2" in str(error.value)
+    assert said in str(error.value)
+    path.write_bytes(first + b"".join(rest) + line + b"\n")  # the last line too, if it has its end
+    with pytest.raises(ArtifactError, match="damaged at line 4"):
+        read(tmp_path)
+
+
+def test_another_version_is_refused(tmp_path):
+    path = written(tmp_path)
+    whole = path.read_text()
     path.write_text(json.dumps({"type": "setting", "schema_version": 99}) + "\n" + whole)
     with pytest.raises(ArtifactError, match="version 99"):
         read(tmp_path)
     path.write_text(whole)
-    (tmp_path / "doctor" / "histograms.safetensors").write_bytes(b"12345678nonsense")
+    save_file({}, tmp_path / "doctor" / "histograms.safetensors", metadata={"schema": "1", "series": "[]"})
+    with pytest.raises(ArtifactError, match="version 1"):
+        read(tmp_path)
+
+
+def damaged(arrays, **changes):
+    """Return the arrays of a file of histograms with some of them changed; None takes one away."""
+    return {name: array for name, array in {**arrays, **changes}.items() if array is not None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"0.steps": None},
+        {"0.seen": None},
+        {"0.buckets": np.array([10_000_000])},
+        {"0.buckets": np.array([0, 1, 2])},
+        {"0.start": np.zeros(0, np.int64)},
+        {"0.start": np.array([257])},
+        {"0.columns": np.zeros(3, np.int64)},
+        {"0.largest": np.zeros(2)},
+        {"0.scales": np.float64(1.0)},
+    ],
+    ids=lambda change: " ".join(f"{name} {np.shape(array)}" for name, array in change.items()),
+)
+def test_damaged_histograms_are_refused(tmp_path, change):
+    written(tmp_path)
+    path = tmp_path / "doctor" / "histograms.safetensors"
+    with safe_open(path, "numpy") as file:
+        about, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(arrays, path, metadata=about)
+    assert read(tmp_path).series[0].seen == 3
+    kept = {name: np.asarray(array) for name, array in damaged(arrays, **change).items()}
+    save_file(kept, path, metadata=about)
+    with pytest.raises(ArtifactError, match=r"histograms\.safetensors is damaged"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "about", [None, {"schema": "2"}, {"schema": "2", "series": "[[1"}, {"schema": "2", "series": "[7]"}]
+)
+def test_histograms_that_do_not_say_whose_they_are_are_refused(tmp_path, about):
+    written(tmp_path)
+    save_file({}, tmp_path / "doctor" / "histograms.safetensors", metadata=about)
+    with pytest.raises(ArtifactError, match=r"histograms\.safetensors (is damaged|has version None)"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678nonsense", bytes(range(256)), "cut"])
+def test_a_file_of_histograms_that_is_none_is_refused(tmp_path, content):
+    written(tmp_path)
+    path = tmp_path / "doctor" / "histograms.safetensors"
+    path.write_bytes(path.read_bytes()[:-9] if content == "cut" else content)
     with pytest.raises(ArtifactError, match="damaged"):
+        read(tmp_path)
+
+
+def test_a_record_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    written(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ArtifactError, match=r"record\.jsonl cannot be read: Permission denied"):
         read(tmp_path)
 
 

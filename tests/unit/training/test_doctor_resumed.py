@@ -12,7 +12,8 @@ import torch
 
 from narrowcast.training import loop
 from narrowcast.training.config import Config
-from narrowcast.training.doctor.record import Part, read
+from narrowcast.training.doctor.record import read
+from narrowcast.training.doctor.values import Part
 from narrowcast.training.progress import Silent
 from narrowcast.training.reading import validated
 from narrowcast.training.run import fit

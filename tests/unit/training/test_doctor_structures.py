@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from narrowcast.errors import TrainingError
 from narrowcast.training.doctor.cause import first_cause
-from narrowcast.training.doctor.record import Part
 from narrowcast.training.doctor.sampling import targets
+from narrowcast.training.doctor.values import Part
 from narrowcast.training.doctor.whatif import shares
 
 

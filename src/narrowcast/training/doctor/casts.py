@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrowcast.training.doctor.paths import Paths, Place, wrapped
-from narrowcast.training.doctor.record import Range
 from narrowcast.training.doctor.sentinel import dtype_name, range_of
+from narrowcast.training.doctor.values import Range
 
 __all__ = ["CastCounter", "Found", "Probe", "Probed"]
 

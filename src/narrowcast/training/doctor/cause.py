@@ -12,7 +12,6 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from narrowcast.training.doctor import replay
 from narrowcast.training.doctor.exchange import gather, ranks
 from narrowcast.training.doctor.paths import Paths, bare, layer_names
-from narrowcast.training.doctor.record import Cause, Part, Range
 from narrowcast.training.doctor.remedies import (
     drop_samples,
     lost_epsilon,
@@ -22,6 +21,7 @@ from narrowcast.training.doctor.remedies import (
 )
 from narrowcast.training.doctor.replay import Scene
 from narrowcast.training.doctor.sentinel import Fault, Sentinel, range_of
+from narrowcast.training.doctor.values import Cause, Part, Range
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
 
@@ -224,6 +224,8 @@ def _sentence(fault: Fault) -> str:
         text += "; its inputs lie in " + ", ".join(f"[{one.low:.4g}, {one.high:.4g}]" for one in inputs)
     if fault.kind == "inf" and fault.overflows and fault.wide:
         text += f", and float64 gives up to {fault.wide:.4g}, beyond the {torch.finfo(fault.dtype).max:.5g} of {kind}"
+    elif fault.kind == "inf" and fault.wide is None:
+        text += "; it does not run in float64, so whether a wider format would hold the result is not known"
     lost = lost_epsilon(fault)
     if lost:
         text += f"; the epsilon {lost:.0e} is zero in {kind}"

@@ -14,10 +14,10 @@ from narrowcast.training.doctor.casts import CastCounter, Found, Probe
 from narrowcast.training.doctor.cause import agreed_cause, explain_vanishing
 from narrowcast.training.doctor.exchange import gather
 from narrowcast.training.doctor.paths import Paths
-from narrowcast.training.doctor.record import Cause, Event, EventKind, Part, Remedy
 from narrowcast.training.doctor.replay import Scene
 from narrowcast.training.doctor.sampling import Target
 from narrowcast.training.doctor.updates import explain_stagnation
+from narrowcast.training.doctor.values import Cause, Event, EventKind, Part, Remedy
 from narrowcast.training.doctor.verdict import cause_sentence
 from narrowcast.training.loss_scale import DynamicScale
 from narrowcast.training.policies import Precision

@@ -13,7 +13,7 @@ import numpy as np
 from narrowcast.formats.kinds import Format
 from narrowcast.training.doctor import whatif
 from narrowcast.training.doctor.buckets import BUCKETS, COLUMNS, INFINITE, PER_OCTAVE, fold, largest_edge
-from narrowcast.training.doctor.record import FormatAdvice, Part, ScaleAdvice, Series
+from narrowcast.training.doctor.values import FormatAdvice, Part, ScaleAdvice, Series
 
 __all__ = ["Histories", "Sample", "format_advice", "scale_advice", "shifted"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from narrowcast.training.checkpoint_folder import output_errors
 from narrowcast.training.doctor import record, resuming
 from narrowcast.training.doctor.histories import Histories, format_advice, scale_advice
-from narrowcast.training.doctor.record import Event, Reading, Record, Setting, Summary, Verdict
+from narrowcast.training.doctor.values import Event, Reading, Record, Setting, Summary, Verdict
 from narrowcast.training.doctor.verdict import verdict
 
 __all__ = ["Journal"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from narrowcast.training.doctor.record import Part
+from narrowcast.training.doctor.values import Part
 
 __all__ = ["OUTSIDE", "Paths", "Place", "bare", "layer_names", "unseen", "wrapped"]
 

@@ -1,8 +1,8 @@
 """What the numerics doctor saw in a run, written to and read from ``RUN_DIR/doctor/``. It needs no torch.
 
-:func:`read` gives a :class:`Record`: the setting, one :class:`Reading` a step, one :class:`Series` of histograms for each
-layer and pass, the :class:`Event` values with their :class:`Cause`, the advice, and the :class:`Verdict`. Shares in other
-formats come from a series by :func:`narrowcast.training.doctor.whatif.shares`::
+:func:`read` gives a :class:`~narrowcast.training.doctor.values.Record`: the setting, one reading a step, one series of
+histograms for each layer and pass, the events with their causes, the advice, and the verdict. Shares in other formats come
+from a series by :func:`narrowcast.training.doctor.whatif.shares`::
 
     record = read("run")
     for series in record.series:
@@ -20,347 +20,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from narrowcast.artifacts.store import write_atomic
 from narrowcast.errors import ArtifactError
 from narrowcast.training.doctor.buckets import BUCKETS, COLUMNS
+from narrowcast.training.doctor.values import (
+    SCHEMA,
+    Event,
+    Mark,
+    Part,
+    Reading,
+    Record,
+    Series,
+    Setting,
+    Summary,
+)
 
-__all__ = [
-    "FOLDER",
-    "HISTOGRAMS",
-    "LINES",
-    "SCHEMA",
-    "Cause",
-    "Event",
-    "EventKind",
-    "FormatAdvice",
-    "Layer",
-    "Mark",
-    "Part",
-    "Range",
-    "Reading",
-    "Record",
-    "Remedy",
-    "ScaleAdvice",
-    "Series",
-    "Setting",
-    "Summary",
-    "Verdict",
-    "append",
-    "lines",
-    "read",
-    "write_lines",
-    "write_series",
-]
+__all__ = ["FOLDER", "HISTOGRAMS", "LINES", "append", "lines", "read", "write_lines", "write_series"]
 
-#: Version of the record; a reader refuses any other.
-SCHEMA = 2
 #: Name of the folder in a run's folder.
 FOLDER = "doctor"
 #: Name of the file of readings, events and the rest in it.
 LINES = "record.jsonl"
 #: Name of the file of histograms in it.
 HISTOGRAMS = "histograms.safetensors"
-
-
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Part(StrEnum):
-    """What a histogram counts, or where a fault lies."""
-
-    #: What a layer gives in the forward pass: its activations.
-    FORWARD = "forward"
-    #: The gradient that comes to a layer's outputs in the backward pass, without the loss scale.
-    BACKWARD = "backward"
-    #: The gradients of a layer's own parameters, without the loss scale.
-    GRADIENT = "gradient"
-    #: A layer's own parameters.
-    WEIGHT = "weight"
-    #: What an optimizer step added to them.
-    UPDATE = "update"
-    #: The same in units of the weight's binade: ``|update| / 2**floor(log2(|weight|))``.
-    RATIO = "ratio"
-
-
-class EventKind(StrEnum):
-    """What kind of thing happened."""
-
-    #: A skipped step while the dynamic loss scale was being found: normal.
-    BACKOFF = "back-off"
-    #: The loss or a gradient became infinite or NaN.
-    NONFINITE = "non-finite"
-    #: Input data hold infinities or NaN.
-    DATA = "data"
-    #: Gradients became zero.
-    VANISHED = "vanished"
-    #: Updates are too small to move the weights.
-    STAGNATION = "stagnation"
-    #: A saturating cast hides an overflow.
-    SATURATION = "saturation"
-
-
-class Layer(_Value):
-    """A module: its name in the model (empty for the model itself), its class, and how many numbers its own parameters hold."""
-
-    name: str
-    kind: str
-    parameters: int
-
-
-class Setting(_Value):
-    """How the doctor was set up.
-
-    Attributes:
-        schema_version: :data:`SCHEMA`.
-        level: ``cheap`` or ``deep``.
-        every: Steps from one deep sample to the next.
-        precision: Name of the policy.
-        compute: Format that the forward pass computes in.
-        formats: Formats that the report asks about.
-        layers: Modules, in the model's order.
-        world: Number of ranks.
-        compiled: Whether parts of the model are compiled; activations are then seen in deep samples alone.
-        notes: What could not be watched, and why; for people.
-    """
-
-    schema_version: int = SCHEMA
-    level: str
-    every: int
-    precision: str
-    compute: str
-    formats: tuple[str, ...]
-    layers: tuple[Layer, ...]
-    world: int = 1
-    compiled: bool = False
-    notes: tuple[str, ...] = ()
-
-
-class Reading(_Value):
-    """One step in numbers; ``grad_norm`` is without the loss scale, before clipping. None where nothing was given."""
-
-    step: int
-    loss: float | None = None
-    grad_norm: float | None = None
-    scale: float = 1.0
-    skipped: bool = False
-
-
-class Mark(_Value):
-    """A checkpoint after ``step`` updates goes on from the lines before this one."""
-
-    step: int
-
-
-class Range(_Value):
-    """An input or a result of an operator in numbers.
-
-    Attributes:
-        name: Which it is: ``input 0``, ``result``, or a parameter's name.
-        dtype: As PyTorch prints it, such as ``float16``.
-        shape: Its shape.
-        low: The least finite number; None if there is none.
-        high: The greatest finite number.
-        smallest: The smallest magnitude that is not zero.
-        zeros: How many zeros.
-        infinite: How many infinities.
-        nan: How many NaN.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    low: float | None
-    high: float | None
-    smallest: float | None
-    zeros: int
-    infinite: int
-    nan: int
-
-
-class Remedy(_Value):
-    """What was tried against a cause.
-
-    Attributes:
-        kind: ``scale``, ``format``, ``layer``, ``clipping``, ``epsilon``, ``maximum``, ``initialisation``, ``rounding``,
-            ``data`` or ``fresh scale``.
-        setting: What to do, in words: "keep layer 'head' in fp32".
-        mended: Whether the replay was sound with it.
-        evidence: What the replay showed.
-        overrides: The same as ``precision(..., overrides=...)`` takes it, if that is how it is set.
-    """
-
-    kind: str
-    setting: str
-    mended: bool
-    evidence: str
-    overrides: dict[str, str] = {}
-
-
-class Cause(_Value):
-    """Where a number broke first.
-
-    Attributes:
-        step: Optimizer steps done before.
-        rank: The rank that it broke on.
-        part: ``forward``, ``backward`` or ``update``.
-        layer: Name of the module; empty for the model itself, ``loss`` for the loss function, ``data`` for the inputs.
-        operator: PyTorch's name, such as ``aten.addmm``; ``data`` for the inputs.
-        call: How many times this operator ran in this layer and pass before.
-        kind: ``inf``, ``nan``, ``zero``, ``saturated`` or ``stagnant``.
-        inputs: What went in and what came out.
-        seen: What was seen, as a sentence.
-        samples: Positions in the batch of the samples that broke, for faulty data.
-        reproduced: Whether the replay broke as the step did.
-        remedies: What was tried, those that mend it first.
-    """
-
-    step: int
-    rank: int
-    part: Part
-    layer: str
-    operator: str
-    call: int = 0
-    kind: str
-    inputs: tuple[Range, ...] = ()
-    seen: str
-    samples: tuple[int, ...] = ()
-    reproduced: bool = True
-    remedies: tuple[Remedy, ...] = ()
-
-    @property
-    def mends(self) -> tuple[Remedy, ...]:
-        """The remedies that mended it in the replay."""
-        return tuple(remedy for remedy in self.remedies if remedy.mended)
-
-
-class Event(_Value):
-    """Something that happened; ``normal`` if it needs nobody's attention. ``sentence`` says it for people."""
-
-    kind: EventKind
-    step: int
-    rank: int
-    normal: bool
-    sentence: str
-    cause: Cause | None = None
-
-
-class ScaleAdvice(_Value):
-    """The loss scale that the gradients ask for.
-
-    Attributes:
-        scale: The largest power of two that overflows nothing, with the margin.
-        format: Format of the gradients.
-        margin: What the largest gradient may still grow by, as a factor.
-        lost: Share of the gradients that become zero without a scale.
-        lost_scaled: The same with this scale.
-        evidence: The same as a sentence.
-    """
-
-    scale: float
-    format: str
-    margin: float
-    lost: float
-    lost_scaled: float
-    evidence: str
-
-
-class FormatAdvice(_Value):
-    """The narrowest of the formats asked about that holds a layer's numbers, or that none does, with the evidence.
-
-    Attributes:
-        layer: Its name.
-        part: Forward or backward.
-        format: The format; fp32 if no narrower one holds.
-        scale: The power of two to multiply by first.
-        evidence: As a sentence.
-    """
-
-    layer: str
-    part: Part
-    format: str
-    scale: float
-    evidence: str
-
-
-class Verdict(_Value):
-    """The answer: healthy, or not, with one sentence for each finding and what needs attention first."""
-
-    healthy: bool
-    sentences: tuple[str, ...]
-
-
-class Summary(_Value):
-    """What follows from all that was seen: written at the end and with each write of the histograms."""
-
-    verdict: Verdict
-    scale: ScaleAdvice | None = None
-    formats: tuple[FormatAdvice, ...] = ()
-
-
-@dataclass(frozen=True)
-class Series:
-    """Histograms of one layer and part over time.
-
-    Attributes:
-        layer: Name of the module.
-        part: What is counted.
-        steps: Shape [T]: the step of each sample, increasing. When there are many, every other one is dropped.
-        scales: Shape [T]: the loss scale at that time.
-        columns: Shape [T, COLUMNS], int64: counts by octave, see :mod:`narrowcast.training.doctor.buckets`.
-        largest: Shape [T]: the largest finite magnitude, up to the next step here. Of activations and all gradients it is that
-            of the whole tensors (where one is not finite, that of its sample), of the rest that of the samples.
-        total: Shape [BUCKETS], int64: counts of all samples, those dropped too.
-        numbers: How many numbers the tensors held. If ``total`` counts fewer, it is an evenly spaced sample, and of activations
-            and gradients the least and the greatest number beside it, infinities and NaN above all: shares are estimates.
-        seen: How many samples there were, those dropped too; 0 in a file that does not say.
-    """
-
-    layer: str
-    part: Part
-    steps: np.ndarray
-    scales: np.ndarray
-    columns: np.ndarray
-    largest: np.ndarray
-    total: np.ndarray
-    numbers: int
-    seen: int = 0
-
-    @property
-    def sampled(self) -> bool:
-        """Whether fewer numbers were counted than the tensors held."""
-        return int(self.total.sum()) < self.numbers
-
-
-@dataclass(frozen=True)
-class Record:
-    """All that the doctor wrote.
-
-    Attributes:
-        setting: How it was set up.
-        readings: One a step, in order; the last one holds where a run was resumed and a step was done again.
-        events: In order.
-        series: In the model's order of layers.
-        summary: Verdict and advice; None if the run ended before the first.
-    """
-
-    setting: Setting
-    readings: tuple[Reading, ...]
-    events: tuple[Event, ...]
-    series: tuple[Series, ...]
-    summary: Summary | None
-
-    def of(self, layer: str, part: Part) -> Series | None:
-        """Return the series of a layer and part, if there is one."""
-        return next((one for one in self.series if (one.layer, one.part) == (layer, part)), None)
-
 
 Line = Setting | Reading | Event | Mark | Summary
 _TYPES: dict[str, type[Line]] = {
@@ -371,6 +59,8 @@ _TYPES: dict[str, type[Line]] = {
     "summary": Summary,
 }
 _NAMES = {kind: name for name, kind in _TYPES.items()}
+
+# Writing --------------------------------------------------------------------------------------------------------------
 
 
 def append(folder: Path, values: Iterable[Line]) -> None:
@@ -387,9 +77,7 @@ def append(folder: Path, values: Iterable[Line]) -> None:
 
 def write_lines(folder: Path, values: Iterable[Line]) -> None:
     """Write values in place of all lines before; a reader sees the old file or the new one, never half of one."""
-    partial = folder / f"{LINES}.partial"
-    partial.write_text("".join(map(_line, values)), encoding="utf-8")
-    partial.replace(folder / LINES)
+    write_atomic(folder / LINES, "".join(map(_line, values)))
 
 
 def _line(value: Line) -> str:
@@ -400,27 +88,33 @@ def write_series(folder: Path, series: Sequence[Series]) -> None:
     """Write all histograms in place of those before; a reader sees the old file or the new one, never half of one."""
     from safetensors.numpy import save_file
 
-    tensors: dict[str, np.ndarray] = {}
-    for number, one in enumerate(series):
-        used = np.flatnonzero(one.columns.any(0))
-        start, stop = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
-        filled = np.flatnonzero(one.total)
-        tensors |= {
-            f"{number}.steps": np.asarray(one.steps, np.int64),
-            f"{number}.scales": np.asarray(one.scales, np.float64),
-            f"{number}.largest": np.asarray(one.largest, np.float64),
-            f"{number}.columns": np.ascontiguousarray(one.columns[:, start:stop], np.int64),
-            f"{number}.start": np.array([start], np.int64),
-            f"{number}.buckets": filled.astype(np.int64),
-            f"{number}.counts": one.total[filled].astype(np.int64),
-            f"{number}.numbers": np.array([one.numbers], np.int64),
-            f"{number}.seen": np.array([one.seen], np.int64),
-        }
+    tensors = {f"{number}.{name}": array for number, one in enumerate(series) for name, array in _stored(one).items()}
     names = json.dumps([[one.layer, one.part.value] for one in series])
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{HISTOGRAMS}.partial"
     save_file(tensors, partial, metadata={"schema": str(SCHEMA), "series": names})
     partial.replace(folder / HISTOGRAMS)
+
+
+def _stored(one: Series) -> dict[str, np.ndarray]:
+    """Return the arrays of a series, without the empty columns at both ends and without empty buckets."""
+    used = np.flatnonzero(one.columns.any(0))
+    start, stop = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
+    filled = np.flatnonzero(one.total)
+    return {
+        "steps": np.asarray(one.steps, np.int64),
+        "scales": np.asarray(one.scales, np.float64),
+        "largest": np.asarray(one.largest, np.float64),
+        "columns": np.ascontiguousarray(one.columns[:, start:stop], np.int64),
+        "start": np.array([start], np.int64),
+        "buckets": filled.astype(np.int64),
+        "counts": one.total[filled].astype(np.int64),
+        "numbers": np.array([one.numbers], np.int64),
+        "seen": np.array([one.seen], np.int64),
+    }
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 def read(run_dir: str | Path) -> Record:
@@ -430,7 +124,7 @@ def read(run_dir: str | Path) -> Record:
         run_dir: The run's folder, or the doctor's own inside it.
 
     Raises:
-        ArtifactError: No record, a damaged one, or one of another version.
+        ArtifactError: No record, one that cannot be read, a damaged one, or one of another version.
     """
     folder = Path(run_dir)
     folder = folder if (folder / LINES).is_file() else folder / FOLDER
@@ -454,25 +148,43 @@ def read(run_dir: str | Path) -> Record:
 
 
 def lines(path: Path) -> list[Line]:
-    """Return the values of complete lines; the last one may have been cut off by a kill.
+    """Return the values of a record's lines; a last one without its end was cut off by a kill and is left out.
 
     Raises:
-        ArtifactError: Another line is damaged, or of another version.
+        ArtifactError: The file cannot be read, a line is damaged, or the record is of another version.
     """
-    values: list[Line] = []
-    texts = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(texts, 1):
-        try:
-            data: dict[str, Any] = json.loads(line)
-            name = data.pop("type")
-            if name == "setting" and data.get("schema_version") != SCHEMA:
-                raise ArtifactError(f"{path} has version {data.get('schema_version')}", allowed=f"version {SCHEMA}")
-            values.append(_TYPES[name].model_validate(data))
-        except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-            if number == len(texts):
-                break
-            raise ArtifactError(f"{path} is damaged at line {number}: {error}") from None
-    return values
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
+    whole = content.split(b"\n")[:-1]  # behind the last end of a line there is nothing, or what was cut off
+    return [_value(text, path, number) for number, text in enumerate(whole, 1)]
+
+
+def _value(text: bytes, path: Path, number: int) -> Line:
+    damaged = f"{path} is damaged at line {number}"
+    try:
+        data: Any = json.loads(text)
+        kind = _TYPES[data.pop("type")]
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        raise ArtifactError(damaged, allowed=f"JSON objects of type {', '.join(_TYPES)}") from None
+    if kind is Setting:
+        _check_version(path, data.get("schema_version"))
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{damaged}, {_NAMES[kind]}: {key}: {first['msg']}") from None
+
+
+def _check_version(path: Path, version: object) -> None:
+    if str(version) != str(SCHEMA):
+        raise ArtifactError(
+            f"{path} has version {version}",
+            allowed=f"version {SCHEMA}",
+            next_step="read it with the narrowcast that wrote it, or train again",
+        )
 
 
 def _series(path: Path) -> tuple[Series, ...]:
@@ -482,22 +194,24 @@ def _series(path: Path) -> tuple[Series, ...]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            names = json.loads(file.metadata()["series"])
+            about = file.metadata() or {}
+            _check_version(path, about.get("schema"))
+            names = json.loads(about["series"])
             return tuple(_one(file, number, layer, Part(part)) for number, (layer, part) in enumerate(names))
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from None
 
 
 def _one(file: Any, number: int, layer: str, part: Part) -> Series:
-    stored = {
-        name: np.asarray(file.get_tensor(f"{number}.{name}"))
-        for name in ("steps", "scales", "largest", "columns", "start", "buckets", "counts", "numbers")
-    }
-    columns = np.zeros((len(stored["steps"]), COLUMNS), np.int64)
-    start, width = int(stored["start"][0]), stored["columns"].shape[1]
-    columns[:, start : start + width] = stored["columns"]
+    names = ("steps", "scales", "largest", "columns", "start", "buckets", "counts", "numbers", "seen")
+    stored = {name: np.asarray(file.get_tensor(f"{number}.{name}")) for name in names}
+    steps, kept = stored["steps"], stored["columns"]
+    if {len(stored[name]) for name in ("scales", "largest", "columns")} != {len(steps)}:
+        raise ValueError(f"series {number} does not hold as many samples of one kind as of another")
+    columns = np.zeros((len(steps), COLUMNS), np.int64)
+    start = int(stored["start"][0])
+    columns[:, start : start + kept.shape[1]] = kept
     total = np.zeros(BUCKETS, np.int64)
     total[stored["buckets"]] = stored["counts"]
-    numbers = int(stored["numbers"][0])
-    seen = int(file.get_tensor(f"{number}.seen")[0]) if f"{number}.seen" in file.keys() else 0  # noqa: SIM118
-    return Series(layer, part, stored["steps"], stored["scales"], columns, stored["largest"], total, numbers, seen)
+    counts = int(stored["numbers"][0]), int(stored["seen"][0])
+    return Series(layer, part, steps, stored["scales"], columns, stored["largest"], total, *counts)

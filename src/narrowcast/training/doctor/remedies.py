@@ -26,9 +26,9 @@ from narrowcast.training.doctor.interventions import (
     without_maximum,
 )
 from narrowcast.training.doctor.paths import OUTSIDE, Paths, bare, layer_names
-from narrowcast.training.doctor.record import Part, Remedy
 from narrowcast.training.doctor.replay import Outcome, Scene
 from narrowcast.training.doctor.sentinel import Fault
+from narrowcast.training.doctor.values import Part, Remedy
 from narrowcast.training.policies import precision
 
 __all__ = ["Trial", "drop_samples", "lower_scale", "raise_scale", "trials", "try_all"]
@@ -43,7 +43,7 @@ class Trial:
     """A remedy that has not been tried yet.
 
     Attributes:
-        kind: See :class:`narrowcast.training.doctor.record.Remedy`.
+        kind: See :class:`narrowcast.training.doctor.values.Remedy`.
         setting: What to do, in words.
         run: Replays with it; the note says what is to be added to the evidence.
         overrides: The same for ``precision(..., overrides=...)``.

@@ -1,6 +1,6 @@
 """The record beside checkpoints: each checkpoint finds in it what was seen until then, all of it and nothing later.
 
-With a checkpoint goes a line of ``record.jsonl``, the :class:`~narrowcast.training.doctor.record.Mark`, and a copy of the
+With a checkpoint goes a line of ``record.jsonl``, the :class:`~narrowcast.training.doctor.values.Mark`, and a copy of the
 histograms, ``histograms-00000400.safetensors``: their totals cannot be taken back to an earlier step. Both are on the disk
 before the checkpoint is, so whatever checkpoint a kill leaves, its part of the record is there.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from narrowcast.training.checkpoint_folder import sync
 from narrowcast.training.doctor import record
-from narrowcast.training.doctor.record import HISTOGRAMS, LINES, Event, Mark, Reading, Setting
+from narrowcast.training.doctor.record import HISTOGRAMS, LINES
+from narrowcast.training.doctor.values import Event, Mark, Reading, Setting
 
 __all__ = ["mark", "rewind"]
 

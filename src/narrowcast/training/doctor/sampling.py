@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from narrowcast.training.doctor.casts import CastCounter
 from narrowcast.training.doctor.histograms import Counter, index_on, sampled
 from narrowcast.training.doctor.paths import Paths, bare, layer_names, unseen
-from narrowcast.training.doctor.record import Part
 from narrowcast.training.doctor.replay import local
 from narrowcast.training.doctor.updates import ratios, thinned
+from narrowcast.training.doctor.values import Part
 from narrowcast.training.multi_tensor import norms
 
 __all__ = ["Counted", "Mailbox", "Sampler", "Target", "compiled", "targets"]

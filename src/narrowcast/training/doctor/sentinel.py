@@ -7,11 +7,12 @@ offspring remembers it, so that the loss or a gradient leads back to where it be
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from narrowcast.training.doctor.paths import Paths, Place, wrapped
-from narrowcast.training.doctor.record import Range
+from narrowcast.training.doctor.values import Range
+from narrowcast.training.random_state import random_state, set_random_state
 
 __all__ = ["Fault", "Maker", "Sentinel", "dtype_name", "range_of"]
 
+_log = logging.getLogger(__name__)
 _MOST = 64  # faults that are described; later ones are known by their offspring alone
 _OTHERS = ("c10d", "_c10d", "fsdp")  # what they bring may have broken on another rank
 _BLANK = ("empty", "resize", "set_")  # their results hold whatever was there
@@ -35,6 +38,26 @@ class Maker:
     operator: str
     scalars: tuple[float, ...]
     dtype: torch.dtype
+
+
+class _Call(NamedTuple):
+    """An operator that has run.
+
+    Attributes:
+        func: The operator.
+        place: Layer and pass.
+        number: How many times it ran there before.
+        arguments: ``args`` and ``kwargs``, as they are after it.
+        before: The floating-point tensors among them, as they were before it.
+        maker: What its result's readers are told of it.
+    """
+
+    func: Any
+    place: Place
+    number: int
+    arguments: tuple[Any, Any]
+    before: list[Tensor]
+    maker: Maker
 
 
 @dataclass(frozen=True)
@@ -104,99 +127,72 @@ class Sentinel(TorchDispatchMode):
         place = self._paths.here()
         given = _floats((args, kwargs))
         before = [one.clone() for one in given] if func._schema.is_mutable else given
-        spoilt = [not _finite(one) for one in before]
         out = func(*args, **kwargs)
         name = str(func.overloadpacket)
-        call = self._calls[name, place]
-        self._calls[name, place] += 1
         results = _floats(out)
         maker = Maker(name, _scalars((args, kwargs)), results[0].dtype if results else torch.float32)
+        call = _Call(func, place, self._calls[name, place], (args, kwargs), before, maker)
+        self._calls[name, place] += 1
         if self._zeros:
-            self._look_for_zeros(func, place, call, (args, kwargs), before, results, maker)
+            self._look_for_zeros(call, results)
         elif name.startswith(_OTHERS):
             self._origins.update({_storage(one): None for one in (*given, *results) if not _finite(one)})
         elif not name.split(".")[-1].startswith(_BLANK):
-            for result in results:
-                self._look(func, place, call, (args, kwargs), before, spoilt, result, maker)
+            self._look(call, results)
         for result in results:
             self._makers[_storage(result)] = maker
         return out
 
-    def _look(
-        self,
-        func: Any,
-        place: Place,
-        call: int,
-        arguments: Any,
-        before: Sequence[Tensor],
-        spoilt: Sequence[bool],
-        result: Tensor,
-        maker: Maker,
-    ) -> None:
-        key = _storage(result)
-        if _finite(result):
-            if key not in {_storage(one) for one in before}:
-                self._origins.pop(key, None)
-            return
-        parents = [one for one, bad in zip(_floats(arguments), spoilt, strict=True) if bad]
-        known = [self._origins.get(_storage(one)) for one in parents]
-        earliest = min((number for number in known if number is not None), default=None)
-        if earliest is not None:
-            self._origins[key] = earliest
-            return
-        nan = bool(result.isnan().any())
-        asked = any(not math.isfinite(number) for number in maker.scalars) or bool(parents)
-        if not nan and asked:
-            self._origins[key] = None
-            return
-        if nan and any(bool(one.isnan().any()) for one, bad in zip(before, spoilt, strict=True) if bad):
-            self._origins[key] = None  # NaN that came with the model or the data
-            return
-        self._bear("nan" if nan else "inf", func, place, call, arguments, before, result, maker)
+    def _look(self, call: _Call, results: list[Tensor]) -> None:
+        """Note which results are not finite, and which memory is finite again."""
+        broken = [result for result in results if not _finite(result)]
+        if broken:
+            self._trace(call, broken)
+        kept = {_storage(one) for one in (*call.before, *broken)}
+        for result in results:
+            if _storage(result) not in kept:
+                self._origins.pop(_storage(result), None)  # its memory held something else before
 
-    def _look_for_zeros(
-        self,
-        func: Any,
-        place: Place,
-        call: int,
-        arguments: Any,
-        before: Sequence[Tensor],
-        results: Sequence[Tensor],
-        maker: Maker,
-    ) -> None:
+    def _trace(self, call: _Call, broken: list[Tensor]) -> None:
+        """Note where results that are not finite come from, or that they begin here."""
+        pairs = zip(_floats(call.arguments), call.before, strict=True)
+        spoilt = [(now, before) for now, before in pairs if not _finite(before)]
+        known = [self._origins.get(_storage(now)) for now, _ in spoilt]
+        earliest = min((number for number in known if number is not None), default=None)
+        came = any(bool(before.isnan().any()) for _, before in spoilt)
+        asked = bool(spoilt) or any(not math.isfinite(number) for number in call.maker.scalars)
+        for result in broken:
+            nan = bool(result.isnan().any())
+            if earliest is not None or (came if nan else asked):  # of a fault, of the model or the data, or asked for
+                self._origins[_storage(result)] = earliest
+            else:
+                self._bear("nan" if nan else "inf", call, result)
+
+    def _look_for_zeros(self, call: _Call, results: list[Tensor]) -> None:
         """Note an operator of the backward pass whose result is all zero though each of its inputs holds something else."""
-        if not place.node or not before or any(not one.numel() or not bool(one.any()) for one in before):
+        given = call.before
+        if not call.place.node or not given or any(not one.numel() or not bool(one.any()) for one in given):
             return
         for result in results:
             if result.numel() and not bool(result.any()):
-                self._bear("zero", func, place, call, arguments, before, result, maker)
+                self._bear("zero", call, result)
 
-    def _bear(
-        self,
-        kind: str,
-        func: Any,
-        place: Place,
-        call: int,
-        arguments: Any,
-        before: Sequence[Tensor],
-        result: Tensor,
-        maker: Maker,
-    ) -> None:
+    def _bear(self, kind: str, call: _Call, result: Tensor) -> None:
         self._origins[_storage(result)] = len(self.faults)
         if len(self.faults) >= _MOST:
             return
-        ranges = [range_of(f"input {number}", one) for number, one in enumerate(before)]
+        ranges = [range_of(f"input {number}", one) for number, one in enumerate(call.before)]
         self.faults.append(
             Fault(
-                operator=str(func.overloadpacket),
-                place=place,
-                call=call,
+                operator=call.maker.operator,
+                place=call.place,
+                call=call.number,
                 kind=kind,
                 dtype=result.dtype,
                 inputs=(*ranges, range_of("result", result)),
-                scalars=maker.scalars,
-                wide=_wide(func, arguments, before),
-                makers=tuple(self._makers.get(_storage(one)) for one in _floats(arguments)),
+                scalars=call.maker.scalars,
+                wide=_wide(call),
+                makers=tuple(self._makers.get(_storage(one)) for one in _floats(call.arguments)),
             )
         )
 
@@ -248,19 +244,23 @@ def _storage(tensor: Tensor) -> int:
     return storage._cdata
 
 
-def _wide(func: Any, arguments: Any, before: Sequence[Tensor]) -> float | None:
+def _wide(call: _Call) -> float | None:
     """Return the largest magnitude of an operator's result in float64; None where it does not run in it."""
-    if any(one.is_complex() for one in before):
+    if any(one.is_complex() for one in call.before):
         return None
-    copies = iter([one.double() for one in before])
-    args, kwargs = tree_map_only(Tensor, lambda one: next(copies) if _floats(one) else one, arguments)
+    copies = iter([one.double() for one in call.before])
+    args, kwargs = tree_map_only(Tensor, lambda one: next(copies) if _floats(one) else one, call.arguments)
     kwargs = {
         key: torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
         for key, value in kwargs.items()
     }
+    states = random_state()
     try:
-        results = _floats(func(*args, **kwargs))
-    except (RuntimeError, NotImplementedError, TypeError):  # not every kernel takes float64
+        results = _floats(call.func(*args, **kwargs))
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # what kernels without float64 raise
+        _log.debug("%s does not run in float64: %s", call.maker.operator, error)
         return None
+    finally:
+        set_random_state(states)
     sizes = [one.abs().max() for one in results if one.numel()]
     return float(torch.stack([one.double() for one in sizes]).max()) if sizes else None

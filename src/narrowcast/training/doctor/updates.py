@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from narrowcast import formats as nf
 from narrowcast.training.doctor.histograms import spacing
-from narrowcast.training.doctor.record import Cause, Part, Remedy
 from narrowcast.training.doctor.sentinel import range_of
+from narrowcast.training.doctor.values import Cause, Part, Remedy
 
 __all__ = ["explain_stagnation", "intended_update", "ratios", "thinned"]
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from narrowcast.training.doctor.paths import OUTSIDE
-from narrowcast.training.doctor.record import Cause, Event, EventKind, Part, Remedy, Verdict
+from narrowcast.training.doctor.values import Cause, Event, EventKind, Part, Remedy, Verdict
 
 __all__ = ["cause_sentence", "verdict"]
 

@@ -26,9 +26,9 @@ from narrowcast.training.doctor.diagnosis import Diagnosis
 from narrowcast.training.doctor.exchange import ranks
 from narrowcast.training.doctor.histories import Sample, shifted
 from narrowcast.training.doctor.journal import Journal
-from narrowcast.training.doctor.record import Event, Layer, Part, Reading, Record, Setting, Summary
 from narrowcast.training.doctor.replay import Scene
 from narrowcast.training.doctor.sampling import Mailbox, Sampler, compiled
+from narrowcast.training.doctor.values import Event, Layer, Part, Reading, Record, Setting, Summary
 from narrowcast.training.doctor.whatif import element
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
