@@ -146,8 +146,15 @@ class RestApi:
             raise Refusal(503, "the server is ending; send the request to another", retry_after=1, close=True)
         served = self._catalogue.find(route.name, route.version)
         scheduler = served.scheduler
+        record = request.record
+        if record is not None:
+            record.found(served)
         infer = read_infer(request.body, _header_length(request), scheduler.signature, self._limits, self._shared)
+        if record is not None:
+            record.read(infer.id, infer.rows)
         job = scheduler.submit(infer.inputs, infer.rows, priority=infer.priority, timeout=infer.timeout)
+        if record is not None:
+            record.job = job
         if job.finished:
             return self._answer(served, infer, job)
         future: asyncio.Future[Response] = self._loop.create_future()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from narrowcast.errors import OutputError
@@ -19,6 +20,7 @@ from narrowcast.serving.rest import RestApi
 from narrowcast.serving.rpc.server import GrpcServer
 from narrowcast.serving.rpc.service import SERVICE, InferenceService
 from narrowcast.serving.shared_memory import SharedMemory
+from narrowcast.serving.watching.records import Observer, Watched
 
 __all__ = ["InferenceServer", "ServerOptions"]
 
@@ -59,23 +61,27 @@ class InferenceServer:
         repository: The models.
         hosting: How they are run.
         options: Where and for whom.
+        observers: Are told, in the event loop, how each request ended.
     """
 
-    def __init__(self, repository: Repository, hosting: Hosting, options: ServerOptions) -> None:
+    def __init__(
+        self, repository: Repository, hosting: Hosting, options: ServerOptions, observers: Sequence[Observer] = ()
+    ) -> None:
         self.options = options
         self.catalogue = Catalogue(repository, hosting)
         self.ports: dict[str, int] = {}
         shared = SharedMemory(allowed=options.shared_memory)
         self._api = RestApi(self.catalogue, options.limits, shared, token=options.token)
-        self._service = InferenceService(self.catalogue, options.limits, shared, token=options.token)
+        self._service = InferenceService(self.catalogue, options.limits, shared, options.token, observers)
+        self._handler: Handler = Watched(self._api.handle, observers) if observers else self._api.handle
         self._grpc = GrpcServer(self._service, self._probe, options.limits)
-        self._http = HttpServer(self._api.handle, options.limits)
+        self._http = HttpServer(self._handler, options.limits)
         self._metrics = HttpServer(MetricsApi(self.catalogue).handle, options.limits)
 
     @property
     def handler(self) -> Handler:
         """What answers the requests of the REST protocol, for those who read them from elsewhere."""
-        return self._api.handle
+        return self._handler
 
     @property
     def metrics_handler(self) -> Handler:

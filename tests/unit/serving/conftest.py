@@ -6,7 +6,7 @@ import asyncio
 import http.client
 import json
 import threading
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import pytest
 from narrowcast.serving.catalogue import Hosting
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.server import InferenceServer, ServerOptions
+from narrowcast.serving.watching.records import Observer
 from narrowcast.serving.workers.sources import Placement, Source
 
 TOKEN = "s3cret"
@@ -44,14 +45,18 @@ class Answer:
 class Running:
     """A server whose event loop runs in a thread."""
 
-    def __init__(self, repository: Repository, hosting: Hosting, options: ServerOptions) -> None:
+    def __init__(
+        self, repository: Repository, hosting: Hosting, options: ServerOptions, observers: Sequence[Observer] = ()
+    ) -> None:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
-        self.server = self.call(self._start(repository, hosting, options))
+        self.server = self.call(self._start(repository, hosting, options, observers))
 
-    async def _start(self, repository: Repository, hosting: Hosting, options: ServerOptions) -> InferenceServer:
-        server = InferenceServer(repository, hosting, options)
+    async def _start(
+        self, repository: Repository, hosting: Hosting, options: ServerOptions, observers: Sequence[Observer]
+    ) -> InferenceServer:
+        server = InferenceServer(repository, hosting, options, observers)
         await server.start()
         return server
 
@@ -98,10 +103,11 @@ def _servers() -> Generator[Serve]:
         sources: dict[str, Source] | None = None,
         places: tuple[Path, ...] = (),
         hosting: Hosting = Hosting(Placement.THREAD),  # noqa: B008  frozen
+        observers: Sequence[Observer] = (),
         **options: Any,
     ) -> Running:
         wanted = replace(ServerOptions(port=0, grpc_port=None, metrics_port=None, token=TOKEN, grace=10.0), **options)
-        running.append(Running(Repository(list(places), sources), hosting, wanted))
+        running.append(Running(Repository(list(places), sources), hosting, wanted, observers))
         return running[-1]
 
     try:

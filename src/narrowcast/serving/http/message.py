@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 import orjson
 
 from narrowcast.serving.refusals import Refusal
+
+if TYPE_CHECKING:
+    from narrowcast.serving.watching.records import RequestRecord
 
 __all__ = ["JSON", "Body", "Request", "Response", "json_response", "refused"]
 
@@ -27,15 +31,17 @@ class Request:
         target: Path and query as they were sent.
         headers: Values by lower-case name; a header that came twice has its values joined by commas.
         body: The body, decompressed.
+        record: What is remembered of it, where somebody watches.
     """
 
-    __slots__ = ("body", "headers", "method", "target")
+    __slots__ = ("body", "headers", "method", "record", "target")
 
     def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes], body: bytes) -> None:
         self.method = method
         self.target = target
         self.headers = headers
         self.body = body
+        self.record: RequestRecord | None = None
 
 
 @dataclass(slots=True)

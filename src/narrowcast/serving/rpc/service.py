@@ -6,7 +6,8 @@ import asyncio
 import hmac
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,6 +22,8 @@ from narrowcast.serving.refusals import Refusal, model_refusal
 from narrowcast.serving.rpc.tensors import read_message, response_message
 from narrowcast.serving.scheduling.queue import Job
 from narrowcast.serving.shared_memory import SharedMemory
+from narrowcast.serving.watching.calls import WatchedCalls
+from narrowcast.serving.watching.records import Observer, RequestRecord
 
 __all__ = ["SERVICE", "InferenceService"]
 
@@ -57,14 +60,23 @@ class InferenceService:
         limits: Bounds on tensors.
         shared: Regions of shared memory.
         token: What an administrator must send as the metadata ``authorization: Bearer TOKEN``; None for nobody.
+        observers: Are told how requests ended.
     """
 
-    def __init__(self, catalogue: Catalogue, limits: Limits, shared: SharedMemory, token: str | None = None) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        limits: Limits,
+        shared: SharedMemory,
+        token: str | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
         self.draining = False
         self._catalogue = catalogue
         self._limits = limits
         self._shared = shared
         self._token = token
+        self._watched = WatchedCalls(observers) if observers else None
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return the service as a server takes it."""
@@ -103,14 +115,18 @@ class InferenceService:
 
     async def _infer(self, request: Any, context: Context) -> Any:
         remaining = context.time_remaining()
-        return await self._run(request, remaining)
+        if self._watched is None:
+            return await self._run(request, remaining)
+        target = f"{SERVICE}/ModelInfer"
+        return await self._watched.run(target, request, context, partial(self._run, request, remaining))
 
-    async def _run(self, request: Any, remaining: float | None) -> Any:
+    async def _run(self, request: Any, remaining: float | None, record: RequestRecord | None = None) -> Any:
         """Return the response to a ``ModelInferRequest``.
 
         Args:
             request: The message.
             remaining: Seconds until the call's deadline, or None.
+            record: What is remembered of it, where somebody watches.
 
         Raises:
             Refusal: It gets no result.
@@ -119,10 +135,16 @@ class InferenceService:
             raise Refusal(503, "the server is ending; send the request to another", retry_after=1)
         served = self._catalogue.find(request.model_name, request.model_version)
         scheduler = served.scheduler
+        if record is not None:
+            record.found(served)
         infer = read_message(request, scheduler.signature, self._limits, self._shared)
+        if record is not None:
+            record.rows = infer.rows
         timeouts = [seconds for seconds in (infer.timeout, remaining) if seconds is not None]
         timeout = min(timeouts, default=None)
         job = scheduler.submit(infer.inputs, infer.rows, priority=infer.priority, timeout=timeout)
+        if record is not None:
+            record.job = job
         if not job.finished:
             ended: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
             job.done = lambda job: None if ended.done() else ended.set_result(job)
@@ -141,7 +163,7 @@ class InferenceService:
 
         async def accept() -> None:
             async for request in requests:
-                await waiting.put(asyncio.create_task(self._stream_one(request)))
+                await waiting.put(asyncio.create_task(self._stream_one(request, context)))
             await waiting.put(None)
 
         accepting = asyncio.create_task(accept())
@@ -155,10 +177,14 @@ class InferenceService:
                 if task is not None:
                     task.cancel()
 
-    async def _stream_one(self, request: Any) -> Any:
+    async def _stream_one(self, request: Any, context: Context) -> Any:
         response = INFERENCE["ModelStreamInferResponse"]
         try:
-            return response(infer_response=await self._run(request, None))
+            if self._watched is None:
+                return response(infer_response=await self._run(request, None))
+            target = f"{SERVICE}/ModelStreamInfer"
+            run = partial(self._run, request, None)
+            return response(infer_response=await self._watched.run(target, request, context, run))
         except Refusal as refusal:
             return response(
                 error_message=refusal.message, infer_response=INFERENCE["ModelInferResponse"](id=request.id)
@@ -255,4 +281,5 @@ def _answering(method: Method) -> Method:
 
 async def _abort(context: Context, refusal: Refusal) -> None:
     trailing = () if refusal.retry_after is None else (("retry-after", str(max(1, math.ceil(refusal.retry_after)))),)
+    trailing = (*context.trailing_metadata(), *trailing)
     await context.abort(_CODES.get(refusal.status, grpc.StatusCode.INTERNAL), refusal.message, trailing)

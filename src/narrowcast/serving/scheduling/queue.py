@@ -54,6 +54,8 @@ class Job:
         outputs: What the model gave, its own rows alone.
         error: Why there are no outputs.
         timer: Ends its wait at the deadline.
+        begun: When the batch that it is part of was begun, on the same clock; 0 before.
+        ended: When it had its outputs or its error.
     """
 
     inputs: Tensors
@@ -67,6 +69,7 @@ class Job:
     error: Exception | None = None
     timer: asyncio.TimerHandle | None = None
     begun: int = 0
+    ended: int = 0
     number: int = 0
 
     @property

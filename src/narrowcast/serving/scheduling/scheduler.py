@@ -267,7 +267,7 @@ class Scheduler:
         """Give a job its end, count it, and tell who waits for it."""
         if job.finished:
             return
-        job.outputs, job.error = outputs, error
+        job.outputs, job.error, job.ended = outputs, error, now
         if job.timer is not None:
             job.timer.cancel()
             job.timer = None

@@ -1,0 +1,1 @@
+"""What people and programs that run a server can see of it: logs, metrics, traces and a page in the browser."""
