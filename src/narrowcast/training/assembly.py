@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from narrowcast.data.dataset import digest_of
+from narrowcast.data.dataset import Dataset, digest_of
 from narrowcast.errors import DeviceError
 from narrowcast.models.runs import Architecture
 from narrowcast.training import fused
@@ -21,13 +22,15 @@ from narrowcast.training.config import Adam as AdamSettings
 from narrowcast.training.config import AdamW, Augment, Config, PrecisionSettings, Scale, Schedule, Sgd
 from narrowcast.training.distillation import Distillation
 from narrowcast.training.distributed import Ranks
+from narrowcast.training.features import called, evaluating
 from narrowcast.training.feeding import Batch, Feeder, Parts, in_order, load, on_device, parts_of
 from narrowcast.training.float8 import Float8
 from narrowcast.training.loss_scale import DynamicScale, NoScale, StaticScale
 from narrowcast.training.loss_scale import Scale as LossScale
 from narrowcast.training.networks import inputs_of, parameters_of, trainable, trained
-from narrowcast.training.objectives import Measure, Result, loss_of, measure_of
+from narrowcast.training.objectives import Measure, Result, classes_of, loss_of, measure_of
 from narrowcast.training.policies import Precision, precision
+from narrowcast.training.shortage import answered
 from narrowcast.training.teacher_cache import CachedData, TeacherCache
 from narrowcast.training.window import Loss
 
@@ -80,9 +83,7 @@ class Assembled:
 
     def example(self) -> Any:
         """Return the inputs of two samples, on the device."""
-        few = self.parts.train.take(self.feeder.indices(0)[:2])
-        targets = self.config.data.targets
-        return next(in_order(few, self.names, targets, size=2, device=self.ranks.device)).inputs
+        return _example(self.parts.train, self.names, self.config.data.targets, self.ranks.device)
 
     def taught(self, batch: Batch) -> tuple[Any, Any]:
         """Return a batch as the trainer takes it, with what the teacher says of it where there is one."""
@@ -137,7 +138,7 @@ def assemble(config: Config, ranks: Ranks) -> Assembled:
 
     Raises:
         ModelError: The network cannot be found, built or trained.
-        DataError: The data cannot be read or do not fit.
+        DataError: The data cannot be read, do not fit, or have labels that the network has no output for.
         ConfigError: Settings contradict the data.
         DeviceError: The device lacks the precision.
         FormatError: The precision contradicts itself.
@@ -148,7 +149,10 @@ def assemble(config: Config, ranks: Ranks) -> Assembled:
     policy.check(ranks.device)
     made, architecture = trainable(config.network, seed=config.seed)
     model = inputs_of(made, architecture.name)
+    network = made.module.to(ranks.device).train()
     parts = parts_of(config.data, model)
+    with answered(config, architecture, ranks):
+        parts = _matching(parts, network, made.names, config, ranks.device)
     feeder = Feeder(
         parts.train,
         made.names,
@@ -159,7 +163,6 @@ def assemble(config: Config, ranks: Ranks) -> Assembled:
         ranks=ranks,
     )
     loss = loss_of(config.loss)
-    network = made.module.to(ranks.device).train()
     return Assembled(
         config=config,
         architecture=architecture,
@@ -173,6 +176,25 @@ def assemble(config: Config, ranks: Ranks) -> Assembled:
         windows=config.steps or math.ceil((config.epochs or 0) * feeder.per_epoch / config.accumulate),
         ranks=ranks,
     )
+
+
+def _matching(parts: Parts, network: nn.Module, names: list[str], config: Config, device: torch.device) -> Parts:
+    """Return the parts of the data, which refuse class indices that the network has no output for.
+
+    Raises:
+        DataError: A label has none.
+    """
+    targets = config.data.targets
+    with evaluating(network), torch.no_grad():
+        classes = classes_of(config.loss, called(network, _example(parts.train, names, targets, device)))
+    if classes is None:
+        return parts
+    return parts._make(None if part is None else classes.checked(part, targets) for part in parts)
+
+
+def _example(data: Dataset, names: list[str], targets: str, device: torch.device) -> Any:
+    """Return the inputs of two samples."""
+    return next(in_order(data.take(np.arange(min(2, data.size))), names, targets, size=2, device=device)).inputs
 
 
 def device_of(name: str) -> str:

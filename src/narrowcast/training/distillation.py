@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from narrowcast.errors import TrainingError, choices
+from narrowcast.training.classes import cross_entropy_sum
 from narrowcast.training.features import (
     Inputs,
     Student,
@@ -277,8 +278,8 @@ def labelled_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     """
     logits = logits_of(outputs, "the student").float()
     flat = logits.movedim(channels(logits), -1).flatten(0, -2)
-    total = F.cross_entropy(flat, labels.flatten(), ignore_index=UNLABELLED, reduction="sum")
-    return total / (labels != UNLABELLED).sum().clamp(min=1)
+    total, count = cross_entropy_sum(flat, labels.flatten(), ignore=UNLABELLED)
+    return total / count.clamp(min=1)
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = [
     "called",
     "channels",
     "distance",
+    "evaluating",
     "first",
     "matching",
     "tensors",
@@ -59,7 +60,7 @@ class Student(nn.Module):
         super().__init__()
         self.network = network
         self._taps = Taps(network, names)
-        with torch.no_grad(), _evaluating(network), self._taps:
+        with torch.no_grad(), evaluating(network), self._taps:
             called(network, example)
             found = self._taps.take()
         self.projections = nn.ModuleList(map(_projection, names, found, wanted))
@@ -207,7 +208,7 @@ def first(inputs: Inputs) -> Tensor:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Generator[None]:
+def evaluating(network: nn.Module) -> Generator[None]:
     """Keep statistics and dropout still; every module is put back into the mode that it had."""
     modes = {module: module.training for module in network.modules()}
     network.eval()

@@ -16,13 +16,14 @@ from narrowcast.data.dataset import Dataset
 from narrowcast.data.metrics import METRICS, Metric, get_metric, score_of
 from narrowcast.errors import ConfigError, MetricError, TrainingError, choices
 from narrowcast.models.loaders import user_function
+from narrowcast.training.classes import Classes, cross_entropy_sum
 from narrowcast.training.config import LossSettings
 from narrowcast.training.distillation import logits_of
 from narrowcast.training.feeding import Batch
 from narrowcast.training.policies import Precision
 from narrowcast.training.window import Loss
 
-__all__ = ["LossFunction", "Measure", "Result", "loss_of", "measure_of"]
+__all__ = ["LossFunction", "Measure", "Result", "classes_of", "loss_of", "measure_of"]
 
 LossFunction = Callable[[Any, Any], Tensor | Loss]
 
@@ -65,21 +66,34 @@ def loss_of(settings: LossSettings) -> LossFunction:
     return lambda outputs, targets: chosen(logits_of(outputs, "the network"), targets, settings)
 
 
+def classes_of(settings: LossSettings, outputs: Any) -> Classes | None:
+    """Return the class indices that a network's outputs have a place for; None where a loss compares other things.
+
+    Args:
+        settings: The loss.
+        outputs: What the network gives for a few samples.
+    """
+    axis = _CLASSES.get(settings.name)
+    if axis is None:
+        return None
+    logits = logits_of(outputs, "the network")
+    return Classes(logits.shape[axis], settings.ignore) if logits.dim() > axis else None  # the loss says what is wrong
+
+
 def _next_token(logits: Tensor, tokens: Tensor, settings: LossSettings) -> Loss:
     """Return the sum over tokens of what each position (``[N, T, V]``) says of the next token (``[N, T]``)."""
+    if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
+        raise TrainingError(
+            f"next-token with outputs {list(logits.shape)} and targets {list(tokens.shape)}",
+            allowed="outputs [N, T, V] and token indices [N, T]",
+            next_step="check data.targets and the network's outputs, or give a loss of your own",
+        )
     return _cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), settings)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, settings: LossSettings) -> Loss:
     """Return the sum over targets that count, of samples (logits ``[N, C]``) or dense (``[N, C, ...]``)."""
-    total = functional.cross_entropy(
-        logits.float(),
-        targets,
-        ignore_index=settings.ignore,
-        label_smoothing=settings.label_smoothing,
-        reduction="sum",
-    )
-    return Loss(total, (targets != settings.ignore).sum())
+    return Loss(*cross_entropy_sum(logits, targets, ignore=settings.ignore, label_smoothing=settings.label_smoothing))
 
 
 def _squares(outputs: Tensor, targets: Tensor, settings: LossSettings) -> Tensor:
@@ -93,6 +107,9 @@ def _squares(outputs: Tensor, targets: Tensor, settings: LossSettings) -> Tensor
         )
     return functional.mse_loss(outputs.float(), targets.float())
 
+
+#: The axis of the outputs that holds the classes, of losses whose targets are class indices.
+_CLASSES = {"cross-entropy": 1, "next-token": 2}
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor, LossSettings], Tensor | Loss]] = {
     "cross-entropy": _cross_entropy,

@@ -14,7 +14,7 @@ from narrowcast.training.loop import Loop
 from narrowcast.training.outcome import RunResult, read_result
 from narrowcast.training.progress import Progress, Silent
 from narrowcast.training.run_folder import TEACHER, check_folder, claim
-from narrowcast.training.shortage import is_shortage, shortage
+from narrowcast.training.shortage import answered
 
 __all__ = ["fit"]
 
@@ -56,15 +56,9 @@ def fit(
             shown.note(f"{out} is finished: nothing to do")
             return result
         _claim(out, config, ranks, resume=resume)
-        try:
-            with ranks.watched():
-                run.keep_teacher(out / TEACHER, shown.note)
-                return Loop(run, out, shown).run(resume=resume)
-        except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
-                raise
-            problem = shortage(config, run.architecture, ranks)
-            raise problem from error
+        with answered(config, run.architecture, ranks), ranks.watched():
+            run.keep_teacher(out / TEACHER, shown.note)
+            return Loop(run, out, shown).run(resume=resume)
 
 
 def _claim(out: Path, config: Config, ranks: Ranks, *, resume: bool) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -17,11 +18,27 @@ from narrowcast.models.runs import Architecture
 from narrowcast.training.config import Config, Sgd
 from narrowcast.training.distributed import Ranks
 
-__all__ = ["is_shortage", "shortage"]
+__all__ = ["answered", "is_shortage", "shortage"]
 
 #: The accounting's names of what training calls differently.
 _POLICIES = {"tf32": "fp32", "bf16-true": "bf16"}
 _GIGA = 1e9
+
+
+@contextmanager
+def answered(config: Config, architecture: Architecture, ranks: Ranks) -> Generator[None]:
+    """Turn what PyTorch says when memory is missing into an answer, see :func:`shortage`.
+
+    Raises:
+        TrainingError: Memory is missing.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        problem = shortage(config, architecture, ranks)
+        raise problem from error
 
 
 def is_shortage(error: BaseException) -> bool:

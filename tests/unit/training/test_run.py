@@ -339,6 +339,29 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("report", [False, True], ids=["split", "own-report"])
+def test_a_label_without_an_output_is_named_before_anything_is_written(report: bool) -> None:
+    with np.load("data.npz") as data:
+        images, labels = data["input"], data["labels"]
+    labels[17] = 4
+    np.savez("odd.npz", input=images + report, labels=labels)
+    sources = ("data.train=npz:data.npz", "data.report=npz:odd.npz") if report else ("data.train=npz:odd.npz",)
+    with pytest.raises(DataError, match=r"npz:odd\.npz has label 4, and the network has 4 outputs") as caught:
+        fit(config_of(*sources), Path("run"))
+    assert caught.value.allowed.startswith("0 to 3, and -100")
+    assert not Path("run").exists()
+    assert fit(config_of(*sources, "loss.ignore=4", "epochs=1"), Path("run")).steps
+
+
+def test_a_class_without_an_output_in_an_array_is_named_when_it_is_loaded() -> None:
+    tokens = np.random.default_rng(0).integers(0, 8, (60, 6))
+    tokens[:, 1] = 8
+    np.savez("tokens.npz", input=np.zeros((60, 6), np.int64), next=tokens)
+    settings = ("network=py:run_nets:tokens", "data={train: npz:tokens.npz, targets: next}", "loss=next-token")
+    with pytest.raises(DataError, match="has next 8, and the network has 8 outputs"):
+        fit(config_of(*settings), Path("run"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_named() -> None:
     with pytest.raises(DeviceError, match="finds no CUDA device"):
