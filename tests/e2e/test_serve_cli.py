@@ -152,6 +152,19 @@ def test_a_repository_is_served_changed_by_commands_and_ended(
     assert program.infer("scale") == (200, 2.0)
     assert cli("models", "promote", "scale", "3", *admin).code == 0
     assert program.infer("scale") == (200, 3.0)
+    split = cli("models", "split", "scale", "2=1,3=3", *admin)
+    assert split.out.splitlines()[1:] == [
+        "version 2 answers 25.0% of the requests that name none",
+        "version 3 answers 75.0% of the requests that name none",
+    ]
+    assert json.loads(cli("models", "split", "scale", *admin, "--json").out)["traffic"] == {"2": 0.25, "3": 0.75}
+    assert {program.infer("scale")[1] for _ in range(60)} == {2.0, 3.0}
+    assert json.loads(cli("models", "split", "scale", "off", *admin, "--json").out) == {
+        "done": "split",
+        "model": "scale",
+        "traffic": {"3": 1.0},
+        "kept": True,
+    }
     assert cli("models", "unload", "other", *admin).code == 0
     assert program.infer("other")[0] == 404
     listed = json.loads(cli("models", "list", *admin, "--json").out)["models"]
@@ -287,6 +300,9 @@ def test_a_port_that_is_taken_is_named(repository: Path, start: Callable[..., Pr
         (["list", "net"], "does not say what to change"),
         (["load"], "does not say what to change"),
         (["promote", "net"], "does not say what to change"),
+        (["split", "net", "3"], "split '3' cannot be read"),
+        (["split", "net", "3=1,3=2"], "names a version twice"),
+        (["list", "--url", "http://127.0.0.1:x"], "is no URL"),
         (["list", "--url", "ftp://x"], "is no URL"),
         (["list", "--url", "http://127.0.0.1:1"], "nobody answers"),
     ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json as jsonlib
+import re
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
@@ -17,6 +19,8 @@ from narrowcast.errors import ConfigError, RuntimeFailedError
 __all__ = ["models"]
 
 _SECONDS = 300.0
+_USAGE = "list, load NAME, unload NAME, promote NAME VERSION, rollback NAME, split NAME [3=90,4=10 or off]"
+_WEIGHTS = re.compile(r"\d{1,18}=\d+(\.\d+)?(,\d{1,18}=\d+(\.\d+)?)*")
 
 
 class Action(StrEnum):
@@ -27,12 +31,18 @@ class Action(StrEnum):
     UNLOAD = "unload"
     PROMOTE = "promote"
     ROLLBACK = "rollback"
+    SPLIT = "split"
 
 
 def models(
     action: Annotated[Action, typer.Argument(help="What to do.")],
     name: Annotated[str, typer.Argument(help="Model; list takes none.")] = "",
-    version: Annotated[str, typer.Argument(help="Version; promote alone takes one.")] = "",
+    versions: Annotated[
+        str,
+        typer.Argument(
+            help="For promote a version; for split weights by version as in 3=90,4=10, off, or nothing to see it."
+        ),
+    ] = "",
     url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
     token: Annotated[
         str, typer.Option("--admin-token", envvar="NARROWCAST_ADMIN_TOKEN", help="The server's token.")
@@ -40,21 +50,41 @@ def models(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List what a server serves, load or unload a model, promote a version, or roll back to the one before."""
-    if bool(name) != (action is not Action.LIST) or bool(version) != (action is Action.PROMOTE):
+    """List what a server serves, load or unload a model, promote a version, split requests among versions, or roll back."""
+    wants = {Action.PROMOTE: (True,), Action.SPLIT: (True, False)}.get(action, (False,))
+    if bool(name) != (action is not Action.LIST) or bool(versions) not in wants:
         raise ConfigError(
-            f"models {action} {name} {version}".rstrip() + " does not say what to change",
-            allowed="list, load NAME, unload NAME, promote NAME VERSION, rollback NAME",
+            f"models {action} {name} {versions}".rstrip() + " does not say what to change", allowed=_USAGE
         )
+    server = _Server.of(url, token)
     if action is Action.LIST:
-        _show(_ask(url, "/v2/repository/index", token), json=json)
+        _show(server.ask("POST", "/v2/repository/index"), json=json)
         return
-    middle = f"/versions/{quote(version, safe='')}" if version else ""
-    _ask(url, f"/v2/repository/models/{quote(name, safe='')}{middle}/{action}", token)
+    changed = _change(server, action, f"/v2/repository/models/{quote(name, safe='')}", versions)
     if json:
-        print_json({"done": str(action), "model": name})
+        print_json({"done": str(action), "model": name, **changed})
         return
-    console().print(f"{action}: {name} {version}".rstrip(), markup=False)
+    console().print(f"{action}: {name} {versions}".rstrip(), markup=False)
+    for version, share in changed.get("traffic", {}).items():
+        console().print(f"version {version} answers {share:.1%} of the requests that name none", markup=False)
+    if not changed.get("kept", True):
+        console().print(f"a restart will forget this: {changed.get('reason', '')}", markup=False)
+
+
+def _change(server: _Server, action: Action, model: str, versions: str) -> dict[str, Any]:
+    """Make a change, and return which versions answer after it."""
+    if action is not Action.SPLIT:
+        middle = f"/versions/{quote(versions, safe='')}" if versions else ""
+        return server.ask("POST", f"{model}{middle}/{action}")
+    if not versions:
+        return server.ask("GET", f"{model}/traffic")
+    if versions != "off" and not _WEIGHTS.fullmatch(versions):
+        raise ConfigError(f"split {versions!r} cannot be read", allowed="weights by version as in 3=90,4=10, or off")
+    pairs = [] if versions == "off" else [part.split("=") for part in versions.split(",")]
+    weights = {version: float(weight) for version, weight in pairs}
+    if len(weights) != len(pairs):
+        raise ConfigError(f"split {versions!r} names a version twice", allowed="each version once")
+    return server.ask("POST", f"{model}/traffic", {"weights": weights})
 
 
 def _show(entries: list[dict[str, str]], *, json: bool) -> None:
@@ -67,28 +97,58 @@ def _show(entries: list[dict[str, str]], *, json: bool) -> None:
     console().print(table)
 
 
-def _ask(url: str, target: str, token: str) -> Any:
-    """Return what a server answers to an empty POST.
+@dataclass(frozen=True)
+class _Server:
+    """A server that runs, and what lets us change it."""
 
-    Raises:
-        ConfigError: The URL is none, or nobody answers there.
-        RuntimeFailedError: The server refuses.
-    """
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise ConfigError(f"server {url!r} is no URL", allowed="http://HOST:PORT")
-    connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=_SECONDS)
-    try:
-        connection.request("POST", target, headers={"Authorization": f"Bearer {token}"} if token else {})
-        response = connection.getresponse()
-        body = response.read()
-    except OSError as error:
-        raise ConfigError(
-            f"nobody answers at {url}: {error.strerror or error}", next_step="start narrowcast serve, or name its --url"
-        ) from error
-    finally:
-        connection.close()
-    answer = jsonlib.loads(body) if body else {}
-    if response.status != http.HTTPStatus.OK:
-        raise RuntimeFailedError(f"the server refuses ({response.status}): {answer.get('error', '')}")
-    return answer
+    url: str
+    host: str
+    port: int
+    token: str
+
+    @classmethod
+    def of(cls, url: str, token: str) -> _Server:
+        """Return the server at a URL.
+
+        Raises:
+            ConfigError: The URL is none.
+        """
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port or 80
+        except ValueError:
+            host, port = None, 0
+        if not host or not url.startswith("http://"):
+            raise ConfigError(f"server {url!r} is no URL", allowed="http://HOST:PORT")
+        return cls(url, host, port, token)
+
+    def ask(self, method: str, target: str, document: dict[str, Any] | None = None) -> Any:
+        """Return what the server answers.
+
+        Raises:
+            ConfigError: Nobody answers there, or somebody else does.
+            RuntimeFailedError: The server refuses.
+        """
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=_SECONDS)
+        body = None if document is None else jsonlib.dumps(document)
+        try:
+            connection.request(method, target, body, {"Authorization": f"Bearer {self.token}"} if self.token else {})
+            response = connection.getresponse()
+            text = response.read()
+            answer = jsonlib.loads(text) if text else {}
+        except (OSError, http.client.HTTPException) as error:
+            said = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
+            raise ConfigError(
+                f"nobody answers at {self.url}: {said}", next_step="start narrowcast serve, or name its --url"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.url} is no server of the Open Inference Protocol: its answer is no JSON",
+                next_step="name the server's --url",
+            ) from error
+        finally:
+            connection.close()
+        if response.status != http.HTTPStatus.OK:
+            said = answer.get("error", "") if isinstance(answer, dict) else ""
+            raise RuntimeFailedError(f"the server refuses ({response.status}): {said}")
+        return answer

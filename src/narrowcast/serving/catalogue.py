@@ -1,49 +1,29 @@
-"""The models that are served: which versions are loaded, which one answers, and how they change without a gap."""
+"""The models that are served: which versions are loaded, which answer, and how they change without a gap."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from narrowcast.errors import NarrowcastError
+from narrowcast.serving.hosting import Hosting, ServedVersion, start_version
 from narrowcast.serving.refusals import Refusal
-from narrowcast.serving.repository import Repository, VersionPolicy
-from narrowcast.serving.scheduling.scheduler import Scheduler, Settings
+from narrowcast.serving.repository import Repository
+from narrowcast.serving.scheduling.scheduler import Scheduler
 from narrowcast.serving.scheduling.statistics import Statistics
-from narrowcast.serving.workers.sources import Placement, Source
+from narrowcast.serving.state import ModelState, read_state, write_state
+from narrowcast.serving.traffic import Traffic
+from narrowcast.serving.workers.sources import Source
 
-__all__ = ["Catalogue", "Hosting", "IndexEntry", "ServedVersion"]
+__all__ = ["Catalogue", "Change", "Hosting", "IndexEntry", "ServedVersion"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Hosting:
-    """How models are run.
-
-    Attributes:
-        placement: Where their workers are.
-        workers: How many each version has.
-        settings: How their requests are scheduled.
-        policy: Which versions are loaded.
-    """
-
-    placement: Placement = Placement.PROCESS
-    workers: int = 1
-    settings: Settings = field(default_factory=Settings)
-    policy: VersionPolicy = field(default_factory=VersionPolicy)
-
-
-@dataclass(frozen=True)
-class ServedVersion:
-    """One loaded version of a model."""
-
-    name: str
-    version: str
-    scheduler: Scheduler
+#: Changes of a model that can be taken back.
+_REMEMBERED = 32
 
 
 @dataclass(frozen=True)
@@ -56,23 +36,51 @@ class IndexEntry:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Change:
+    """What a change has led to.
+
+    Attributes:
+        traffic: Share of each version in the requests that name none; empty where the model is unloaded.
+        forgotten: Why a restart will not remember it; empty where it will.
+    """
+
+    traffic: dict[str, float]
+    forgotten: str = ""
+
+
 @dataclass(slots=True)
 class _Model:
     """A model by its versions.
 
     Attributes:
         loaded: Versions that answer.
-        default: The one that answers requests which name none.
-        history: Defaults before it, the oldest first.
+        traffic: Those that answer requests which name none; None where nothing is loaded.
+        chosen: Whether somebody chose them; else they are the newest.
+        history: Traffic before, the oldest first.
         states: State and reason of versions that do not answer.
         lock: Held while versions change.
     """
 
     loaded: dict[int, ServedVersion] = field(default_factory=dict[int, ServedVersion])
-    default: int | None = None
-    history: list[int] = field(default_factory=list[int])
+    traffic: Traffic | None = None
+    chosen: bool = False
+    history: list[Traffic] = field(default_factory=list[Traffic])
     states: dict[int, tuple[str, str]] = field(default_factory=dict[int, tuple[str, str]])
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def direct(self, traffic: Traffic, *, chosen: bool, back: bool = False) -> None:
+        """Let other versions answer; what answered before is put into the history, or the way back is taken out of it."""
+        if back:
+            self.history.pop()
+        elif self.traffic is not None and self.traffic != traffic:
+            self.history = [*self.history, self.traffic][-_REMEMBERED:]
+        self.traffic, self.chosen = traffic, chosen
+
+    def state(self) -> ModelState:
+        """Return what a restart has to know."""
+        kept = dict(self.traffic.weights) if self.traffic is not None and self.chosen else None
+        return ModelState(traffic=kept, history=tuple(dict(traffic.weights) for traffic in self.history))
 
 
 class Catalogue:
@@ -81,14 +89,17 @@ class Catalogue:
     Args:
         repository: Where they come from.
         hosting: How they are run.
+        draw: Gives numbers in [0, 1), by which requests are split among versions.
     """
 
-    def __init__(self, repository: Repository, hosting: Hosting) -> None:
+    def __init__(self, repository: Repository, hosting: Hosting, draw: Callable[[], float] = random.random) -> None:
         self.hosting = hosting
         self._repository = repository
+        self._draw = draw
         self._models: dict[str, _Model] = {}
         self._statistics: defaultdict[tuple[str, int], Statistics] = defaultdict(Statistics)
         self._retiring: set[asyncio.Task[None]] = set()
+        self._writing = asyncio.Lock()
 
     # reading ----------------------------------------------------------------------------------------------------------
 
@@ -99,11 +110,10 @@ class Catalogue:
             Refusal: There is no such model or version (404).
         """
         model = self._models.get(name)
-        if model is None or not model.loaded:
+        if model is None or model.traffic is None:
             raise Refusal(404, f"model {name!r} is not found: {'not loaded' if model else 'unknown'}")
         if not version:
-            assert model.default is not None
-            return model.loaded[model.default]
+            return model.loaded[model.traffic.pick(self._draw)]
         found = model.loaded.get(int(version)) if version.isascii() and version.isdecimal() else None
         if found is None:
             loaded = ", ".join(map(str, sorted(model.loaded)))
@@ -124,6 +134,14 @@ class Catalogue:
     def versions(self, name: str) -> list[str]:
         """Return the loaded versions of a model, in order."""
         return [str(version) for version in sorted(self._models[name].loaded)]
+
+    def traffic(self, name: str) -> dict[str, float]:
+        """Return the share of each version in the requests that name none; empty where the model is not loaded.
+
+        Raises:
+            Refusal: There is no such model (404).
+        """
+        return _shares(self._known(name))
 
     @property
     def ready(self) -> bool:
@@ -151,23 +169,31 @@ class Catalogue:
     # changing ---------------------------------------------------------------------------------------------------------
 
     async def load_all(self) -> None:
-        """Load every model of the repository.
+        """Load every model of the repository, and let those versions answer that answered before the server ended.
 
         Raises:
-            NarrowcastError: One cannot be loaded.
+            NarrowcastError: One cannot be loaded, or what is remembered cannot be read.
         """
+        remembered = {root: read_state(root) for root in self._repository.roots}
         for name in self._repository.names():
-            await self.load(name)
+            root = self._repository.root(name)
+            await self._load(name, ModelState() if root is None else remembered[root].get(name, ModelState()))
 
-    async def load(self, name: str) -> None:
+    async def load(self, name: str) -> Change:
         """Load or reload a model: the versions that the policy selects of those that are there now.
 
-        Requests are answered by the versions before until all new ones are ready, and these finish what they began.
+        The newest answers then; a promotion or a split ends. Requests are answered by the versions before until all new
+        ones are ready, and these finish what they began.
 
         Raises:
             Refusal: There is no such model (404).
             NarrowcastError: A version cannot be loaded; what was served before still is.
         """
+        await self._load(name)
+        return await self._remember(name)
+
+    async def _load(self, name: str, before: ModelState | None = None) -> None:
+        """Load a model as it is now, or as it was before the server was started."""
         found = self._repository.versions(name)
         if not found:
             raise Refusal(404, f"model {name!r} is not in the repository")
@@ -176,81 +202,121 @@ class Catalogue:
             wanted = self.hosting.policy.select(sorted(found))
             if not wanted:
                 raise Refusal(404, f"model {name!r} has none of the versions that the policy names")
-            started = await self._start(name, model, {version: found[version] for version in wanted})
-            previous = model.default
+            traffic, chosen = Traffic.all_to(max(wanted)), False
+            if before is not None:
+                model.history = [Traffic.of(weights) for weights in before.history]
+                if before.traffic is not None:
+                    traffic, chosen = _promised(name, Traffic.of(before.traffic), found, traffic)
+            wanted = {*wanted, *traffic.versions}
+            started = await self._start(name, model, {version: found[version] for version in sorted(wanted)})
             retired = list(model.loaded.values())
-            model.loaded, model.default = started, max(started)
-            if previous not in (None, model.default):
-                model.history.append(previous)
+            model.loaded = started
+            model.direct(traffic, chosen=chosen)
             self._retire(model, retired, "a newer load replaced it")
 
-    async def unload(self, name: str) -> None:
-        """Unload a model; what it began is finished.
+    async def unload(self, name: str) -> Change:
+        """Unload a model; what it began is finished. A promotion or a split ends.
 
         Raises:
             Refusal: There is no such model (404).
         """
-        model = self._models.get(name)
-        if model is None:
-            raise Refusal(404, f"model {name!r} is not found")
+        model = self._known(name)
         async with model.lock:
             retired = list(model.loaded.values())
-            model.loaded, model.default = {}, None
+            model.loaded, model.traffic, model.chosen = {}, None, False
             await asyncio.gather(*self._retire(model, retired, "unloaded"))
+        return await self._remember(name)
 
-    async def promote(self, name: str, version: int) -> None:
+    async def promote(self, name: str, version: int) -> Change:
         """Let a version answer the requests that name none; it is loaded first if it is not.
 
         Raises:
             Refusal: There is no such model or version (404).
             NarrowcastError: The version cannot be loaded.
         """
-        model = self._models.get(name)
-        if model is None:
-            raise Refusal(404, f"model {name!r} is not found")
-        async with model.lock:
-            previous = model.default
-            await self._switch(name, model, version)
-            if previous is not None and previous != version:
-                model.history.append(previous)
+        return await self._redirect(name, lambda model: Traffic.all_to(version))
 
-    async def rollback(self, name: str) -> int:
-        """Let the version before answer again, and return it.
+    async def split(self, name: str, weights: Mapping[int, float]) -> Change:
+        """Let several versions answer the requests that name none, each request one of them, drawn by weight.
+
+        Without weights, the version that answered alone before does so again.
 
         Raises:
-            Refusal: There is no such model (404), or it has had no other version (400).
-            NarrowcastError: The version cannot be loaded.
+            Refusal: There is no such model or version (404), or a weight is no positive number (400).
+            NarrowcastError: A version cannot be loaded.
         """
-        model = self._models.get(name)
-        if model is None:
-            raise Refusal(404, f"model {name!r} is not found")
-        async with model.lock:
+        return await self._redirect(name, lambda model: Traffic.of(weights) if weights else _unsplit(name, model))
+
+    async def rollback(self, name: str) -> Change:
+        """Take the last promotion, split or load back: what answered before it answers again.
+
+        Raises:
+            Refusal: There is no such model (404), or nothing else has answered (400).
+            NarrowcastError: A version cannot be loaded.
+        """
+
+        def before(model: _Model) -> Traffic:
             if not model.history:
                 raise Refusal(400, f"model {name!r} has no version to go back to")
-            await self._switch(name, model, model.history[-1])
-            return model.history.pop()
+            return model.history[-1]
+
+        return await self._redirect(name, before, back=True)
 
     async def close(self) -> None:
         """Unload everything; what waits is refused."""
         served = self.served()
         for model in self._models.values():
-            model.loaded, model.default = {}, None
+            model.loaded, model.traffic = {}, None
         await asyncio.gather(*(item.scheduler.close("the server is ending") for item in served))
         for task in self._retiring:
             task.cancel()
         await asyncio.gather(*self._retiring, return_exceptions=True)
 
-    async def _switch(self, name: str, model: _Model, version: int) -> None:
-        """Make a version the default, load it if need be, and unload what neither the policy nor anybody wants."""
-        found = self._repository.versions(name)
-        if version not in model.loaded:
-            if version not in found:
-                raise Refusal(404, f"model {name!r} has no version {version} in the repository")
-            model.loaded |= await self._start(name, model, {version: found[version]})
-        model.default = version
-        kept = {version, *self.hosting.policy.select(sorted(found))}
-        retired = [model.loaded.pop(other) for other in list(model.loaded) if other not in kept]
-        self._retire(model, retired, "another version was promoted")
+    def _known(self, name: str) -> _Model:
+        model = self._models.get(name)
+        if model is None:
+            raise Refusal(404, f"model {name!r} is not found")
+        return model
+
+    async def _redirect(self, name: str, choose: Callable[[_Model], Traffic], *, back: bool = False) -> Change:
+        """Let other versions answer: load those that are not, and unload what neither the policy nor anybody wants.
+
+        Args:
+            name: The model.
+            choose: Gives the traffic to come; asked when no other change is under way.
+            back: Whether the traffic is the last of the history, and leaves it.
+        """
+        model = self._known(name)
+        async with model.lock:
+            traffic = choose(model)
+            found = self._repository.versions(name)
+            missing = [version for version in traffic.versions if version not in model.loaded]
+            for version in missing:
+                if version not in found:
+                    raise Refusal(404, f"model {name!r} has no version {version} in the repository")
+            started = await self._start(name, model, {version: found[version] for version in missing})
+            model.loaded.update(started)
+            model.direct(traffic, chosen=True, back=back)
+            kept = {*traffic.versions, *self.hosting.policy.select(sorted(found))}
+            retired = [model.loaded.pop(version) for version in list(model.loaded) if version not in kept]
+            self._retire(model, retired, "other versions answer")
+        return await self._remember(name)
+
+    async def _remember(self, name: str) -> Change:
+        """Write down which versions of a model answer, for the next start of the server."""
+        model = self._models[name]
+        root = self._repository.root(name)
+        forgotten = ""
+        if root is None:
+            forgotten = "the model is in no folder of models"
+        else:
+            try:
+                async with self._writing:
+                    await asyncio.to_thread(write_state, root, name, model.state())
+            except NarrowcastError as error:
+                forgotten = error.what
+                _log.warning("a change of model %s will be forgotten: %s", name, error.what)
+        return Change(_shares(model), forgotten)
 
     async def _start(self, name: str, model: _Model, sources: Mapping[int, Source]) -> dict[int, ServedVersion]:
         """Start versions; if one fails, none is left running."""
@@ -258,7 +324,8 @@ class Catalogue:
         for version, source in sources.items():
             model.states[version] = ("LOADING", "")
             try:
-                started[version] = await self._start_one(name, version, source)
+                statistics = self._statistics[name, version]
+                started[version] = await start_version(name, version, source, self.hosting, statistics)
             except NarrowcastError as error:
                 model.states[version] = ("UNAVAILABLE", error.what)
                 _log.warning("model %s version %d cannot be loaded: %s", name, version, error.what)
@@ -266,18 +333,6 @@ class Catalogue:
                 raise
             model.states.pop(version)
         return started
-
-    async def _start_one(self, name: str, version: int, source: Source) -> ServedVersion:
-        hosting = self.hosting
-        workers = [source.worker(hosting.placement) for _ in range(hosting.workers)]
-        outcomes = await asyncio.gather(*(worker.start() for worker in workers), return_exceptions=True)
-        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        if failures:
-            await asyncio.gather(*(worker.close() for worker in workers))
-            raise failures[0]
-        scheduler = Scheduler(workers, hosting.settings, self._statistics[name, version])
-        _log.info("model %s version %d is ready", name, version)
-        return ServedVersion(name, str(version), scheduler)
 
     def _retire(self, model: _Model, retired: Iterable[ServedVersion], reason: str) -> list[asyncio.Task[None]]:
         """Let versions finish what they began and end their workers, in the background."""
@@ -298,3 +353,24 @@ async def _finish(scheduler: Scheduler) -> None:
         await scheduler.drained()
     finally:
         await scheduler.close()
+
+
+def _shares(model: _Model) -> dict[str, float]:
+    return {} if model.traffic is None else {str(version): share for version, share in model.traffic.shares.items()}
+
+
+def _unsplit(name: str, model: _Model) -> Traffic:
+    """Return the traffic before all splits that are in force."""
+    alone = next((traffic for traffic in reversed(model.history) if len(traffic.versions) == 1), None)
+    if model.traffic is None or len(model.traffic.versions) == 1 or alone is None:
+        raise Refusal(400, f"model {name!r} has no split that could end")
+    return alone
+
+
+def _promised(name: str, chosen: Traffic, found: Mapping[int, Source], newest: Traffic) -> tuple[Traffic, bool]:
+    """Return the traffic that was chosen before the server was started, or the newest version where it cannot be had."""
+    gone = [version for version in chosen.versions if version not in found]
+    if not gone:
+        return chosen, True
+    _log.warning("model %s: version %d answered before and is no longer there; the newest answers", name, gone[0])
+    return newest, False

@@ -73,6 +73,11 @@ class Repository:
             )
         self._fixed[name] = ArtifactSource(place)
 
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders of models, without links on the way to them."""
+        return tuple(self._roots)
+
     def names(self) -> list[str]:
         """Return the names of all models that are there now."""
         found = set(self._fixed)
@@ -87,11 +92,12 @@ class Repository:
         """
         if name in self._fixed:
             return {_ONLY: self._fixed[name]}
-        for root in self._roots:
-            found = self._versions_in(root, name)
-            if found:
-                return found
-        return {}
+        root = self.root(name)
+        return {} if root is None else self._versions_in(root, name)
+
+    def root(self, name: str) -> Path | None:
+        """Return the folder that a model's versions are in, or None where it is no model of a folder."""
+        return next((root for root in self._roots if name not in self._fixed and self._versions_in(root, name)), None)
 
     def _versions_in(self, root: Path, name: str) -> dict[int, Source]:
         if not _NAME.fullmatch(name):

@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes
 import orjson
 
 from narrowcast.errors import NarrowcastError
-from narrowcast.serving.catalogue import Catalogue, ServedVersion
+from narrowcast.serving.catalogue import Catalogue, Change, ServedVersion
 from narrowcast.serving.http.message import Request, Response, json_response
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol import documents
@@ -47,6 +47,8 @@ _ROUTES: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
         ("POST", _REPOSITORY + "/unload", "unload"),
         ("POST", _REPOSITORY + "/versions/(?P<version>[^/]+)/promote", "promote"),
         ("POST", _REPOSITORY + "/rollback", "rollback"),
+        ("GET", _REPOSITORY + "/traffic", "traffic"),
+        ("POST", _REPOSITORY + "/traffic", "split"),
         ("GET", _REGION + "/status", "shared_status"),
         ("POST", _REGION + "/register", "shared_register"),
         ("POST", _REGION + "/unregister", "shared_unregister"),
@@ -116,6 +118,8 @@ class RestApi:
             "unload": self._unload,
             "promote": self._promote,
             "rollback": self._rollback,
+            "traffic": self._traffic,
+            "split": self._split,
             "shared_status": self._shared_status,
             "shared_register": self._shared_register,
             "shared_unregister": self._shared_unregister,
@@ -219,7 +223,7 @@ class RestApi:
             raise Refusal(401, "administration needs the header 'Authorization: Bearer TOKEN' with the server's token")
 
     def _administer(
-        self, request: Request, change: Callable[[], Coroutine[Any, Any, object]]
+        self, request: Request, change: Callable[[], Coroutine[Any, Any, Change]]
     ) -> asyncio.Future[Response]:
         self._authorise(request)
         return asyncio.ensure_future(_changed(change()))
@@ -233,12 +237,18 @@ class RestApi:
         return self._administer(request, lambda: self._catalogue.unload(route.name))
 
     def _promote(self, request: Request, route: _Route) -> asyncio.Future[Response]:
-        if not (route.version.isascii() and route.version.isdecimal() and len(route.version) < 19):
+        if not _is_version(route.version):
             raise Refusal(400, f"version {route.version[:40]!r} is no positive integer")
         return self._administer(request, lambda: self._catalogue.promote(route.name, int(route.version)))
 
     def _rollback(self, request: Request, route: _Route) -> asyncio.Future[Response]:
         return self._administer(request, lambda: self._catalogue.rollback(route.name))
+
+    def _traffic(self, request: Request, route: _Route) -> Response:
+        return json_response({"traffic": self._catalogue.traffic(route.name)})
+
+    def _split(self, request: Request, route: _Route) -> asyncio.Future[Response]:
+        return self._administer(request, lambda: self._catalogue.split(route.name, _weights(_json_object(request))))
 
     # shared memory ----------------------------------------------------------------------------------------------------
 
@@ -278,10 +288,34 @@ def _json_object(request: Request) -> dict[str, Any]:
     return cast(dict[str, Any], document)
 
 
-async def _changed(change: Awaitable[object]) -> Response:
+def _weights(document: dict[str, Any]) -> dict[int, float]:
+    """Return the weights by version of a split.
+
+    Raises:
+        Refusal: The document is of another form (400).
+    """
+    weights = document.get("weights")
+    form = 'the request is no split; allowed: {"weights": {"VERSION": NUMBER, ...}}, or without versions to end one'
+    if document.keys() != {"weights"} or not isinstance(weights, dict):
+        raise Refusal(400, form)
+    found: dict[int, float] = {}
+    for version, weight in cast(dict[str, Any], weights).items():
+        if not _is_version(version) or type(weight) not in (int, float):
+            raise Refusal(400, form)
+        found[int(version)] = weight
+    return found
+
+
+async def _changed(change: Awaitable[Change]) -> Response:
     """Return the answer to a change of what is served."""
     try:
-        await change
+        done = await change
     except NarrowcastError as error:
         raise Refusal(400, str(error)) from error
-    return json_response({})
+    document: dict[str, Any] = {"traffic": done.traffic, "kept": not done.forgotten}
+    return json_response(document | {"reason": done.forgotten} if done.forgotten else document)
+
+
+def _is_version(text: str) -> bool:
+    """Whether a text is the number of a version."""
+    return text.isascii() and text.isdecimal() and len(text) < 19

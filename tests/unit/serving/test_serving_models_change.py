@@ -137,13 +137,13 @@ def test_a_new_version_takes_over_and_a_rollback_brings_the_old_one_back(
         write_artifact(repository / "scale" / "4" / "artifact", manifest_of(), 4.0)
         await catalogue.load("scale")
         assert factor(catalogue) == 4
-        assert await catalogue.rollback("scale") == 3
+        assert (await catalogue.rollback("scale")).traffic == {"3": 1.0}
         assert factor(catalogue) == 3
         with pytest.raises(Refusal, match="no version to go back to"):
             await catalogue.rollback("scale")
         await catalogue.promote("scale", 1)
         assert factor(catalogue) == 1
-        assert await catalogue.rollback("scale") == 3
+        assert (await catalogue.rollback("scale")).traffic == {"3": 1.0}
         assert factor(catalogue) == 3
 
     with_catalogue([repository], test)
