@@ -53,6 +53,12 @@ def serve(
     shared_memory: Annotated[
         bool, typer.Option("--shared-memory", help="Let clients register POSIX shared memory.")
     ] = False,
+    log: Annotated[
+        str,
+        typer.Option(
+            help="What goes to stderr: quiet (warnings), events, text or json (a line for each request too), json-events."
+        ),
+    ] = "events",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that requests have to finish at the end.")] = 30.0,
     json: Json = False,
     debug: Debug = False,
@@ -68,6 +74,7 @@ def serve(
         from narrowcast.serving.scheduling.scheduler import Settings
         from narrowcast.serving.server import ServerOptions
         from narrowcast.serving.settings import read_placement, read_versions
+        from narrowcast.serving.watching.logs import read_log_style
     except ImportError as error:
         raise RuntimeMissingError(
             f"serving needs {error.name}, which is not installed", next_step="pip install 'narrowcast[serve]'"
@@ -101,5 +108,5 @@ def serve(
             console().print(f"{name}: {address}", markup=False)
         console().print(f"models: {', '.join(names) or 'none'}", markup=False)
 
-    if not running.serve(Repository(places), hosting, options, listening):
+    if not running.serve(Repository(places), hosting, options, listening, read_log_style(log)):
         raise typer.Exit(1)
