@@ -9,20 +9,18 @@ A folder holds one line of training: a checkpoint of step 100 ends what lay afte
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from narrowcast.artifacts.store import file_sha256
 from narrowcast.errors import OutputError, TrainingError
+from narrowcast.training import writing
+from narrowcast.training.writing import written
 
 __all__ = [
     "MANIFEST",
@@ -45,7 +43,7 @@ _PLACED = re.compile(r"step-(\d{8,})")
 _REPLACED = re.compile(
     r"\.step-(\d{8,})\.replaced"
 )  # moved aside for a new one of the same step: good until that is there
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_KEPT = "checkpoints that are there still hold"
 _LEFT_OVER = re.compile(r"\.step-(\d{8,})\.(writing|removed)")
 
 
@@ -160,58 +158,24 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return files
 
 
-@contextmanager
-def output_errors(folder: Path) -> Generator[None]:
+def output_errors(folder: Path) -> AbstractContextManager[None]:
     """Turn what the system says of files into an error that names the folder.
 
     Raises:
         OutputError: No permission, no room, not a folder ...
     """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise not_written(folder, error) from error
+    return written(f"checkpoint in {folder}", then=_KEPT)
 
 
 def not_written(folder: Path, error: BaseException, where: str = "") -> OutputError | TrainingError:
-    """Return the error to raise for a checkpoint that was not written, with the advice that helps against its cause.
+    """Return the error to raise for a checkpoint that was not written, see :func:`narrowcast.training.writing.not_written`.
 
     Args:
         folder: Where it should be.
         error: What went wrong.
         where: What goes before the reason, such as ``rank 1:`` and a blank.
-
-    Returns:
-        An OutputError where the system did not write; otherwise a TrainingError: the state cannot be stored.
     """
-    system = _system_error(error)
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        reason = "there is a file where a folder should be"
-    else:
-        reason = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
-    what = f"checkpoint in {folder} cannot be written: {where}{reason}"
-    if system is None:
-        return TrainingError(what, next_step="checkpoints that are there still hold")
-    advice = "free space or name another folder" if system in _FULL else "name another folder"
-    return OutputError(
-        what,
-        allowed="a folder with permission to write and room for the state",
-        next_step=f"{advice}; checkpoints that are there still hold",
-    )
-
-
-def _system_error(error: BaseException) -> int | None:
-    """Return the number of the system's error, 0 if it has none; None if it was not the system that failed."""
-    if isinstance(error, OSError):
-        return error.errno or 0
-    if not isinstance(error, SafetensorError):
-        return None
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    return int(said[1]) if said else 0
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return writing.not_written(f"checkpoint in {folder}", error, where=where, then=_KEPT)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from narrowcast.errors import OutputError
+from narrowcast.training.writing import written
 
 __all__ = ["Ledger", "Skip"]
 
@@ -55,11 +55,8 @@ class Ledger:
         self._skips.append(skip)
         if self._path is None:
             return
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(skip)) + "\n")
-        except OSError as error:
-            raise OutputError(f"the skip ledger {self._path} cannot be written: {error.strerror}") from error
+        with written(f"the skip ledger {self._path}"), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(skip)) + "\n")
 
     def __iter__(self) -> Iterator[Skip]:
         return iter(self._skips)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from narrowcast.errors import OutputError, RuntimeMissingError
+from narrowcast.errors import RuntimeMissingError
+from narrowcast.training.writing import written
 
 __all__ = ["LOG", "SKIPS", "TENSORBOARD", "RunLog", "keep_lines", "read_log"]
 
@@ -35,8 +37,8 @@ class RunLog:
     def __init__(self, folder: Path, *, tensorboard: bool, lines: int = 0, step: int = 0) -> None:
         self._path = folder / LOG
         self.lines = lines
-        self._board = _writer(folder / TENSORBOARD, step) if tensorboard else None
-        with _Errors(self._path):
+        with self._written():
+            self._board = _writer(folder / TENSORBOARD, step) if tensorboard else None
             keep_lines(self._path, lines)
             self._file = self._path.open("a", encoding="utf-8")
 
@@ -46,7 +48,7 @@ class RunLog:
         Raises:
             OutputError: The file cannot be written.
         """
-        with _Errors(self._path):
+        with self._written():
             self._file.write(json.dumps({"step": step, **_plain(record)}, allow_nan=False) + "\n")
             self._file.flush()  # a killed process leaves what was logged
         self.lines += 1
@@ -54,15 +56,23 @@ class RunLog:
             for name, value in _scalars(record):
                 self._board.add_scalar(name, value, step)
 
+    def _written(self) -> AbstractContextManager[None]:
+        return written(
+            f"the log {self._path}",
+            elsewhere="name another folder with --out",
+            then="checkpoints that are there still hold",
+        )
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
         if self._board is not None:
             self._board.close()
+        with self._written():  # what a full disk did not take is tried again
+            self._file.close()
 
 
 def keep_lines(path: Path, lines: int) -> None:
@@ -82,25 +92,6 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's log; a last one that was cut off by a kill is left out."""
     text = (folder / LOG).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-class _Errors:
-    """Turns what the system says of a file into an error that names it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, OSError):
-            raise OutputError(
-                f"{self._path} cannot be written: {error.strerror}",
-                next_step="free space or name another folder with --out; checkpoints that are there still hold",
-            ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from narrowcast.data.dataset import Dataset
-from narrowcast.errors import OutputError
 from narrowcast.models.reference import RUN_RECORD
 from narrowcast.models.runs import WEIGHTS, sha256_of
 from narrowcast.training.objectives import Result
+from narrowcast.training.writing import written
 
 __all__ = ["Environment", "Part", "RunResult", "environment", "read_result", "write_result", "write_weights"]
 
@@ -125,16 +126,12 @@ def write_weights(folder: Path, state: dict[str, torch.Tensor]) -> str:
     from safetensors.torch import save_file
 
     file, partial = folder / WEIGHTS, folder / f".{WEIGHTS}.partial"
-    try:
+    with _written(file):
         # A copy each: tied weights share memory, which the format does not have.
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, partial)
         partial.chmod(0o644)
         partial.replace(file)
         return sha256_of(file)
-    except OSError as error:
-        raise OutputError(
-            f"{file} cannot be written: {error.strerror}", next_step="free space, then --resume"
-        ) from error
 
 
 def write_result(folder: Path, result: RunResult) -> None:
@@ -144,13 +141,14 @@ def write_result(folder: Path, result: RunResult) -> None:
         OutputError: The file cannot be written.
     """
     file, partial = folder / RUN_RECORD, folder / f".{RUN_RECORD}.partial"
-    try:
+    with _written(file):
         partial.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
         partial.replace(file)
-    except OSError as error:
-        raise OutputError(
-            f"{file} cannot be written: {error.strerror}", next_step="free space, then --resume"
-        ) from error
+
+
+def _written(file: Path) -> AbstractContextManager[None]:
+    """Turn what the system says of a file into an error; training is done by then, and in the last checkpoint."""
+    return written(str(file), elsewhere="have the folder writable again", then="--resume then writes it")
 
 
 def read_result(folder: Path) -> RunResult | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from narrowcast.models.runs import WEIGHTS
 from narrowcast.training.config import Config
 from narrowcast.training.logs import LOG, SKIPS, TENSORBOARD
 from narrowcast.training.reading import dump, read_config
+from narrowcast.training.writing import written
 
 __all__ = ["CHECKPOINTS", "CONFIG", "DOCTOR", "TEACHER", "check_folder", "claim", "output_errors"]
 
@@ -85,21 +85,13 @@ def claim(out: Path, config: Config, *, resume: bool) -> None:
         partial.replace(out / CONFIG)
 
 
-@contextmanager
-def output_errors(out: Path) -> Generator[None]:
+def output_errors(out: Path) -> AbstractContextManager[None]:
     """Turn what the system says of files into an error that names the folder.
 
     Raises:
         OutputError: No permission, no room, not a folder ...
     """
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"output folder {out} cannot be written: {error.strerror}",
-            allowed="a folder with permission to write",
-            next_step="name another with --out",
-        ) from error
+    return written(f"output folder {out}", elsewhere="name another with --out")
 
 
 def _remove(path: Path) -> None:

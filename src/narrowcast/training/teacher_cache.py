@@ -32,9 +32,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from narrowcast.errors import OutputError, TrainingError
+from narrowcast.errors import TrainingError
 from narrowcast.training.distillation import Taught
 from narrowcast.training.features import Inputs, first, tensors
+from narrowcast.training.writing import written
 
 if TYPE_CHECKING:
     from narrowcast.training.distillation import Distillation
@@ -114,7 +115,7 @@ class TeacherCache:
             "shard": SHARD,
         }
         place = Path(folder) / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-        try:
+        with written(f"the teacher's outputs in {place}"):
             place.mkdir(parents=True, exist_ok=True)
             _write(place / "cache.json", json.dumps(about, indent=1).encode())
             for number, start in enumerate(range(0, data.size, SHARD)):
@@ -123,10 +124,6 @@ class TeacherCache:
                 if not _whole(file, len(index)):
                     _write(file, safetensors.torch.save(_asked(distillation, data, index, batch)))
                 note(int(index[-1]) + 1, data.size)
-        except OSError as error:
-            raise OutputError(
-                f"the teacher's outputs cannot be written to {place}: {error.strerror}", next_step="name another folder"
-            ) from error
         return cls(place, data.size)
 
     def look_up(self, inputs: Inputs, index: Tensor | None) -> Taught:

@@ -288,7 +288,7 @@ def test_an_unwritable_folder_is_named() -> None:
 
 def test_a_folder_below_a_file_is_named() -> None:
     Path("file").write_text("")
-    with pytest.raises(OutputError, match="file/run cannot be written: Not a directory"):
+    with pytest.raises(OutputError, match="file/run cannot be written: there is a file where a folder should be"):
         fit(config_of(), Path("file/run"))
 
 
