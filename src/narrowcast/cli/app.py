@@ -16,6 +16,7 @@ import typer
 from narrowcast._version import __version__
 from narrowcast.cli.advise import advise
 from narrowcast.cli.bench import bench
+from narrowcast.cli.bundle import bundle
 from narrowcast.cli.compare import compare
 from narrowcast.cli.console import print_error, print_json
 from narrowcast.cli.devices import devices
@@ -44,7 +45,7 @@ app = typer.Typer(
 for command in (
     *(optimize, bench, verify, run, runtimes),
     *(train, doctor),
-    *(serve, models),
+    *(serve, models, bundle),
     *(profile, advise, devices),
     *(formats, compare),
 ):
@@ -68,12 +69,31 @@ def _options(
     """One budget in, one proven low-precision model out."""
 
 
-def main() -> None:
-    """Run the command line and exit."""
+def main() -> NoReturn:
+    """Run the command line as a process of its own, and exit."""
     arguments = sys.argv[1:]
+    try:
+        run_command(arguments)
+    except SystemExit as end:
+        if arguments[:1] and arguments[0] in _COUNTING and isinstance(end.code, int):
+            leave_at_once(end.code)
+        raise
+    sys.exit(0)
+
+
+def run_command(arguments: list[str]) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name.
+
+    Raises:
+        SystemExit: With the exit code.
+    """
     debug = "--debug" in arguments
     try:
         app(arguments)
+        sys.stdout.flush()
     except NarrowcastError as error:
         if debug:
             raise
