@@ -26,7 +26,7 @@ class Estimate:
     samples: int
 
 
-def percentile(values: Floats, q: float) -> Estimate | None:
+def percentile(values: Floats, q: float, *, worth: float | None = None) -> Estimate | None:
     """Return a percentile with its distribution-free interval, or None where the sample is too small for one.
 
     The interval's ends are order statistics whose ranks come from the binomial distribution; a percentile is supported
@@ -35,15 +35,21 @@ def percentile(values: Floats, q: float) -> Estimate | None:
     Args:
         values: The sample.
         q: The percentile, between 0 and 100.
+        worth: How many independent values the sample is worth; as many as it has unless given.
 
     Source: W. J. Conover, "Practical Nonparametric Statistics", 3rd ed., section 3.2.
     """
     ordered, share = np.sort(values), q / 100
     tail = (1 - CONFIDENCE) / 2
-    lower = int(stats.binom.ppf(tail, len(ordered), share)) - 1
-    upper = int(stats.binom.ppf(1 - tail, len(ordered), share))
-    if lower < 0 or upper >= len(ordered):
+    count = len(ordered) if worth is None else int(worth)
+    if not count:
         return None
+    lower = int(stats.binom.ppf(tail, count, share)) - 1
+    upper = int(stats.binom.ppf(1 - tail, count, share))
+    if lower < 0 or upper >= count:
+        return None
+    if count < len(ordered):  # the ranks of the smaller sample, in this one
+        lower, upper = lower * len(ordered) // count, -(-(upper + 1) * len(ordered) // count) - 1
     return Estimate(float(np.quantile(ordered, share)), float(ordered[lower]), float(ordered[upper]), len(ordered))
 
 

@@ -1,0 +1,177 @@
+"""Records of requests as numbers: rates, latencies, goodput, and the course of the run."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from narrowcast.measure.load.checks import findings
+from narrowcast.measure.load.estimates import BLOCKS, mean, quantile
+from narrowcast.measure.load.records import Outcome, Records
+from narrowcast.measure.load.values import Bin, Client, Counts, Energy, Percentile, Run, Slo
+from narrowcast.measure.statistics import CONFIDENCE, Estimate
+
+__all__ = ["Span", "missed", "summarise", "window"]
+
+Floats = NDArray[np.float64]
+
+_PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
+#: Points of the percentile curve for each decade of the share that is slower, and decades.
+_POINTS, _DECADES = 6, 5
+#: Stretches that the course of a run is cut into.
+_BINS = 100
+_SLOW = 99.0
+
+
+@dataclass(frozen=True)
+class Span:
+    """The seconds of a run: those that warm up, all, and how requests were sent.
+
+    Attributes:
+        warmup: Seconds that do not count.
+        end: Seconds after the start when the last request was due.
+        lateness: Seconds that 99 % of the requests have to be sent within.
+        concurrency: Requests under way together, in a closed loop; None in an open one.
+    """
+
+    warmup: float
+    end: float
+    lateness: float
+    concurrency: int | None = None
+
+
+def summarise(records: Records, span: Span, client: Client, energy: Energy, slo: Slo | None) -> Run:
+    """Return what records say.
+
+    Args:
+        records: All of a run, in the order in which requests were due.
+        span: What of them counts.
+        client: How the load generator fared.
+        energy: What the run took.
+        slo: The bound on latency.
+    """
+    counted = window(records, span)
+    good = counted[counted["outcome"] == Outcome.OK]
+    latencies = query_latencies(good)
+    seconds = span.end - span.warmup
+    run = Run(
+        open=span.concurrency is None,
+        offered=len(counted) / seconds,
+        concurrency=span.concurrency,
+        warmup=span.warmup,
+        seconds=seconds,
+        counts=_counts(counted),
+        statuses=_statuses(counted),
+        rate=_rate(records, span, np.inf),
+        rows_rate=_rows(records, span) / seconds,
+        goodput=None if slo is None else _rate(records, span, slo.seconds),
+        within=None if slo is None else _complement(missed(counted, slo.seconds)),
+        mean=mean(latencies),
+        percentiles=tuple(Percentile(q=q, estimate=quantile(latencies, q)) for q in _asked(slo)),
+        curve=tuple(_curve(latencies)),
+        unloaded=float(np.median(good["done"] - good["sent"])) if len(good) else None,
+        bins=tuple(_bins(records, span.end)),
+        client=client,
+        findings=(),
+        energy=energy,
+    )
+    return run.model_copy(update={"findings": tuple(findings(run, latencies, span.lateness, slo))})
+
+
+def window(records: Records, span: Span) -> Records:
+    """Return the records of requests that count: due after the warm-up, and not cut off by an interruption."""
+    due = records["intended"]
+    return records[(due >= span.warmup) & (due < span.end) & (records["outcome"] != Outcome.CUT)]
+
+
+def query_latencies(good: Records) -> Floats:
+    """Return a latency per query, from when it was due to its last answer, in the order in which queries were due."""
+    if not len(good):
+        return np.empty(0)
+    starts = np.flatnonzero(np.diff(good["query"], prepend=good["query"][0] - 1))
+    return np.maximum.reduceat(good["done"], starts) - good["intended"][starts]
+
+
+def missed(counted: Records, bound: float) -> Estimate | None:
+    """Return the share of requests without a good answer within a bound, with its interval; None for too few requests."""
+    late = ~((counted["outcome"] == Outcome.OK) & (counted["done"] - counted["intended"] <= bound))
+    return mean(late.astype(np.float64))
+
+
+def _complement(share: Estimate | None) -> Estimate | None:
+    return None if share is None else Estimate(1 - share.value, 1 - share.high, 1 - share.low, share.samples)
+
+
+def _asked(slo: Slo | None) -> list[float]:
+    return sorted({*_PERCENTILES, *(() if slo is None else (slo.percentile,))})
+
+
+def _counts(counted: Records) -> Counts:
+    ended = Counter(counted["outcome"].tolist())
+    return Counts(due=len(counted), **{outcome.name.lower(): ended[outcome] for outcome in Outcome})
+
+
+def _statuses(counted: Records) -> dict[str, int]:
+    found = Counter(counted["status"].tolist())
+    return {str(status): count for status, count in sorted(found.items()) if status >= 0}
+
+
+def _rate(records: Records, span: Span, bound: float) -> Estimate | None:
+    """Return the good answers within a bound that came per second, with its interval over stretches of the run."""
+    good = (records["outcome"] == Outcome.OK) & (records["done"] - records["intended"] <= bound)
+    done = records["done"][good]
+    seconds = span.end - span.warmup
+    blocks = min(BLOCKS, max(2, int(len(done) / 10)))
+    counts = np.histogram(done, blocks, (span.warmup, span.end))[0] / (seconds / blocks)
+    middle = float(counts.mean())
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, blocks - 1) * counts.std(ddof=1)) / math.sqrt(blocks)
+    return Estimate(middle, max(0.0, middle - half), middle + half, len(done))
+
+
+def _rows(records: Records, span: Span) -> int:
+    done = (records["outcome"] == Outcome.OK) & (records["done"] >= span.warmup) & (records["done"] < span.end)
+    return int(records["rows"][done].sum())
+
+
+def _curve(latencies: Floats) -> list[Percentile]:
+    """Return percentiles at equal distances on a log axis of the share that is slower, as far as they are supported."""
+    points: list[Percentile] = []
+    for step in range(1, _POINTS * _DECADES + 1):
+        q = 100 * (1 - 10 ** (-step / _POINTS))
+        found = quantile(latencies, q)
+        if found is None:
+            break
+        points.append(Percentile(q=q, estimate=found))
+    return points
+
+
+def _bins(records: Records, end: float) -> list[Bin]:
+    edges = np.linspace(0.0, end, min(_BINS, max(4, len(records) // 10)) + 1)
+    width = float(edges[1])
+    good = records["outcome"] == Outcome.OK
+    offered = np.histogram(records["intended"], edges)[0] / width
+    ok = np.histogram(records["done"][good], edges)[0] / width
+    failed = np.histogram(records["done"][~good & (records["outcome"] != Outcome.CUT)], edges)[0] / width
+    mine = records[good]
+    cuts = np.searchsorted(mine["intended"], edges)
+    bins: list[Bin] = []
+    for place in range(len(edges) - 1):
+        part = mine[cuts[place] : cuts[place + 1]]
+        latencies = part["done"] - part["intended"]
+        slow = _SLOW if len(part) >= 100 else 100.0
+        bins.append(
+            Bin(
+                start=float(edges[place]),
+                offered=float(offered[place]),
+                ok=float(ok[place]),
+                failed=float(failed[place]),
+                median=float(np.median(latencies)) if len(part) else None,
+                slow=float(np.percentile(latencies, slow)) if len(part) else None,
+            )
+        )
+    return bins
