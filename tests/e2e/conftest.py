@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from e2e.command import Cli, Outcome
-from narrowcast.cli import main
+from narrowcast.cli.app import run_command
 
 
 @pytest.fixture
@@ -22,10 +20,9 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, col
     monkeypatch.setenv("COLUMNS", str(columns))
 
     def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["narrowcast", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            main()
+            run_command([*map(str, arguments)])
         printed = capsys.readouterr()
         return Outcome(int(stopped.value.code or 0), printed.out, printed.err)
 

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
-from narrowcast.cli.garbage import seldom_collected
-from narrowcast.cli.imports import without_torchao
+from narrowcast.cli.garbage import uncollected
+from narrowcast.cli.imports import import_transformers
 from narrowcast.cli.numbers import plain
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ def advise(
 
     target = device_of(device)
     given = policy(precision) if precision else None
-    asked = source(model, inputs=inputs or [], tokens=tokens, batch=batch, context=context)
-    with seldom_collected(), without_torchao([model]), errors_console().status("tracing", spinner="dots"):
-        counted = profile(asked)
+    with uncollected(), errors_console().status("tracing", spinner="dots"):
+        import_transformers([model])
+        counted = profile(source(model, inputs=inputs or [], tokens=tokens, batch=batch, context=context))
         looked = Context(counted, target, given or default_policy(target, counted.parameters.dtype), runtime)
         found = find(looked)
     shown = [item for item in found if everything or item.worth_showing][:top]

@@ -23,6 +23,7 @@ from narrowcast.cli.devices import devices
 from narrowcast.cli.doctor import doctor
 from narrowcast.cli.format import format_
 from narrowcast.cli.formats import formats
+from narrowcast.cli.garbage import leave_at_once
 from narrowcast.cli.models import models
 from narrowcast.cli.optimize import optimize
 from narrowcast.cli.profile import profile
@@ -33,7 +34,7 @@ from narrowcast.cli.train import train
 from narrowcast.cli.verify import verify
 from narrowcast.errors import NarrowcastError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run_command"]
 
 app = typer.Typer(
     name="narrowcast",
@@ -53,6 +54,8 @@ for command in (
 # A value may be negative: what begins with a dash and is no option is a value.
 app.command("format", context_settings={"ignore_unknown_options": True})(format_)
 
+_COUNTING = frozenset(["advise", "profile"])  # they import much, print, and leave nothing behind
+
 
 def _version(value: bool) -> None:
     if value:
@@ -69,20 +72,19 @@ def _options(
     """One budget in, one proven low-precision model out."""
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command line as a process of its own, and exit."""
     arguments = sys.argv[1:]
     try:
         run_command(arguments)
     except SystemExit as end:
-        if arguments[:1] and arguments[0] in _COUNTING and isinstance(end.code, int):
+        if arguments and arguments[0] in _COUNTING and isinstance(end.code, int):
             leave_at_once(end.code)
         raise
-    sys.exit(0)
 
 
 def run_command(arguments: list[str]) -> None:
-    """Run the command line.
+    """Run the command line, and leave the process alive.
 
     Args:
         arguments: What follows the program's name.
@@ -93,7 +95,6 @@ def run_command(arguments: list[str]) -> None:
     debug = "--debug" in arguments
     try:
         app(arguments)
-        sys.stdout.flush()
     except NarrowcastError as error:
         if debug:
             raise

@@ -16,8 +16,8 @@ import typer
 from narrowcast.accounting.policies import POLICIES, Policy, own_policy, policy
 from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
 from narrowcast.cli.files import check_file, write_file
-from narrowcast.cli.garbage import seldom_collected
-from narrowcast.cli.imports import without_torchao
+from narrowcast.cli.garbage import uncollected
+from narrowcast.cli.imports import import_transformers
 from narrowcast.errors import ModelError, UserError
 
 if TYPE_CHECKING:
@@ -185,7 +185,8 @@ def profile(
     )
     models = [model, *([compare] if compare else [])]
     tracing = errors_console().status("tracing", spinner="dots")
-    with seldom_collected(), without_torchao(models), _quiet(debug), tracing:
+    with uncollected(), _quiet(debug), tracing:
+        import_transformers(models)
         found = [_costs(name, asked) for name in models]
         if html is not None:
             from narrowcast.report.profile import render_profile
