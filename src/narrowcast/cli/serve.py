@@ -39,6 +39,9 @@ def serve(
     timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that a request waits where its client says nothing; 0: for ever.")
     ] = 60.0,
+    batch_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that a batch may run before its worker is ended; 0: for ever.")
+    ] = 120.0,
     versions: Annotated[
         str, typer.Option(help="Versions to load: a number of the newest, all, or numbers as in =3,7.")
     ] = "1",
@@ -82,7 +85,7 @@ def serve(
     hosting = Hosting(
         placement=read_placement(placement),
         workers=workers,
-        settings=Settings(Batching(max_batch, round(delay * 1e6)), queue, timeout or None),
+        settings=Settings(Batching(max_batch, round(delay * 1e6)), queue, timeout or None, batch_timeout or None),
         policy=read_versions(versions),
     )
     options = ServerOptions(

@@ -23,11 +23,23 @@ class Batching:
         largest: Rows of one batch at most; 1 runs each request alone.
         delay_ns: How long the oldest request may wait for company while a worker is free.
         preferred: Sizes that run at once, without waiting; empty for none but the largest.
+        pad: Whether a batch is filled up to the next preferred size, or to the largest, so that the model sees no other.
     """
 
     largest: int = 1
     delay_ns: int = 0
     preferred: tuple[int, ...] = ()
+    pad: bool = False
+
+    @classmethod
+    def static(cls, size: int, delay_ns: int) -> Batching:
+        """Return batches that all have one size: full, or filled up when the oldest request has waited long enough."""
+        return cls(size, delay_ns, (size,), pad=True)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the model sees batches of one size alone."""
+        return self.pad and set(self.preferred) <= {self.largest}
 
     def size(self, rows: int, waited: bool) -> int | None:
         """Return how many rows to run of those that wait, or None to wait for more."""
@@ -37,6 +49,12 @@ class Batching:
         if fitting is not None:
             return fitting
         return self.largest if waited or not self.delay_ns else None
+
+    def padded(self, rows: int) -> int:
+        """Return how many rows the model is given where so many are asked for."""
+        if not self.pad or rows >= self.largest:
+            return rows
+        return min((size for size in self.preferred if size >= rows), default=self.largest)
 
 
 @dataclass(slots=True, eq=False)

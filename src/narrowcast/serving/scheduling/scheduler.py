@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
+
 from narrowcast.serving.refusals import Refusal, WorkerLostError
 from narrowcast.serving.scheduling.queue import DEFAULT_PRIORITY, Batching, Job, JobQueue
 from narrowcast.serving.scheduling.statistics import Statistics
@@ -26,11 +28,13 @@ class Settings:
         batching: How they are put together.
         queue: Requests that may wait; one more is refused.
         timeout: Seconds that a request waits where its client gave no time, or None for ever.
+        batch_timeout: Seconds that a batch may run before its worker is ended, or None for ever.
     """
 
     batching: Batching = field(default_factory=Batching)
     queue: int = 1024
     timeout: float | None = None
+    batch_timeout: float | None = None
 
 
 class Scheduler:
@@ -57,6 +61,7 @@ class Scheduler:
         self._running: dict[Worker, list[Job]] = {}
         self._dispatching = False
         self._wake: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None  # looks for batches that run too long; one for all of them
         for worker in workers:
             worker.on_up, worker.on_down = self._up, self._down
 
@@ -137,6 +142,9 @@ class Scheduler:
 
     async def close(self, reason: str = "the model was unloaded") -> None:
         """Refuse what waits and what has not come back yet, and end the workers."""
+        for timer in (self._wake, self._watch):
+            if timer is not None:
+                timer.cancel()
         refusal = Refusal(503, reason, retry_after=1)
         self._refuse_all(refusal)
         now = time.monotonic_ns()
@@ -172,7 +180,7 @@ class Scheduler:
         rows = self._queue.rows_before(job.priority) + job.rows
         whole, rest = divmod(rows, largest)
         expected = self.statistics.expected_ns
-        ahead = whole * expected(largest) + (expected(rest) if rest else 0.0)
+        ahead = whole * expected(largest) + (expected(self._batching.padded(rest)) if rest else 0.0)
         # What runs now is half done on average.
         return ahead / len(self._live) + expected(largest) / 2
 
@@ -223,29 +231,41 @@ class Scheduler:
             return
         worker = self._idle.popleft()
         self._running[worker] = ready
-        batch = Batch([job.inputs for job in ready], rows)
-        worker.submit(batch, partial(self._finished, worker, ready, rows, now))
+        if self._watch is None and self.settings.batch_timeout is not None:
+            self._watch = self._loop.call_later(self.settings.batch_timeout, self._end_overruns)
+        batch = self._batch(ready, rows) if self._batching.pad else Batch([job.inputs for job in ready], rows)
+        worker.submit(batch, partial(self._finished, worker, ready, rows, batch.rows))
 
-    def _finished(self, worker: Worker, jobs: list[Job], rows: int, begun: int, result: Result) -> None:
-        del self._running[worker]
+    def _batch(self, jobs: list[Job], rows: int) -> Batch:
+        """Return a batch that is filled up with copies of its last row, which the model takes as surely as the row itself."""
+        parts = [job.inputs for job in jobs]
+        whole = self._batching.padded(rows)
+        if whole > rows:
+            last = parts[-1].items()
+            parts.append({name: np.broadcast_to(array[-1:], (whole - rows, *array.shape[1:])) for name, array in last})
+        return Batch(parts, whole)
+
+    def _finished(self, worker: Worker, jobs: list[Job], rows: int, padded: int, result: Result) -> None:
+        if self._running.pop(worker, None) is None:
+            return  # it ran too long, and its requests were told so
         if worker in self._live:
             self._idle.append(worker)
         now = time.monotonic_ns()
         outputs = result.outputs
         if outputs is None:
             self._failed(jobs, result.error or RuntimeError("the worker gave neither outputs nor an error"))
-        elif len(jobs) > 1 and any(array.shape[:1] != (rows,) for array in outputs.values()):
+        elif (len(jobs) > 1 or padded > rows) and any(array.shape[:1] != (padded,) for array in outputs.values()):
             self._failed(jobs, Refusal(500, "the model gave an output whose first axis is not the batch axis"))
         else:
             times = (result.input_ns, result.infer_ns, result.output_ns)
-            self.statistics.executed(rows, len(jobs), times, now - begun)
-            self._hand_out(jobs, outputs, now)
+            self.statistics.executed(padded, len(jobs), times, now - jobs[0].begun, padding=padded - rows)
+            self._hand_out(jobs, outputs, now, whole=len(jobs) == 1 and padded == rows)
         if self._queue.count or self._alone:
             self._dispatch()
 
-    def _hand_out(self, jobs: list[Job], outputs: Tensors, now: int) -> None:
-        """Give each job its own rows of the outputs of a batch."""
-        if len(jobs) == 1:
+    def _hand_out(self, jobs: list[Job], outputs: Tensors, now: int, *, whole: bool) -> None:
+        """Give each job its own rows of the outputs of a batch, or the one job the whole of them."""
+        if whole:
             self._settle(jobs[0], now, outputs=outputs)
             return
         at = 0
@@ -294,6 +314,27 @@ class Scheduler:
         job.timer = None
         if self._queue.remove(job):
             self._expired(job, max(time.monotonic_ns(), job.deadline or 0))
+
+    def _end_overruns(self) -> None:
+        """End the batches that run longer than they may, and look again when the next one could."""
+        self._watch = None
+        limit = self.settings.batch_timeout
+        if limit is None:
+            return
+        now = time.monotonic_ns()
+        latest = now - int(limit * 1e9)
+        for worker, jobs in list(self._running.items()):
+            if jobs[0].begun > latest:
+                continue
+            del self._running[worker]
+            self.statistics.overruns += 1
+            refusal = Refusal(504, f"the model ran longer than {limit:g} s, and was ended")
+            for job in jobs:
+                self._settle(job, now, error=refusal)
+            worker.abort()
+        if self._running:
+            oldest = min(jobs[0].begun for jobs in self._running.values())
+            self._watch = self._loop.call_later((oldest - latest) * 1e-9, self._end_overruns)
 
     def _up(self, worker: Worker) -> None:
         self._live.add(worker)

@@ -45,6 +45,7 @@ class Statistics:
     Attributes:
         inferences: Rows of successful requests.
         executions: Batches that ran successfully.
+        padding: Rows that batches were filled up with.
         last: Time of the last request, in milliseconds since the epoch.
         success: Requests that succeeded, from arrival to answer.
         fail: Requests that were executed or accepted and failed.
@@ -57,11 +58,13 @@ class Statistics:
         rejected: Requests that were refused before they were queued, by reason.
         expired: Requests whose deadline passed in the queue.
         cancelled: Requests whose client went away while they were queued.
+        overruns: Batches that were ended because they ran too long.
         buckets: Successful requests by the first of :data:`BUCKETS` that they stayed within; the last beyond all.
     """
 
     inferences: int = 0
     executions: int = 0
+    padding: int = 0
     last: int = 0
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
@@ -74,9 +77,10 @@ class Statistics:
     rejected: dict[str, int] = field(default_factory=dict[str, int])
     expired: int = 0
     cancelled: int = 0
+    overruns: int = 0
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
 
-    def executed(self, rows: int, requests: int, times: tuple[int, int, int], total_ns: int) -> None:
+    def executed(self, rows: int, requests: int, times: tuple[int, int, int], total_ns: int, padding: int = 0) -> None:
         """Count a batch that ran.
 
         Args:
@@ -84,9 +88,11 @@ class Statistics:
             requests: Requests in it.
             times: Nanoseconds for its inputs, the model and its outputs.
             total_ns: From its start to its end.
+            padding: How many of its rows nobody asked for.
         """
         self.executions += 1
-        self.inferences += rows
+        self.inferences += rows - padding
+        self.padding += padding
         batch = self.batches.get(rows)
         if batch is None:
             batch = self.batches[rows] = BatchTimes(mean_ns=total_ns)

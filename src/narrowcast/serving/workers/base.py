@@ -81,6 +81,9 @@ class Worker(ABC):
     def submit(self, batch: Batch, done: Done) -> None:
         """Run a batch; ``done`` is called in the event loop, perhaps before this returns."""
 
+    def abort(self) -> None:  # noqa: B027  what runs in the event loop cannot be ended from it
+        """End the batch that runs, as far as that can be done; the worker is down until it can run others."""
+
     @abstractmethod
     async def close(self) -> None:
         """End the worker; no batch runs."""

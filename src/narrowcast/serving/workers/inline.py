@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
 
 from narrowcast.serving.workers.base import Batch, Done, LoadedModel, Result, Worker, joined
 
 __all__ = ["InlineWorker", "ThreadWorker"]
 
+_log = logging.getLogger(__name__)
 Loader = Callable[[], LoadedModel]
 
 
@@ -51,27 +57,65 @@ class InlineWorker(Worker):
 
 
 class ThreadWorker(Worker):
-    """Runs a model of its own in a thread of its own."""
+    """Runs a model of its own in a thread of its own.
+
+    A thread cannot be ended: while a batch runs too long, the worker is down. The process does not wait for it at its end.
+    """
 
     def __init__(self, load: Loader) -> None:
         self._load = load
         self._model: LoadedModel | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="narrowcast-model")
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._overrun = False
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        model = await self._loop.run_in_executor(self._thread, self._load)
-        self._model, self.signature = model, model.signature
+        loaded: Future[LoadedModel] = Future()
+        threading.Thread(target=self._work, name="narrowcast-model", daemon=True).start()
+        self._tasks.put(partial(self._open, loaded))
+        self.signature = (await asyncio.wrap_future(loaded)).signature
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
+
+    def _open(self, loaded: Future[LoadedModel]) -> None:
+        if not loaded.set_running_or_notify_cancel():
+            return
+        try:
+            self._model = self._load()
+        except Exception as error:
+            loaded.set_exception(error)
+        else:
+            loaded.set_result(self._model)
 
     def submit(self, batch: Batch, done: Done) -> None:
-        self._thread.submit(self._run, batch, done)
+        self._tasks.put(partial(self._run, batch, done))
 
     def _run(self, batch: Batch, done: Done) -> None:
         assert self._model is not None
         result = run_batch(self._model, batch)
-        self._loop.call_soon_threadsafe(done, result)
+        with contextlib.suppress(RuntimeError):  # the event loop has ended before the model came back
+            self._loop.call_soon_threadsafe(self._came, done, result)
+
+    def _came(self, done: Done, result: Result) -> None:
+        done(result)
+        if self._overrun:
+            self._overrun = False
+            self.on_up(self)
+
+    def abort(self) -> None:
+        self._overrun = True
+        self.on_down(self)
 
     async def close(self) -> None:
-        if self._model is not None:
-            self._thread.submit(self._model.close)  # behind the batch that may still run
-        self._thread.shutdown(wait=False)
+        self._tasks.put(self._shut)  # behind the batch that may still run
+        self._tasks.put(None)
+
+    def _shut(self) -> None:
+        try:
+            if self._model is not None:
+                self._model.close()
+        except Exception as error:
+            _log.error("a model failed to close", exc_info=error)
+        self._model = None

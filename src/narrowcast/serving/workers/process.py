@@ -7,6 +7,7 @@ process that dies is started again, later each time it dies young.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import sys
@@ -30,7 +31,7 @@ _log = logging.getLogger(__name__)
 #: Waits before a dead process is started again: doubled each time, up to the longest.
 _FIRST_BACKOFF = 0.1
 _LONGEST_BACKOFF = 30.0
-#: A process that lived so long did not die of being started.
+#: A process that lived so long, and ran a batch, died neither of being started nor of every batch.
 _GROWN_UP_SECONDS = 10.0
 _CLOSE_SECONDS = 5.0
 #: What a refusal to load may be; anything else a process names is a failure of its runtime.
@@ -73,12 +74,18 @@ class ProcessWorker(Worker):
             return
         self._link.submit(batch, done)
 
+    def abort(self) -> None:
+        if self._link is not None:
+            _log.error("worker process %d of %s runs a batch for too long and is ended", self._link.pid, self._folder)
+            self._link.kill()
+
     def _lost(self) -> None:
         """Take note of the end of the process, and start another unless this is the end of the worker."""
         link, self._link = self._link, None
         if self._closing or link is None:
             return
-        self._deaths = 0 if time.monotonic() - link.born > _GROWN_UP_SECONDS else self._deaths + 1
+        grown_up = link.answered and time.monotonic() - link.born > _GROWN_UP_SECONDS
+        self._deaths = 0 if grown_up else self._deaths + 1
         _log.error("worker process %d of %s has ended", link.pid, self._folder)
         self.on_down(self)
         self._respawn = asyncio.create_task(self._start_again())
@@ -124,6 +131,7 @@ class _Link(asyncio.Protocol):
         self._done: Done | None = None
         self._input_ns = 0
         self.born = time.monotonic()
+        self.answered = False
 
     async def open(self, folder: Path) -> None:
         """Start the process and return when it has loaded the artifact.
@@ -200,6 +208,7 @@ class _Link(asyncio.Protocol):
         done, self._done = self._done, None
         if done is None:
             return
+        self.answered = True
         if "failed" in document:
             kind = _RUN_ERRORS.get(document["type"], RuntimeFailedError)
             done(Result(error=kind(document["failed"])))
@@ -222,6 +231,12 @@ class _Link(asyncio.Protocol):
         self._lost()
         if done is not None:
             done(Result(error=lost))
+
+    def kill(self) -> None:
+        """End the process now, whatever it does; it is lost at once, even if the system takes its time to end it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._transport.abort()
 
     async def close(self) -> None:
         """Close the socket, at which the process ends; one that does not is killed."""
