@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,26 @@ def test_what_was_not_asked_for_is_null(cli: Cli) -> None:
     assert found["device"] is None
     assert found["kv_cache"] is None
     assert found["memory"]["peak"] > found["static_bytes"]
+
+
+def test_packages_that_counting_never_calls_stay_unimported_and_the_process_ends_at_once(gpt2: str) -> None:
+    code = (
+        "import atexit, os, sys, narrowcast.cli.app as app\n"
+        f"sys.argv = ['narrowcast', 'profile', {gpt2!r}, '--tokens', '8', '--json']\n"
+        "leave = app.leave_at_once\n"
+        "def look(status):\n"
+        "    idle = ['torchao', 'scipy', 'torchvision']\n"
+        "    print(status, [name for name in idle if name in sys.modules], file=sys.stderr)\n"
+        "    import scipy\n"
+        "    leave(status)\n"
+        "app.leave_at_once = look\n"
+        "atexit.register(print, 'taken apart', file=sys.stderr)\n"
+        "app.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert strict(done.stdout)["parameters"]["total"] > 0
+    assert done.stderr.splitlines()[-1] == "0 []"
 
 
 @pytest.mark.parametrize("columns", [80, 120])
