@@ -13,13 +13,13 @@ from narrowcast.serving.catalogue import Catalogue, Hosting
 from narrowcast.serving.http.connection import Handler
 from narrowcast.serving.http.server import HttpServer
 from narrowcast.serving.limits import Limits
-from narrowcast.serving.metrics import MetricsApi
 from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.rest import RestApi
 from narrowcast.serving.rpc.server import GrpcServer
 from narrowcast.serving.rpc.service import SERVICE, InferenceService
 from narrowcast.serving.shared_memory import SharedMemory
+from narrowcast.serving.watching.api import MetricsApi, ServerState
 from narrowcast.serving.watching.records import Observer, Watched
 
 __all__ = ["InferenceServer", "ServerOptions"]
@@ -76,12 +76,20 @@ class InferenceServer:
         self._handler: Handler = Watched(self._api.handle, observers) if observers else self._api.handle
         self._grpc = GrpcServer(self._service, self._probe, options.limits)
         self._http = HttpServer(self._handler, options.limits)
-        self._metrics = HttpServer(MetricsApi(self.catalogue).handle, options.limits)
+        self._watch = MetricsApi(self.catalogue, lambda: self.state)
+        self._metrics = HttpServer(self._watch.handle, options.limits)
 
     @property
     def handler(self) -> Handler:
         """What answers the requests of the REST protocol, for those who read them from elsewhere."""
         return self._handler
+
+    @property
+    def state(self) -> ServerState:
+        """Whether the server can answer all that it should."""
+        if self._service.draining:
+            return "ending"
+        return "ready" if self.catalogue.ready else "not ready"
 
     @property
     def metrics_handler(self) -> Handler:
@@ -154,6 +162,7 @@ class InferenceServer:
         """Refuse what still waits, answer it, and close everything."""
         await self.catalogue.close()
         await asyncio.gather(self._http.close(), self._grpc.close(), self._metrics.close())
+        self._watch.close()
 
 
 async def _listen(server: HttpServer, host: str, port: int) -> int:
