@@ -129,10 +129,6 @@ class Ranks:
         dist.all_gather(received, padded)
         return [one[:size].cpu().numpy().tobytes() for one, size in zip(received, sizes, strict=True)]
 
-    def any(self, flag: bool) -> bool:
-        """Return whether a flag is true on some rank: an interruption, an end of data."""
-        return True in self.gather(flag)
-
     def check_same(self, value: Any, what: str) -> None:
         """Make sure that every rank has the same value, which JSON can hold.
 

@@ -142,11 +142,13 @@ class Loop:
                 self._shown.stepped(trainer.steps, trainer.skipped)
                 new_epoch = at.batches // run.feeder.per_epoch > closed // run.feeder.per_epoch
                 closed = at.batches
-                logged = self._after(info, pace, new_epoch=new_epoch)
+                self._after(info, pace, new_epoch=new_epoch)
                 at.seconds = time.perf_counter() - started
                 if info.updated and trainer.steps % self._config.checkpoint.every == 0:
                     self._save()
-                if self._stops(interrupts, logged=logged):
+                if interrupts.asked:
+                    trainer.stopping.ask()
+                if trainer.stopping.agreed and not self._done():
                     self._save()
                     raise KeyboardInterrupt
         finally:
@@ -157,14 +159,8 @@ class Loop:
             return self._trainer.steps >= self._config.steps
         return self._run.batches is not None and self._at.batches >= self._run.batches
 
-    def _stops(self, interrupts: Interrupts, *, logged: bool) -> bool:
-        """Return whether to stop between two steps; several processes agree on it where they log, which waits anyway."""
-        if self._ranks.world == 1:
-            return interrupts.asked and not self._done()
-        return logged and self._ranks.any(interrupts.asked) and not self._done()
-
-    def _after(self, info: StepInfo, pace: _Pace, *, new_epoch: bool) -> bool:
-        """Log and validate where it is time to; return whether a line was logged."""
+    def _after(self, info: StepInfo, pace: _Pace, *, new_epoch: bool) -> None:
+        """Log and validate where it is time to."""
         step, every = self._trainer.steps, self._config.validate_every
         logs = info.updated and (step % self._config.log.every == 0 or self._done())
         if logs:
@@ -186,7 +182,6 @@ class Loop:
             self._write(step, {"validation": self._at.validation})
             self._shown.validated(step, result)
             pace.restart()
-        return logs
 
     # What is written --------------------------------------------------------------------------------------------------
 

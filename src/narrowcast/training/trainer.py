@@ -33,6 +33,7 @@ from narrowcast.training.policies import precision as policy_of
 from narrowcast.training.reduction import Reduction
 from narrowcast.training.rounding import WideUpdate, accumulate_in_fp32
 from narrowcast.training.settling import Books, Settling
+from narrowcast.training.stopping import Stopping
 from narrowcast.training.updates import update_for
 from narrowcast.training.window import Batch, Decision, Fate, Loss, StepInfo, Window, as_batch, as_loss, samples_in
 
@@ -129,6 +130,8 @@ class Trainer:
         self._unit: float | None = None  # what the first micro-batch of the run weighed
         self._window = Window()
         self._closed_at: float | None = None
+        #: Whether all ranks are to stop between two windows: ``stopping.ask()`` on one, ``stopping.agreed`` on all.
+        self.stopping = Stopping(self.device, ranks)
         fused = isinstance(optimizer, FusedUpdate)
         if fused and self.precision.parameters == "bf16":
             check_rounding(optimizer, self.precision.update)
@@ -295,9 +298,9 @@ class Trainer:
         """
         window, own = self._window, self._window.total
         assert own is not None
+        origin = self._reduction.origin(gradients.broken(), own)  # before replays, whose gradients would be heard too
         if self.watch is not None and (batch := window.first_broken()) is not None:
             self.watch.on_nonfinite(self, batch, self._books.steps)
-        origin = self._reduction.origin(gradients.broken(), own)
         if not self._guards:
             where = "" if self.ranks is None or origin.rank is None else f" on rank {origin.rank}"
             layer = f"; the first in the backward pass is {origin.layers[0]}" if origin.layers else ""
@@ -306,12 +309,16 @@ class Trainer:
         self._books.leave_out(origin)
 
     def _over_ranks(self, total: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor | float, int]:
-        """Return a window's loss and weight summed over ranks, and how many ranks gradients are the mean of."""
+        """Return a window's loss and weight summed over ranks, and how many ranks gradients are the mean of.
+
+        With the same sum the ranks learn whether one of them asks to stop.
+        """
         if self.ranks is None or self.ranks.world == 1:
             return total, weight, 1
         own = weight if isinstance(weight, Tensor) else torch.full((), weight, device=self.device)
-        both = self.ranks.sum(torch.stack([total, own.to(total)]))
-        return both[0], both[1], self.ranks.world
+        sums = self.ranks.sum(torch.stack([total, own.to(total), self.stopping.wish(total)]))
+        self.stopping.heard(sums[2])
+        return sums[0], sums[1], self.ranks.world
 
     def _before_update(self) -> None:
         if self.watch is not None:

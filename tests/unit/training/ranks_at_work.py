@@ -312,7 +312,6 @@ def differing(ranks: Ranks) -> dict[str, Any]:
     return {
         "gathered": ranks.gather({"rank": ranks.rank, "text": "é" * ranks.rank}),
         "bytes": [len(one) for one in ranks.gather_bytes(b"x" * 3 * ranks.rank)],
-        "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
         "same": error_of(lambda: ranks.check_same(ranks.rank, "the seed"), TrainingError),
     }
 

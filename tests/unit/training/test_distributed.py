@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from ranks_at_work import COURSES, Net, continued, course, saved_halfway, whole
 from safetensors import SafetensorError
+from small_runs import free_ports
 from torch import nn
 
 from narrowcast.errors import DeviceError, NarrowcastError, OutputError, TrainingError
@@ -28,14 +28,6 @@ PROGRAM = Path(__file__).with_name("ranks_at_work.py")
 HELD = ["replicated", "sharded"]
 #: Relative differences to one process: sums in another order, and with BF16 and FP16 products also roundings that flip.
 ROUNDING = {"weighted": 1e-5, "mean": 1e-5, "windows": 1e-5, "bf16": 2e-2, "fp16": 3e-3, "narrow": 2e-2}
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 class Processes:
@@ -271,7 +263,6 @@ def test_ranks_tell_each_other_what_they_have(processes: Processes) -> None:
     found = processes.two("differing")
     assert found["gathered"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "é"}]
     assert found["bytes"] == [0, 3]
-    assert found["any"] == [True, False]
     assert "the seed is 0 on rank 0 and 1 on rank 1" in found["same"]
 
 
@@ -284,7 +275,6 @@ def test_a_process_alone_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None
         assert ranks.sum(value) is value
         assert bool(ranks.all_finite(torch.tensor(True)))
         assert ranks.gather({"a": 1}) == [{"a": 1}]
-        assert (ranks.any(True), ranks.any(False)) == (True, False)
         ranks.check_same(1, "one")
         net = nn.Linear(2, 2)
         assert replicate(net, ranks) is net
