@@ -7,8 +7,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import result_of
 from torch import nn
 
 from narrowcast.errors import OutputError, TrainingError
 from narrowcast.training import checkpoint, checkpoint_folder
 from narrowcast.training.random_state import random_state, set_random_state
-
-KILLED_SAVES = Path(__file__).with_name("killed_saves.py")
 
 
 def a_state(step: int = 0) -> dict[str, Any]:
@@ -78,15 +75,7 @@ def test_nothing_kept_is_refused(tmp_path: Path, keep: int) -> None:
 
 @pytest.fixture(scope="module")
 def kills(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    place = tmp_path_factory.mktemp("kills")
-    done = subprocess.run(
-        [sys.executable, str(KILLED_SAVES), str(place)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return result_of("killed_saves.py", tmp_path_factory.mktemp("kills"))
 
 
 @pytest.mark.parametrize(("case", "new"), [("next", "new 4"), ("same", "new 3"), ("earlier", "new 2")])

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from killed_training import KILLS, PRECISIONS, UPDATES
-
-PROGRAM = Path(__file__).with_name("killed_training.py")
+from small_runs import result_of
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    place = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(place)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return result_of("killed_training.py", tmp_path_factory.mktemp("killed"))
 
 
 @pytest.mark.parametrize("name", PRECISIONS)

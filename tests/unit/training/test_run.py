@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import own_networks, told, write_images
 
 from narrowcast.errors import ConfigError, DataError, DeviceError, FormatError, MetricError, OutputError, TrainingError
 from narrowcast.models.loaders import load_module
@@ -57,14 +58,8 @@ def tokens():
 @pytest.fixture(autouse=True)
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network and data of one's own: four classes of noisy images."""
-    (tmp_path / "run_nets.py").write_text(NETS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "run_nets", raising=False)
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 4, 200)
-    images = rng.standard_normal((4, 1, 4, 4))[labels] + 0.5 * rng.standard_normal((200, 1, 4, 4))
-    np.savez("data.npz", input=images.astype(np.float32), labels=labels)
-    torch.set_num_threads(1)
+    own_networks(tmp_path, "run_nets", NETS, monkeypatch)
+    write_images(Path("data.npz"))
 
 
 def config_of(*overrides: str) -> Config:
@@ -80,11 +75,6 @@ def config_of(*overrides: str) -> Config:
         "checkpoint": 3,
     }
     return validated(with_overrides(known, overrides), "test")
-
-
-def told(folder: str) -> list[dict[str, Any]]:
-    """Return a log without what depends on the clock."""
-    return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in read_log(Path(folder))]
 
 
 class Stops(Silent):

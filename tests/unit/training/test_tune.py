@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
+from small_runs import own_networks, write_images
 
 from narrowcast.errors import ConfigError, OutputError, RuntimeMissingError
 from narrowcast.training import tune as searching
@@ -25,14 +24,8 @@ def net():
 
 @pytest.fixture(autouse=True)
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tune_net.py").write_text(NET)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "tune_net", raising=False)
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 4, 120)
-    images = rng.standard_normal((4, 1, 4, 4))[labels] + 0.8 * rng.standard_normal((120, 1, 4, 4))
-    np.savez("data.npz", input=images.astype(np.float32), labels=labels)
-    torch.set_num_threads(1)
+    own_networks(tmp_path, "tune_net", NET, monkeypatch)
+    write_images(Path("data.npz"), size=120, noise=0.8)
 
 
 def config_of(*overrides: str) -> Config:
