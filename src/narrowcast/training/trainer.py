@@ -71,10 +71,11 @@ class Trainer:
     update whose losses or gradients are not finite is left out on all ranks: neither the weights nor the schedule nor
     ``steps`` move, and the skip is in the step's info, in the log and in ``ledger``.
 
-    Without loss scaling no step waits for the device. With it an update waits once, for the decision; but with PyTorch's
-    fused optimizers (in one process, without a watch) the device leaves updates out itself, and the host learns of it just
-    before the next backward pass, when a forward pass is queued. Only then do the schedule and the log move, and are
-    errors raised. What is read of the trainer or of a step's info is right at any time, and is waited for.
+    Without loss scaling no step waits for the device. With it an update waits once, for the decision; but with fused
+    optimizers, PyTorch's and :class:`~narrowcast.training.fused.FusedAdamW` (in one process, without a watch), the device
+    leaves updates out itself, and the host learns of it just before the next backward pass, when a forward pass is queued.
+    Only then do the schedule and the log move, and are errors raised. What is read of the trainer or of a step's info is
+    right at any time, and is waited for; ``steps_at_most`` and ``StepInfo.closed`` alone are not.
 
     Args:
         model: Any module, compiled or not; it is cast or converted in place where the precision asks for it.
@@ -151,6 +152,11 @@ class Trainer:
     def steps(self) -> int:
         """Updates done so far."""
         return self._settling.settled().steps
+
+    @property
+    def steps_at_most(self) -> int:
+        """Updates done so far, with the last one if it is not known yet whether it was made; waits for nothing."""
+        return self._books.steps + self._settling.under_way
 
     @property
     def skipped(self) -> int:
@@ -268,7 +274,7 @@ class Trainer:
             gradients = Gradients(self._parameters, self.device)
             outcome = self._update(gradients, factor, loss, decide=not late and self._decides)
         if late:
-            decision = self._settling.later(gradients.census(), window.total, outcome.finite)
+            decision = self._settling.later(self._update.census(gradients), window.total, outcome.finite)
             info = self._info(loss, weight, decision, norm=outcome.norm)
             self._open()
             return info

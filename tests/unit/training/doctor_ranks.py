@@ -8,57 +8,87 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from doctor_models import squares
+from doctor_models import DelayedLinear, squares
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from narrowcast.training import DynamicScale, StaticScale, Trainer, precision
 from narrowcast.training.distributed import Ranks
+from narrowcast.training.doctor import replay
 from narrowcast.training.doctor.watch import Watch
 from narrowcast.training.sharding import shard
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, cast: bool) -> None:
         super().__init__()
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.first, self.second, self.head = (
+            nn.Linear(8, 8),
+            (DelayedLinear if cast else nn.Linear)(8, 8),
+            nn.Linear(8, 2),
+        )
         self.norm = nn.LayerNorm(8)
 
     def forward(self, x):
         return self.head(self.norm(self.second(torch.relu(self.first(x)))))
 
 
-def fault(ranks: Ranks, kind: str, *, sharded: bool = False) -> dict:
-    """Return what the doctor says of a fault on rank 1: ``overflow``, ``nan`` or ``scale``."""
+#: What the loss scale is, by fault; 8 where it does not matter.
+SCALES = {"scale": DynamicScale(initial=2.0**24), "vanished": StaticScale(1.0)}
+
+
+def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stored") -> dict:
+    """Return what the doctor says of a fault.
+
+    Args:
+        ranks: The two processes.
+        kind: On rank 1 alone ``overflow``, ``nan`` (in the data), ``weight`` (a parameter that is NaN), ``scale`` (too high to
+            begin with), or ``cast`` (a stale scale of FP8); on both ``vanished``.
+        sharded: Whether the weights are spread over the ranks, else they are replicas.
+        gather: As :func:`narrowcast.training.sharding.shard` takes it.
+    """
     torch.manual_seed(0)
-    model = Net()
-    policy = precision("fp16-mixed", loss_scale=DynamicScale(initial=2.0**24) if kind == "scale" else StaticScale(8.0))
+    model = Net(kind == "cast")
+    if kind == "cast":
+        model.second.largest.fill_(8.0)
+    policy = precision("fp16-mixed", loss_scale=SCALES.get(kind, StaticScale(8.0)))
     if sharded:
-        shard(model, ranks, policy, units=["second"])
+        shard(model, ranks, policy, units=["second"], gather=gather)
     called = model if sharded else DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    doctor = Watch(called, "deep", every=2, optimizer=optimizer, loss=squares, precision=policy, rank=ranks.rank)
-    trainer = Trainer(called, optimizer, squares, precision=policy, ranks=ranks, watch=doctor)
+
+    def loss(outputs, targets):
+        return squares(outputs, targets) * (1e-8 if kind == "vanished" else 1.0)
+
+    doctor = Watch(called, "deep", every=2, optimizer=optimizer, loss=loss, precision=policy, rank=ranks.rank)
+    trainer = Trainer(called, optimizer, loss, precision=policy, ranks=ranks, watch=doctor)
     batch = torch.randn(4, 8), torch.randn(4, 2)
-    if kind != "scale":
+    for _ in range({"scale": 0, "cast": 2, "vanished": 4}.get(kind, 1)):
         trainer.step(batch)
     inputs = batch[0].clone()
     if ranks.rank == 1:
-        inputs = {"overflow": inputs * 4e5, "nan": inputs, "scale": inputs * 100}[kind]
+        inputs *= {"overflow": 4e5, "scale": 100, "cast": 50}.get(kind, 1)
         if kind == "nan":
             inputs[3] = torch.nan
-    before = torch.cat([one.detach().flatten() for one in model.parameters() if not sharded] or [torch.zeros(1)])
+        if kind == "weight":
+            with torch.no_grad():
+                replay.local(model.second.weight)[-1, -1] = torch.nan
+    before = [replay.local(one.detach()).clone() for one in model.parameters()]
     info = trainer.step((inputs, batch[1]))
-    after = torch.cat([one.detach().flatten() for one in model.parameters() if not sharded] or [torch.zeros(1)])
+    after = [replay.local(one.detach()) for one in model.parameters()]
+    same = all(torch.equal(one, two) or one.isnan().any() for one, two in zip(before, after, strict=True))
+    doctor.save(trainer.steps)
     summary = doctor.close()
     return {
         "skipped": info.skipped,
-        "moved": not torch.equal(before, after),
+        "moved": not same,
         "events": [event.model_dump(mode="json") for event in doctor.events],
         "healthy": summary.verdict.healthy,
         "layers": [layer.name for layer in doctor.record().setting.layers],
+        "notes": doctor.record().setting.notes,
         "world": doctor.record().setting.world,
+        "gradients": all(one.grad is None for one in model.parameters()),
     }
 
 
@@ -67,7 +97,9 @@ def main(folder: str, rank: int) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(Path(folder) / "store"), 2), rank=rank, world_size=2)
     ranks = Ranks(rank, 2, torch.device("cpu"), init_device_mesh("cpu", (2,)))
     seen = {kind: fault(ranks, kind) for kind in ("overflow", "nan", "scale")}
-    seen["overflow, sharded"] = fault(ranks, "overflow", sharded=True)
+    for kind in ("overflow", "nan", "scale", "weight", "cast", "vanished"):
+        seen[f"{kind}, sharded"] = fault(ranks, kind, sharded=True)
+    seen["overflow, gathered"] = fault(ranks, "overflow", sharded=True, gather="compute")
     dist.destroy_process_group()
     print(json.dumps(seen))
 

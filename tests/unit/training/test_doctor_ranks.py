@@ -34,28 +34,58 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [json.loads(out.splitlines()[-1]) for out, _, _ in said]
 
 
-@pytest.mark.parametrize(
-    ("case", "layer", "operator"),
-    [("overflow", "first", "aten._to_copy"), ("nan", "data", "data"), ("overflow, sharded", "first", None)],
-)
-def test_the_rank_of_a_fault_is_named_on_both(both, case, layer, operator):
+def the_event(both, case):
+    """Return the one event of a case, which both ranks tell alike."""
     first, second = (seen[case]["events"] for seen in both)
     assert [event["sentence"] for event in first] == [event["sentence"] for event in second]
+    assert [event["cause"] for event in first] == [event["cause"] for event in second]
     (event,) = first
+    return event
+
+
+@pytest.mark.parametrize(
+    ("case", "step", "layer", "operator", "remedies"),
+    [
+        ("overflow", 1, "first", "aten._to_copy", {"format": True, "clipping": True, "layer": False}),
+        ("nan", 1, "data", "data", {"data": True}),
+        ("overflow, sharded", 1, "first", "aten._to_copy", {"format": True, "clipping": True, "layer": False}),
+        ("overflow, gathered", 1, "first", "aten._to_copy", {"clipping": True}),
+        ("nan, sharded", 1, "data", "data", {"data": True}),
+        ("weight, sharded", 1, "second", "parameters", {}),
+        ("cast, sharded", 2, "second", "aten.clamp", {"fresh scale": True}),
+    ],
+)
+def test_the_rank_of_a_fault_is_named_on_both(both, case, step, layer, operator, remedies):
+    event = the_event(both, case)
     cause = event["cause"]
-    assert (cause["rank"], cause["step"], cause["layer"]) == (1, 1, layer)
-    assert operator in (cause["operator"], None)
-    assert "Step 1, rank 1" in event["sentence"]
-    assert [seen[case]["skipped"] for seen in both] == [True, True]
-    assert not any(seen[case]["moved"] for seen in both)
-    mended = [remedy["kind"] for remedy in cause["remedies"] if remedy["mended"]]
-    assert mended if "sharded" not in case else not cause["remedies"]  # trials need every rank of sharded weights
+    assert (cause["rank"], cause["step"], cause["layer"], cause["operator"]) == (1, step, layer, operator)
+    assert event["rank"] == 1
+    assert f"Step {step}, rank 1" in event["sentence"]
+    assert {remedy["kind"]: remedy["mended"] for remedy in cause["remedies"]} == remedies
+    broke = "cast" not in case  # cuts numbers off, and goes on
+    assert [seen[case]["skipped"] for seen in both] == [broke, broke]
+    assert [seen[case]["moved"] for seen in both] == [not broke, not broke]
+    assert all(seen[case]["gradients"] for seen in both)
 
 
-def test_back_off_is_agreed_on_by_ranks(both):
-    for seen in both:
-        assert [event["kind"] for event in seen["scale"]["events"]] == ["back-off"]
-        assert seen["scale"]["healthy"]
+def test_sharded_weights_that_come_together_in_16_bits_are_told_of(both):
+    (note,) = both[0]["overflow, gathered"]["notes"]
+    assert "no layer can be run in another format" in note
+    assert not both[0]["overflow, sharded"]["notes"]
+
+
+def test_a_scale_that_brings_back_vanished_gradients_is_found_by_ranks_together(both):
+    cause = the_event(both, "vanished, sharded")["cause"]
+    assert (cause["kind"], cause["layer"], cause["part"]) == ("zero", "head", "backward")
+    (remedy,) = cause["remedies"]
+    assert remedy["mended"]
+    assert "of the gradients' numbers are not zero" in remedy["evidence"]
+
+
+@pytest.mark.parametrize("case", ["scale", "scale, sharded"])
+def test_back_off_is_agreed_on_by_ranks(both, case):
+    assert the_event(both, case)["kind"] == "back-off"
+    assert all(seen[case]["healthy"] for seen in both)
 
 
 def test_layers_go_by_their_names_in_the_model(both):

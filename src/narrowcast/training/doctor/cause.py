@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from narrowcast.training.doctor import replay
-from narrowcast.training.doctor.exchange import gather, ranks
+from narrowcast.training.doctor.exchange import gather
 from narrowcast.training.doctor.paths import Paths, bare, layer_names
-from narrowcast.training.doctor.remedies import (
-    drop_samples,
-    lost_epsilon,
-    raise_scale,
-    trials,
-    try_all,
-)
+from narrowcast.training.doctor.remedies import Trial, lost_epsilon, raise_scale, replace_samples, trials, try_all
 from narrowcast.training.doctor.replay import Scene
 from narrowcast.training.doctor.sentinel import Fault, Sentinel, range_of
-from narrowcast.training.doctor.values import Cause, Part, Range
+from narrowcast.training.doctor.values import Cause, Part, Range, Remedy
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
 
-__all__ = ["agreed_cause", "explain", "explain_vanishing", "first_cause", "sharded"]
+__all__ = ["agreed", "agreed_cause", "explain_vanishing", "first_cause"]
 
 _UNKNOWN = "unknown"
 _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+
+
+class _Finding(BaseModel):
+    """A cause before remedies were tried, with what it takes to try them, as one rank tells it to the others.
+
+    Attributes:
+        cause: The cause.
+        fault: The operator; None where none was seen.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cause: Cause
+    fault: Fault | None = None
 
 
 def first_cause(
@@ -44,7 +54,8 @@ def first_cause(
 ) -> Cause | None:
     """Return where a step's loss or gradients stop being finite, with remedies tried; None if the replay is sound.
 
-    Model, gradients, buffers and random states are as before afterwards.
+    Model, gradients, buffers and random states are as before afterwards. Of a model whose parameters are spread over ranks
+    every rank has to ask, and all get the same answer.
 
     Args:
         model: As it is before the update.
@@ -54,43 +65,108 @@ def first_cause(
         scale: What the loss was multiplied by.
         random: Random states at the start of the step, see :mod:`narrowcast.training.random_state`.
         step: For the answer.
-        rank: For the answer.
+        rank: For the answer; the number of this process.
     """
-    return explain(Scene(model, loss, batch, policy_of(precision), scale, random, step, rank))
+    scene = Scene(model, loss, batch, policy_of(precision), scale, random, step, rank)
+    if scene.together:
+        return agreed_cause(scene)
+    found = _find(scene)
+    return None if found is None else _with_remedies(found, try_all(_fitting(scene, found)))
 
 
-def explain(scene: Scene, *, remedies: bool = True) -> Cause | None:
-    """Return where a scene breaks; see :func:`first_cause`.
+def agreed_cause(scene: Scene) -> Cause | None:
+    """Return the cause of the rank where it began, the same on every rank; every rank has to call it.
 
-    Args:
-        scene: The step.
-        remedies: Whether to try what may mend it.
+    A forward pass breaks on its own rank; gradients of sharded weights bring what broke on one rank to all, so a rank that saw
+    where it came from goes before one that did not. Remedies are tried on that rank alone, or on all of them where no rank can
+    run the model by itself: there one has mended it only if every rank's numbers are finite.
     """
+    return _agreed(scene, _find(scene), _fitting)
+
+
+def explain_vanishing(scene: Scene) -> Cause | None:
+    """Return where a scene's gradients become zero, all of them; None if some do not.
+
+    Where the scene runs on all ranks together every one has to call it, and all get the same answer.
+    """
+    found = _find_zeros(scene)
+    if scene.together:
+        return _agreed(scene, found, _raised)
+    return None if found is None else _with_remedies(found, try_all(_raised(scene, found)))
+
+
+def agreed(cause: Cause | None, device: torch.device) -> Cause | None:
+    """Return the first rank's cause of those that found one; every rank has to call it."""
+    texts = gather("" if cause is None else cause.model_dump_json(), device)
+    return next((Cause.model_validate_json(text) for text in texts if text), None)
+
+
+def _agreed(scene: Scene, own: _Finding | None, fitting: Callable[[Scene, _Finding], Iterator[Trial]]) -> Cause | None:
+    texts = gather("" if own is None else own.model_dump_json(), scene.device)
+    found = [_Finding.model_validate_json(text) for text in texts if text]
+    if not found:
+        return None
+    causes = [one.cause for one in found]
+    number = min(
+        range(len(found)), key=lambda one: (causes[one].operator == _UNKNOWN, causes[one].part is Part.BACKWARD)
+    )
+    first = found[number]
+    here = scene.rank == first.cause.rank
+    cause = _with_remedies(first, try_all(fitting(scene, first)) if here or scene.together else ())
+    return agreed(cause if here else None, scene.device)
+
+
+def _with_remedies(found: _Finding, remedies: tuple[Remedy, ...]) -> Cause:
+    return found.cause.model_copy(update={"remedies": remedies})
+
+
+def _fitting(scene: Scene, found: _Finding) -> Iterator[Trial]:
+    """Yield what may mend numbers that are not finite."""
+    samples = found.cause.samples
+    if found.fault is not None:
+        yield from trials(scene, found.fault)
+    elif samples and len(samples) < (size := math.prod(found.cause.inputs[0].shape[:1])):
+        yield replace_samples(scene, samples, size, here=scene.rank == found.cause.rank)
+
+
+def _raised(scene: Scene, found: _Finding) -> Iterator[Trial]:
+    """Yield what may mend gradients that are zero."""
+    yield raise_scale(scene)
+
+
+# Looking --------------------------------------------------------------------------------------------------------------
+
+
+def _find(scene: Scene) -> _Finding | None:
+    """Return where a scene breaks on this rank; None if it does not."""
+    known = _poisoned(scene) or _data(scene)
+    if known is not None and not scene.together:
+        return _Finding(cause=known)
     try:
-        return _poisoned(scene) or _data(scene, remedies) or _replayed(scene, remedies)
+        replayed = _replayed(scene)  # where ranks run together, also for the others that may have to see it
     except torch.OutOfMemoryError:  # gradients are kept aside, and ranges are counted in copies
-        return _unseen(scene, (), "the replay did not fit the device's memory beside the run")
+        replayed = _Finding(cause=_unseen(scene, (), "the replay did not fit the device's memory beside the run"))
+    return replayed if known is None else _Finding(cause=known)
 
 
-def _replayed(scene: Scene, remedies: bool) -> Cause | None:
+def _replayed(scene: Scene) -> _Finding | None:
     paths = Paths(scene.model)
     sentinel = Sentinel(paths)
     outcome = replay.run(scene, paths.following(), sentinel)
-    if outcome.finite:
-        return None
     loss_broke = not bool(torch.isfinite(outcome.loss_tensor).all())
+    if not loss_broke and not outcome.broken:
+        return None
     fault = sentinel.origin([outcome.loss_tensor] if loss_broke else outcome.broken_tensors)
     if fault is None and sentinel.faults:
         fault = sentinel.faults[0]
     if fault is None:
-        return _unseen(
-            scene, outcome.broken, "no operator that PyTorch dispatches gave the first number that is not finite"
-        )
-    return _cause(scene, fault, _sentence(fault), trials(scene, fault) if remedies else iter(()))
+        why = "no operator that PyTorch dispatches gave the first number that is not finite"
+        return _Finding(cause=_unseen(scene, outcome.broken, why))
+    return _Finding(cause=_cause(scene, fault, _sentence(fault)), fault=fault)
 
 
-def explain_vanishing(scene: Scene) -> Cause | None:
-    """Return where a scene's gradients become zero, all of them; None if some do not."""
+def _find_zeros(scene: Scene) -> _Finding | None:
+    """Return where a scene's gradients become zero on this rank; None if some do not."""
     paths = Paths(scene.model)
     sentinel = Sentinel(paths, zeros=True)
     outcome = replay.run(scene, paths.following(), sentinel)
@@ -105,36 +181,7 @@ def explain_vanishing(scene: Scene) -> Cause | None:
         f"reaches {given:.3g} at a loss scale of {scene.scale:g}, and half of {kind}'s smallest number is {smallest / 2:.3g}; "
         "no parameter gets a gradient"
     )
-    return _cause(scene, fault, seen, iter((raise_scale(scene),)), layer=fault.place.towards)
-
-
-def agreed_cause(scene: Scene) -> Cause | None:
-    """Return the cause of the rank where it began, the same on every rank; every rank has to call it.
-
-    A forward pass breaks on its own rank; gradients of sharded weights bring what broke on one rank to all, so a rank that saw
-    where it came from goes before one that did not. Remedies are tried on that rank alone, so for models whose parameters
-    are sharded none is.
-    """
-    if ranks() == 1:
-        return explain(scene)
-    own = explain(scene, remedies=False)
-    texts = gather("" if own is None else own.model_dump_json(), scene.device)
-    causes = [Cause.model_validate_json(text) for text in texts if text]
-    if not causes:
-        return None
-    first = min(causes, key=lambda one: (one.operator == _UNKNOWN, one.part is Part.BACKWARD, one.rank)).rank
-    tried = texts[first]
-    if scene.rank == first and not sharded(scene.model):
-        found = explain(scene)
-        tried = tried if found is None else found.model_dump_json()
-    return Cause.model_validate_json(gather(tried, scene.device)[first])
-
-
-def sharded(model: nn.Module) -> bool:
-    """Return whether a model's parameters are spread over ranks, so that no rank can run it alone."""
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(one, DTensor) for one in model.parameters())
+    return _Finding(cause=_cause(scene, fault, seen, layer=fault.place.towards), fault=fault)
 
 
 def _poisoned(scene: Scene) -> Cause | None:
@@ -159,7 +206,7 @@ def _poisoned(scene: Scene) -> Cause | None:
     return None
 
 
-def _data(scene: Scene, remedies: bool) -> Cause | None:
+def _data(scene: Scene) -> Cause | None:
     """Return the cause if inputs or targets are not finite."""
     for side, values in zip(("inputs", "targets"), scene.batch, strict=True):
         for path, leaf in tree_flatten_with_path(values)[0]:
@@ -170,7 +217,6 @@ def _data(scene: Scene, remedies: bool) -> Cause | None:
             rows = leaf.isfinite().reshape(size, -1).all(1)
             samples = tuple(int(row) for row in (~rows).nonzero()[:, 0])
             which = ", ".join(map(str, samples[:8])) + (" ..." if len(samples) > 8 else "")
-            tried = try_all(iter((drop_samples(scene, samples, size),))) if remedies and len(samples) < size else ()
             return Cause(
                 step=scene.step,
                 rank=scene.rank,
@@ -181,7 +227,6 @@ def _data(scene: Scene, remedies: bool) -> Cause | None:
                 inputs=(found,),
                 seen=f"{found.name} of the batch hold {found.nan} NaN and {found.infinite} infinities, in sample {which}",
                 samples=samples,
-                remedies=tried,
             )
     return None
 
@@ -198,7 +243,7 @@ def _unseen(scene: Scene, broken: tuple[str, ...], why: str) -> Cause:
     )
 
 
-def _cause(scene: Scene, fault: Fault, seen: str, found: Any, layer: str | None = None) -> Cause:
+def _cause(scene: Scene, fault: Fault, seen: str, layer: str | None = None) -> Cause:
     return Cause(
         step=scene.step,
         rank=scene.rank,
@@ -209,7 +254,6 @@ def _cause(scene: Scene, fault: Fault, seen: str, found: Any, layer: str | None 
         kind=fault.kind,
         inputs=fault.inputs,
         seen=seen,
-        remedies=try_all(found),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from narrowcast.training.doctor import replay
-from narrowcast.training.doctor.casts import CastCounter, Found, Probe
-from narrowcast.training.doctor.cause import agreed_cause, explain_vanishing
+from narrowcast.training.doctor.casts import CastCounter, Found, Probe, Probed
+from narrowcast.training.doctor.cause import agreed, agreed_cause, explain_vanishing
 from narrowcast.training.doctor.exchange import gather
 from narrowcast.training.doctor.paths import Paths
 from narrowcast.training.doctor.replay import Scene
@@ -56,8 +57,15 @@ class Diagnosis:
     @property
     def pending(self) -> bool:
         """Whether something waits to be explained."""
-        vanished = self._zero_steps >= _ZERO_STEPS and EventKind.VANISHED not in self._told
-        return vanished or self._suspect is not None or self._cast is not None
+        return bool(self._waiting())
+
+    def _waiting(self) -> set[EventKind]:
+        waiting = {
+            EventKind.VANISHED: self._zero_steps >= _ZERO_STEPS and EventKind.VANISHED not in self._told,
+            EventKind.STAGNATION: self._suspect is not None,
+            EventKind.SATURATION: self._cast is not None,
+        }
+        return {kind for kind, waits in waiting.items() if waits}
 
     # Steps that broke
 
@@ -124,26 +132,31 @@ class Diagnosis:
     # What waits to be explained
 
     def explain(self, targets: Sequence[Target], scene: Scene | None, step: int) -> list[Event]:
-        """Return what is to be said of findings that wait.
+        """Return what is to be said of findings that wait; every rank has to call it where the scene runs on all together.
 
         Args:
             targets: The modules.
             scene: The latest micro-batch; None where it cannot be run again.
             step: Its step.
         """
-        found: list[tuple[EventKind, Cause]] = []
-        if self._zero_steps >= _ZERO_STEPS and EventKind.VANISHED not in self._told:
+        waiting = self._waiting()
+        if scene is not None and scene.together:
+            said = gather(json.dumps(sorted(waiting)), scene.device)
+            waiting = {EventKind(kind) for text in said for kind in json.loads(text)}
+        found: list[tuple[EventKind, Cause | None]] = []
+        if EventKind.VANISHED in waiting:
             found.append((EventKind.VANISHED, (scene and explain_vanishing(scene)) or self._vanished(step)))
-        if self._suspect is not None and self._stuck is not None:
+        if self._suspect is not None:
             found.append((EventKind.STAGNATION, self._stagnant(targets[self._suspect], step)))
             self._suspect = None
-        if self._cast is not None:
-            found.append((EventKind.SATURATION, self._saturated(self._cast, scene, step)))
+        if EventKind.SATURATION in waiting:
+            found.append((EventKind.SATURATION, self._saturated(scene, step)))
             self._cast = None
         self._told |= {kind for kind, _ in found}
         return [
-            Event(kind=kind, step=step, rank=self._rank, normal=False, sentence=cause_sentence(cause), cause=cause)
+            Event(kind=kind, step=step, rank=cause.rank, normal=False, sentence=cause_sentence(cause), cause=cause)
             for kind, cause in found
+            if cause is not None
         ]
 
     def _vanished(self, step: int) -> Cause:
@@ -177,30 +190,25 @@ class Diagnosis:
             self._optimizer, target.name, name, parameter, step=step, rank=self._rank, stuck=share
         )
 
-    def _saturated(self, cast: Found, scene: Scene | None, step: int) -> Cause:
+    def _saturated(self, scene: Scene | None, step: int) -> Cause | None:
+        """Return the cast that cut numbers off, with a fresh scale tried; of all ranks' the first, where they run together."""
+        cast = self._cast
+        probe = None
+        if scene is not None:
+            paths = Paths(scene.model)
+            probe = None if cast is None else Probe(paths, cast)
+            replay.run(scene, paths.following(), *(() if probe is None else (probe,)))
+        cause = None if cast is None else self._cut_off(cast, probe, step)
+        return agreed(cause, scene.device) if scene is not None and scene.together else cause
+
+    def _cut_off(self, cast: Found, probe: Probe | None, step: int) -> Cause:
         share = (cast.beyond + cast.infinite) / max(cast.numbers, 1)
         hidden = f", {cast.infinite} infinities among them" if cast.infinite else ""
         seen = (
             f"{cast.operator} cut off {share:.2%} of {cast.numbers} numbers at ±{cast.limit:g}, the end of {cast.format}"
             f"{hidden}: they reach {cast.largest:.4g}, which what comes out does not show"
         )
-        probed = None
-        if scene is not None:
-            paths = Paths(scene.model)
-            probe = Probe(paths, cast)
-            replay.run(scene, paths.following(), probe)
-            probed = probe.probed
-        remedies: tuple[Remedy, ...] = ()
-        if probed is not None:
-            remedies = (
-                Remedy(
-                    kind="fresh scale",
-                    setting=f"take the scale from the tensor at hand: {probed.fresh:g} times the one in use, which is stale",
-                    mended=probed.fresh_snr > probed.snr and math.isfinite(probed.snr),
-                    evidence=f"in the replay the cast keeps {probed.fresh_snr:.1f} dB of signal over noise with it and "
-                    f"{probed.snr:.1f} dB as it is, and none of the numbers is cut off",
-                ),
-            )
+        probed = None if probe is None else probe.probed
         return Cause(
             step=step,
             rank=self._rank,
@@ -211,6 +219,16 @@ class Diagnosis:
             kind="saturated",
             inputs=() if probed is None else (probed.inputs,),
             seen=seen,
-            reproduced=probed is not None or scene is None,
-            remedies=remedies,
+            reproduced=probed is not None or probe is None,
+            remedies=() if probed is None else (_fresh_scale(probed),),
         )
+
+
+def _fresh_scale(probed: Probed) -> Remedy:
+    return Remedy(
+        kind="fresh scale",
+        setting=f"take the scale from the tensor at hand: {probed.fresh:g} times the one in use, which is stale",
+        mended=probed.fresh_snr > probed.snr and math.isfinite(probed.snr),
+        evidence=f"in the replay the cast keeps {probed.fresh_snr:.1f} dB of signal over noise with it and "
+        f"{probed.snr:.1f} dB as it is, and none of the numbers is cut off",
+    )

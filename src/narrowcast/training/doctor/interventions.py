@@ -17,6 +17,7 @@ from narrowcast.training.overrides import run_in
 __all__ = [
     "Rewrite",
     "clamp_inputs",
+    "gathered_narrow",
     "in_format",
     "power_of_two_below",
     "rewriting",
@@ -175,6 +176,14 @@ def shrink_weights(model: nn.Module, layer: str, factor: float) -> Generator[Non
 def _module(model: nn.Module, layer: str) -> nn.Module:
     names = layer_names(model)
     return next(part for part in model.modules() if names.get(id(part)) == layer)
+
+
+def gathered_narrow(model: nn.Module) -> bool:
+    """Return whether sharded weights come together in 16 bits: then no layer can be run in another format."""
+    from torch.distributed.fsdp import FSDPModule
+
+    units: list[Any] = [one for one in model.modules() if isinstance(one, FSDPModule)]
+    return any(one._get_fsdp_state()._mp_policy.param_dtype is not None for one in units)
 
 
 def power_of_two_below(value: float) -> float:

@@ -18,6 +18,7 @@ from narrowcast.training.doctor.interventions import (
     Change,
     Rewrite,
     clamp_inputs,
+    gathered_narrow,
     in_format,
     power_of_two_below,
     rewriting,
@@ -31,7 +32,7 @@ from narrowcast.training.doctor.sentinel import Fault
 from narrowcast.training.doctor.values import Part, Remedy
 from narrowcast.training.policies import precision
 
-__all__ = ["Trial", "drop_samples", "lower_scale", "raise_scale", "trials", "try_all"]
+__all__ = ["Trial", "lower_scale", "raise_scale", "replace_samples", "trials", "try_all"]
 
 _EPSILONS = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-20, torch.float32: 2.0**-20}
 _ROOM = 4.0  # how far below a format's limit a clamp or a smaller initialisation aims
@@ -109,7 +110,7 @@ def trials(scene: Scene, fault: Fault) -> Iterator[Trial]:
 def _formats(scene: Scene, fault: Fault) -> Iterator[Trial]:
     """Yield the layer, what it stands in, and all of the model in a wider format."""
     base, layer = scene.precision.compute, fault.place.layer
-    if not scene.precision.mixed:
+    if not scene.precision.mixed or gathered_narrow(scene.model):
         return
     for name in (layer, layer.rpartition(".")[0]):
         if name and name != OUTSIDE:
@@ -205,7 +206,9 @@ def _smaller(scene: Scene, fault: Fault) -> Iterator[Trial]:
 
 
 def _spread(weight: Tensor) -> float:
-    return float(weight.detach().float().square().mean().sqrt()) * math.sqrt(weight[0].numel())
+    """Return the root mean square of all of a weight, times the square root of its fan-in."""
+    squares = replay.whole(weight.detach().float().square().sum())
+    return math.sqrt(float(squares) / weight.numel() * math.prod(weight.shape[1:]))
 
 
 def _within(scene: Scene, kind: str, setting: str, context: Callable[[], AbstractContextManager[Any]]) -> Trial:
@@ -220,7 +223,7 @@ def lower_scale(scene: Scene) -> Trial:
         while True:
             scale /= 4
             outcome = replay.run(scene.but(scale=scale))
-            if outcome.finite or scale < 2.0**-24 or not math.isfinite(outcome.loss):
+            if outcome.finite or scale < 2.0**-24 or not outcome.loss_finite:
                 return outcome, f"at a loss scale of {scale:g}"
 
     return Trial("scale", f"lower the loss scale (now {scene.scale:g})", run)
@@ -250,23 +253,25 @@ def raise_scale(scene: Scene) -> Trial:
     )
 
 
-def drop_samples(scene: Scene, samples: tuple[int, ...], size: int) -> Trial:
-    """Return the trial of the batch without some samples.
+def replace_samples(scene: Scene, samples: tuple[int, ...], size: int, *, here: bool) -> Trial:
+    """Return the trial of the batch with another sample in the place of some: its shape stays, as some models need.
 
     Args:
         scene: The step.
         samples: Positions along the first axis.
-        size: Length of the first axis; tensors of another length stay as they are.
+        size: Length of the first axis, more than there are samples; tensors of another length stay as they are.
+        here: Whether they are in this rank's batch; else it runs as it is.
     """
+    sound = next(row for row in range(size) if row not in samples)
 
     def run() -> tuple[Outcome, str]:
-        kept = [number for number in range(size) if number not in samples]
+        def replaced(tensor: Tensor) -> Tensor:
+            if not here or not tensor.dim() or len(tensor) != size:
+                return tensor
+            return tensor[[sound if row in samples else row for row in range(size)]]
 
-        def without(tensor: Tensor) -> Tensor:
-            return tensor[kept] if tensor.dim() and tensor.shape[0] == size else tensor
-
-        batch = tree_map_only(Tensor, without, scene.batch)
-        return replay.run(scene.but(batch=tuple(batch))), ""
+        batch = tree_map_only(Tensor, replaced, scene.batch)
+        return replay.run(scene.but(batch=tuple(batch))), f"with sample {sound} in its place"
 
     which = ", ".join(map(str, samples[:8])) + (" ..." if len(samples) > 8 else "")
     return Trial("data", f"leave out or repair sample {which} of the batch", run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from narrowcast.training.doctor.exchange import gather, ranks
 from narrowcast.training.doctor.paths import bare
 from narrowcast.training.policies import Precision
 from narrowcast.training.random_state import random_state, set_random_state
 from narrowcast.training.window import Loss
 
-__all__ = ["Outcome", "Scene", "local", "restored", "run"]
+__all__ = ["Outcome", "Scene", "local", "restored", "run", "spread", "whole"]
 
 Batch = tuple[Any, Any]
 
@@ -49,6 +51,11 @@ class Scene:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def together(self) -> bool:
+        """Whether the parameters are spread over ranks: then no rank can run the scene alone, and all have to."""
+        return spread(self.model)
+
     def but(self, **changes: Any) -> Scene:
         """Return the scene with something changed."""
         return replace(self, **changes)
@@ -56,13 +63,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a replay came to.
+    """What a replay came to on this rank; ``loss_finite``, ``finite`` and ``nonzero`` are of all ranks that ran it together.
 
     Attributes:
         loss: The mean loss.
         loss_tensor: The tensor it was read from.
         broken: Gradients that are not finite, in the order of the backward pass.
         broken_tensors: These gradients.
+        loss_finite: Whether the loss is finite.
+        finite: Whether loss and gradients are.
         nonzero: Share of the gradients' numbers that are not zero.
     """
 
@@ -70,20 +79,24 @@ class Outcome:
     loss_tensor: Tensor
     broken: tuple[str, ...]
     broken_tensors: tuple[Tensor, ...]
+    loss_finite: bool
+    finite: bool
     nonzero: float
 
-    @property
-    def finite(self) -> bool:
-        """Whether loss and gradients are finite."""
-        return not self.broken and bool(torch.isfinite(self.loss_tensor).all())
+
+def spread(model: nn.Module) -> bool:
+    """Return whether a model's parameters are spread over ranks."""
+    from torch.distributed.tensor import DTensor
+
+    return ranks() > 1 and any(isinstance(one, DTensor) for one in model.parameters())
 
 
 def run(scene: Scene, *around: AbstractContextManager[Any]) -> Outcome:
     """Run a scene's forward and backward pass.
 
     Args:
-        scene: What to run. Parameters, gradients, buffers, random states and whether the model trains are as before
-            afterwards; the optimizer is not asked. Compiled parts run uncompiled.
+        scene: What to run; all ranks have to run theirs where it runs together. Parameters, gradients, buffers, random states
+            and whether the model trains are as before afterwards; the optimizer is not asked. Compiled parts run uncompiled.
         around: Contexts in which it runs, the outermost first.
     """
     with ExitStack() as stack:
@@ -109,12 +122,19 @@ def _run(scene: Scene) -> Outcome:
     broken = [(name, grad) for name, grad in reversed(gradients) if not bool(local(grad).isfinite().all())]
     numbers = sum(local(grad).numel() for _, grad in gradients)
     filled = sum(int(torch.count_nonzero(local(grad))) for _, grad in gradients)
+    loss_finite = bool(torch.isfinite(mean.detach()).all())
+    said = [(loss_finite, not broken, filled, numbers)]
+    if scene.together:
+        said = [json.loads(text) for text in gather(json.dumps(said[0]), scene.device)]
+    losses, sound, filled_on, numbers_on = zip(*said, strict=True)
     return Outcome(
         loss=float(mean.detach()),
         loss_tensor=mean.detach(),
         broken=tuple(name for name, _ in broken),
         broken_tensors=tuple(grad for _, grad in broken),
-        nonzero=filled / numbers if numbers else 0.0,
+        loss_finite=all(losses),
+        finite=all(losses) and all(sound),
+        nonzero=sum(filled_on) / max(sum(numbers_on), 1),
     )
 
 
@@ -133,6 +153,13 @@ def local(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor that all processes hold; every process has to ask for those of a sharded one."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

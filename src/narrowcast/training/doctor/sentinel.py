@@ -12,9 +12,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -31,13 +32,27 @@ _OTHERS = ("c10d", "_c10d", "fsdp")  # what they bring may have broken on anothe
 _BLANK = ("empty", "resize", "set_")  # their results hold whatever was there
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without the module's."""
+    return str(dtype).removeprefix("torch.")
+
+
+_DTYPES = {dtype_name(one): one for one in vars(torch).values() if isinstance(one, torch.dtype)}
+#: A dtype, by its name in JSON.
+_DType = Annotated[
+    torch.dtype,
+    PlainValidator(lambda given: _DTYPES[given] if isinstance(given, str) else given),
+    PlainSerializer(dtype_name, return_type=str),
+]
+
+
 @dataclass(frozen=True)
 class Maker:
     """The operator that made an input: its name, its numbers among the arguments, and its result's dtype."""
 
     operator: str
     scalars: tuple[float, ...]
-    dtype: torch.dtype
+    dtype: _DType
 
 
 class _Call(NamedTuple):
@@ -60,8 +75,7 @@ class _Call(NamedTuple):
     maker: Maker
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(BaseModel):
     """An operator whose result is the first of its line that is not finite (or that is all zero).
 
     Attributes:
@@ -76,11 +90,13 @@ class Fault:
         makers: Who made the tensors that went in, as far as it was seen.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
     operator: str
     place: Place
     call: int
     kind: str
-    dtype: torch.dtype
+    dtype: _DType
     inputs: tuple[Range, ...]
     scalars: tuple[float, ...]
     wide: float | None
@@ -214,11 +230,6 @@ def range_of(name: str, tensor: Tensor) -> Range:
         infinite=int(numbers.isinf().sum()),
         nan=int(numbers.isnan().sum()),
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name without the module's."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _floats(values: Any) -> list[Tensor]:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.errors import TrainingError
-from narrowcast.training.doctor.cause import sharded
 from narrowcast.training.doctor.diagnosis import Diagnosis
 from narrowcast.training.doctor.exchange import ranks
 from narrowcast.training.doctor.histories import Sample, shifted
+from narrowcast.training.doctor.interventions import gathered_narrow
 from narrowcast.training.doctor.journal import Journal
-from narrowcast.training.doctor.replay import Scene
+from narrowcast.training.doctor.replay import Scene, spread
 from narrowcast.training.doctor.sampling import Mailbox, Sampler, compiled
 from narrowcast.training.doctor.values import Event, Layer, Part, Reading, Record, Setting, Summary
 from narrowcast.training.doctor.whatif import element
@@ -43,16 +43,27 @@ _REMEMBERED = 64  # micro-batches whose random states are kept
 
 
 class _Begun(NamedTuple):
-    """What a watch has once the run has begun; ``trained`` are the numbers of the targets with parameters."""
+    """What a watch has once the run has begun.
+
+    Attributes:
+        sampler: Counts.
+        mail: Brings counts to main memory.
+        journal: Keeps them.
+        trained: Numbers of the targets with parameters.
+        together: Whether no rank can run the model alone.
+    """
 
     sampler: Sampler
     mail: Mailbox
     journal: Journal
     trained: list[int]
+    together: bool
 
 
 class Watch:
     """Watches the numbers of a run; :class:`narrowcast.training.Trainer` calls it, or a loop of one's own does.
+
+    Where ranks hold parts of the weights each, every rank has a watch and calls the same methods: they replay together.
 
     Args:
         model: What is trained.
@@ -111,7 +122,7 @@ class Watch:
             sampler = Sampler(self._model)
             journal = Journal(self._described(sampler), self._folder, step)
             trained = [number for number, one in enumerate(sampler.targets) if one.parameters]
-            self._begun = _Begun(sampler, Mailbox(sampler.device), journal, trained)
+            self._begun = _Begun(sampler, Mailbox(sampler.device), journal, trained, spread(self._model))
         return self._begun
 
     @property
@@ -121,9 +132,13 @@ class Watch:
 
     def _described(self, sampler: Sampler) -> Setting:
         inside = compiled(self._model)
-        note = "parts of the model are compiled: " + (
-            "deep samples run them uncompiled" if self._deep else "activations are not seen at the cheap level"
-        )
+        seen = "deep samples run them uncompiled" if self._deep else "activations are not seen at the cheap level"
+        notes = [f"parts of the model are compiled: {seen}"] if inside else []
+        if gathered_narrow(self._model):
+            notes.append(
+                f"sharded weights come together in {self._precision.compute} (gather='compute'), so no layer can be run in "
+                "another format, and none is tried as a remedy"
+            )
         return Setting(
             level="deep" if self._deep else "cheap",
             every=self._every,
@@ -138,7 +153,7 @@ class Watch:
             ),
             world=ranks(),
             compiled=inside,
-            notes=(note,) if inside else (),
+            notes=tuple(notes),
         )
 
     # What a loop that writes checkpoints calls
@@ -164,17 +179,17 @@ class Watch:
         Raises:
             OutputError: The folder cannot be written.
         """
-        _, mail, journal, _ = self._begin(step)
+        _, mail, journal, *_ = self._begin(step)
         self._flush()
         mail.collect(wait=True)
-        self._explain()
+        self._explain(everyone=True)
         journal.mark(step, keep + 1)  # the checkpoint that goes is there until the new one is
 
     # What a trainer calls
 
     def before_forward(self, trainer_step: int, batch: tuple[Any, Any]) -> None:
         """Remember what a micro-batch starts from, and choose what is counted."""
-        sampler, mail, _, trained = self._begin(trainer_step)
+        sampler, mail, _, trained, _ = self._begin(trainer_step)
         mail.collect()
         sampler.stop()
         self._states.append((id(batch), random_state()))
@@ -205,7 +220,7 @@ class Watch:
 
     def after_update(self, model: nn.Module, info: StepInfo) -> None:
         """Count what moved, and read what has arrived."""
-        sampler, _, journal, trained = self._begin(self._step)
+        sampler, _, journal, trained, _ = self._begin(self._step)
         self._micro = 0
         sampler.after_update(self._step)
         self._send_reading(info)
@@ -213,11 +228,11 @@ class Watch:
         if sampled:
             self._flush()
             journal.save()
-        self._explain()
+        self._explain(everyone=sampled)
 
     def on_nonfinite(self, trainer: Trainer, batch: tuple[Any, Any], step: int) -> None:
         """Find out why a step broke, or that it is the loss scale being found."""
-        sampler, _, journal, _ = self._begin(step)
+        sampler, _, journal, *_ = self._begin(step)
         self._micro = 0
         sampler.stop()
         scene = Scene(
@@ -238,7 +253,7 @@ class Watch:
 
     def close(self) -> Summary:
         """Wait for what is under way, write everything, and return the verdict and the advice."""
-        sampler, mail, journal, _ = self._begin(0)
+        sampler, mail, journal, *_ = self._begin(0)
         sampler.stop()
         self._flush()
         mail.collect(wait=True)
@@ -256,23 +271,29 @@ class Watch:
 
     # What happens in between
 
-    def _explain(self) -> None:
-        """Note what waits to be explained."""
-        sampler, _, journal, _ = self._begin(self._step)
-        if self._diagnosis.pending:
+    def _explain(self, *, everyone: bool) -> None:
+        """Note what waits to be explained.
+
+        Args:
+            everyone: Whether every rank asks at this step; where they run the model together, nothing is explained else.
+        """
+        sampler, mail, journal, _, together = self._begin(self._step)
+        if together and everyone:
+            mail.collect(wait=True)
+        if everyone if together else self._diagnosis.pending:
             journal.note(self._diagnosis.explain(sampler.targets, self._scene(self._batch), self._step))
 
     def _state(self, batch: Any) -> Any:
         return next((state for key, state in reversed(self._states) if key == id(batch)), None)
 
     def _scene(self, batch: Any) -> Scene | None:
-        if self._loss is None or batch is None or sharded(self._model):
+        if self._loss is None or batch is None:
             return None
         state = self._state(batch)
         return Scene(self._model, self._loss, batch, self._precision, self._scale, state, self._step, self._rank)
 
     def _send_reading(self, info: StepInfo) -> None:
-        _, mail, journal, _ = self._begin(self._step)
+        _, mail, journal, *_ = self._begin(self._step)
         step, scale = self._step, info.scale
         norm = info.norm if info.norm is not None else torch.full_like(info.mean_loss, torch.nan)
 
@@ -285,7 +306,7 @@ class Watch:
 
     def _flush(self) -> None:
         """Send what was counted on its way to main memory."""
-        sampler, mail, journal, _ = self._begin(self._step)
+        sampler, mail, journal, *_ = self._begin(self._step)
         rows, tensors, places = sampler.take()
         if not rows:
             return
