@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ __all__ = ["serve"]
 
 
 def serve(
+    context: typer.Context,
     places: Annotated[
         list[Path], typer.Argument(help="Artifact folders, or folders of NAME/VERSION/artifact.", metavar="PLACE...")
     ],
@@ -34,6 +35,12 @@ def serve(
     ] = "process",
     workers: Annotated[int, typer.Option(min=1, help="Workers of each model version.")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together at most.")] = 32,
+    batching: Annotated[
+        str,
+        typer.Option(help="dynamic: what waits runs together; static: full batches alone, filled up after --delay."),
+    ] = "dynamic",
+    preferred: Annotated[str, typer.Option(help="Batch sizes that run at once, as in 4,8.")] = "",
+    pad: Annotated[bool, typer.Option("--pad", help="Fill batches up to the next preferred size.")] = False,
     delay: Annotated[float, typer.Option(min=0, help="Milliseconds that the oldest request waits for company.")] = 0.0,
     queue: Annotated[int, typer.Option(min=1, help="Requests of a model that may wait; more are refused.")] = 1024,
     timeout: Annotated[
@@ -63,6 +70,14 @@ def serve(
         ),
     ] = "events",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that requests have to finish at the end.")] = 30.0,
+    render: Annotated[
+        str | None,
+        typer.Option(
+            help="Do not serve; print the file that deploys this command: systemd, containerfile, compose, "
+            "kubernetes or kserve."
+        ),
+    ] = None,
+    render_to: Annotated[Path | None, typer.Option(help="Folder to write that file into instead.")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -73,21 +88,27 @@ def serve(
         from narrowcast.serving import running
         from narrowcast.serving.catalogue import Hosting
         from narrowcast.serving.repository import Repository
-        from narrowcast.serving.scheduling.queue import Batching
-        from narrowcast.serving.scheduling.scheduler import Settings
         from narrowcast.serving.server import ServerOptions
-        from narrowcast.serving.settings import read_placement, read_versions
+        from narrowcast.serving.settings import read_options, read_sizes
         from narrowcast.serving.watching.logs import read_log_style
     except ImportError as error:
         raise RuntimeMissingError(
             f"serving needs {error.name}, which is not installed", next_step="pip install 'narrowcast[serve]'"
         ) from error
-    hosting = Hosting(
-        placement=read_placement(placement),
-        workers=workers,
-        settings=Settings(Batching(max_batch, round(delay * 1e6)), queue, timeout or None, batch_timeout or None),
-        policy=read_versions(versions),
-    )
+    said: dict[str, Any] = {
+        "placement": placement,
+        "workers": workers,
+        "versions": versions,
+        "batching": batching,
+        "max_batch": max_batch,
+        "delay": delay,
+        "preferred": read_sizes(preferred),
+        "pad": pad or None,
+        "queue": queue,
+        "timeout": timeout,
+        "batch_timeout": batch_timeout,
+    }
+    hosting = read_options(said, "serve").over(Hosting())
     options = ServerOptions(
         host,
         port,
@@ -97,6 +118,11 @@ def serve(
         shared_memory=shared_memory,
         grace=grace,
     )
+    if render is not None:
+        from narrowcast.cli.deploy import render_serve
+
+        render_serve(context, render, render_to, places, hosting, options, json=json)
+        return
 
     def listening(server: InferenceServer) -> None:
         addresses = {
