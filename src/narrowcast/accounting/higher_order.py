@@ -7,7 +7,7 @@ one that needs most. Of a loop one pass is run, and the passes after it are list
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from narrowcast.accounting.counting import has_rule
 from narrowcast.errors import ModelError
 
-__all__ = ["FLEX", "MORE_PASSES", "alternatives", "decomposed", "flex_share", "is_higher_order", "uncompiled_flex"]
+__all__ = ["FLEX", "MORE_PASSES", "alternatives", "flex_share", "is_composite", "is_higher_order", "uncompiled_flex"]
 
 #: The name of attention whose scores a function changes.
 FLEX = "flex_attention"
@@ -35,16 +35,12 @@ def is_higher_order(func: Any) -> bool:
     return isinstance(func, HigherOrderOperator)
 
 
-def decomposed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return what an operator gives that is only a name for others, by calling those; ``NotImplemented`` for all others.
+@cache
+def is_composite(func: Any) -> bool:
+    """Return whether an operator is only a name for others, which its ``decompose`` calls, and has no rule of its own.
 
     Such operators are seen where autograd does not take them apart first: inside branches, and in inference mode.
     """
-    return func.decompose(*args, **kwargs) if _is_composite(func) else NotImplemented
-
-
-@cache
-def _is_composite(func: Any) -> bool:
     name = func._schema.name.removeprefix("aten::")
     return func.namespace == "aten" and not has_rule(name) and func.has_kernel_for_dispatch_key(_COMPOSITE)
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from narrowcast.accounting import grouped
-from narrowcast.accounting.counting import VIEWS
-from narrowcast.accounting.higher_order import FLEX, alternatives, decomposed, is_higher_order
-from narrowcast.accounting.running import Running
+from narrowcast.accounting.recording import Call, Recorder, storage_of
 from narrowcast.accounting.workspace import Backend
 
 __all__ = ["Life", "LifeRecorder", "Lives", "Moment"]
@@ -72,7 +67,7 @@ class Lives:
     marks: list[tuple[str, int, int]] = field(default_factory=list[tuple[str, int, int]])
 
 
-class LifeRecorder(TorchDispatchMode):
+class LifeRecorder(Recorder):
     """Follows the storages of one device.
 
     Args:
@@ -83,8 +78,6 @@ class LifeRecorder(TorchDispatchMode):
         bits: What floating inputs and results are stored in; what the run sees unless given.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(
         self,
         module: nn.Module,
@@ -94,10 +87,8 @@ class LifeRecorder(TorchDispatchMode):
         follow_casts: bool = False,
         bits: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(module)
         self.lives = Lives()
-        self.running = Running(module)
-        self.phase = "forward"
         self._backend = backend
         self._total = 0
         self._follow_casts = follow_casts
@@ -105,7 +96,7 @@ class LifeRecorder(TorchDispatchMode):
         self._open: dict[int, Life] = {}
         for tensor in (*module.parameters(), *module.buffers()):
             self.watch([tensor], "weights", size=(sizes or {}).get(id(tensor)))
-        self._parameters = frozenset(map(_storage_of, module.parameters()))
+        self._parameters = frozenset(map(storage_of, module.parameters()))
 
     def mark(self, name: str) -> None:
         """Give the present point in the run a name."""
@@ -122,7 +113,7 @@ class LifeRecorder(TorchDispatchMode):
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor) or tensor.device.type != self._backend.device:
                 continue
-            key = _storage_of(tensor)
+            key = storage_of(tensor)
             life = self._open.get(key)
             if life is None:
                 storage = tensor.untyped_storage()
@@ -143,53 +134,28 @@ class LifeRecorder(TorchDispatchMode):
             life.died = len(self.lives.moments)
             self._total -= life.bytes
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if is_higher_order(func):
-            return self._higher_order(func, args, kwargs or {})
-        if func is _SCALAR and self.phase == "optimizer":
-            return 1.0  # a learning rate or a norm: no size depends on it
-        with self:
-            out = decomposed(func, args, kwargs or {})
-        if out is not NotImplemented:
-            return out
-        out = grouped.call(func, args, kwargs or {})
-        name = func._schema.name.partition("::")[2]
-        if self.phase == "forward":
-            self.running.note()
-        if not func.is_view and name not in VIEWS:
-            self._record(name, args, out)
-        return out
+    def known(self, func: Any) -> Any:
+        """Return a number for a learning rate or a norm of an optimizer, as no size depends on it."""
+        return 1.0 if func is _SCALAR and self.phase == "optimizer" else NotImplemented
 
-    def _higher_order(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Record an operator that takes functions: attention as one, all branches, and one pass of a loop."""
-        name = func.name()
-        if name == FLEX:
-            self.running.note()
-            out = func(*args, **kwargs)
-            self._record(name, args[:3], out)
-            return out
-        out = None
-        with self:
-            for choice in alternatives(name, args):
-                out = choice()
-        return out
+    def choose(self, name: str, choices: Sequence[Callable[[], Any]]) -> Any:
+        """Run all branches, and one pass of a loop."""
+        return [choice() for choice in choices][-1]
 
-    def _record(self, name: str, args: Sequence[Any], out: Any) -> None:
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        for tensor, size in self._backend.opaque(name, args, out):
+    def saw(self, call: Call) -> None:
+        """Follow the storages that an operator made."""
+        if call.is_view:
+            return
+        for tensor, size in self._backend.opaque(call.name, call.args, call.out):
             self.watch([tensor], size=size)
+        made = call.made
         self.watch(made)
-        if self._follow_casts and name == "_to_copy" and self.phase == "forward":
-            self._cast(args[0], made[0])
-        self.lives.moments.append(Moment(name, self.running.path, self.phase, self._backend.hidden(name, args, out)))
+        if self._follow_casts and call.name == "_to_copy" and self.phase == "forward":
+            self._cast(call.args[0], made[0])
+        hidden = self._backend.hidden(call.name, call.args, call.out)
+        self.lives.moments.append(Moment(call.name, self.running.path, self.phase, hidden))
 
     def _cast(self, source: torch.Tensor, copy: torch.Tensor) -> None:
-        if _storage_of(source) in self._parameters and copy.dtype != source.dtype:
+        if storage_of(source) in self._parameters and copy.dtype != source.dtype:
             self.watch([source], "master")
             self.watch([copy], "weights")
-
-
-def _storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from narrowcast.accounting.recording import storage_of, tensors_in
 
 __all__ = ["Positions"]
 
@@ -42,7 +44,7 @@ class Positions:
             kwargs: Likewise.
             out: What it returned: tensors without numbers.
         """
-        tensors = _tensors([args, kwargs])
+        tensors = tensors_in((*args, *kwargs.values()))
         known = all(map(self._is_known, tensors)) if tensors else func._schema.name in _FACTORIES
         known = known and torch.Tag.nondeterministic_seeded not in func.tags
         if func._schema.is_mutable:
@@ -118,22 +120,14 @@ class Positions:
         """Forget a tensor that unknown numbers were written into, and its views."""
         if not isinstance(written, FakeTensor):
             return
-        storage = _storage_of(written)
-        for tensor in [tensor for tensor in self._known if _storage_of(tensor) == storage]:
+        storage = storage_of(written)
+        for tensor in [tensor for tensor in self._known if storage_of(tensor) == storage]:
             del self._known[tensor]
 
 
 def _distinct(numbers: torch.Tensor) -> torch.Tensor:
     """Return a tensor without the repetitions that expanding made."""
     return numbers[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in numbers.stride())]
-
-
-def _storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _floating(value: Any) -> bool:

@@ -17,26 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from narrowcast.accounting import grouped
 from narrowcast.accounting.backward import Backward, summed_loss, tensors_of
 from narrowcast.accounting.building import failed, fake_copy, fake_module
-from narrowcast.accounting.counting import ALLOCATIONS, LOOK_UPS, VIEWS, Work, work_of
-from narrowcast.accounting.higher_order import (
-    FLEX,
-    MORE_PASSES,
-    alternatives,
-    decomposed,
-    flex_share,
-    is_higher_order,
-    uncompiled_flex,
-)
+from narrowcast.accounting.counting import ALLOCATIONS, LOOK_UPS, Work, work_of
+from narrowcast.accounting.higher_order import MORE_PASSES, flex_share, uncompiled_flex
 from narrowcast.accounting.kinds import Kind, attributes_of, kind_of
 from narrowcast.accounting.masks import Positions
 from narrowcast.accounting.operators import Operator, Trace
-from narrowcast.accounting.running import Running
+from narrowcast.accounting.recording import Call, Recorder, storage_of
 from narrowcast.accounting.sdpa import FusedDropout
 from narrowcast.errors import ModelError, NarrowcastError
 
@@ -69,7 +59,7 @@ def trace(
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     module = module if _is_fake(module) else fake_copy(module, mode)
     module.train(train)
-    recorder = _Recorder(module)
+    recorder = _Costs(module)
     running = recorder.running
     fake = lambda value: tree_map_only(torch.Tensor, mode.from_tensor, value)  # noqa: E731
     with _plain_kernels(), FusedDropout(), mode, running.following(), torch.set_grad_enabled(train):
@@ -120,16 +110,12 @@ def _plain_kernels() -> Generator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-class _Recorder(TorchDispatchMode):
-    """Sees every operator of a run."""
-
-    supports_higher_order_operators = True
+class _Costs(Recorder):
+    """Records what every operator of a run costs."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__(module)
         self.trace = Trace()
-        self.running = Running(module)
-        self.phase = "forward"
         self._positions = Positions()
         self._live: dict[int, int] = {}
         self._writers: dict[int, int] = {}  # the operator that last wrote a storage, by its place
@@ -144,7 +130,7 @@ class _Recorder(TorchDispatchMode):
             if not isinstance(tensor, torch.Tensor):
                 continue
             storage = tensor.untyped_storage()
-            key = _storage_of(tensor)
+            key = storage_of(tensor)
             if key in self._live:
                 continue
             self._live[key] = storage.nbytes()
@@ -156,122 +142,99 @@ class _Recorder(TorchDispatchMode):
         self._total -= self._live.pop(key, 0)
         self._writers.pop(key, None)
 
-    def _bias(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:
-        """Return the work of adding a bias, where a product leaves its bias to an operator of its own; else None."""
-        if name not in ("add", "add_") or kwargs.get("alpha", 1) != 1:
-            return None
-        product, bias = args[:2]
-        maker = self._maker(product)
-        if maker is None or maker.kind is not Kind.PRODUCT or math.prod(maker.outputs[0]) != out.numel():
-            return None
-        if not isinstance(bias, torch.Tensor):
-            return None
-        if gathered := self._maker(bias):  # each row has its expert's bias
-            is_bias = gathered.name == "index" and gathered.weight_bytes > 0
-        else:
-            is_bias = bias.dim() == 1 and _storage_of(bias) in self._static and maker.weight_bytes > 0
-        return Work(bias_adds=out.numel()) if is_bias else None
+    def known(self, func: Any) -> Any:
+        """Return ``NotImplemented``: all operators are run."""
+        return NotImplemented
 
-    def _maker(self, tensor: Any) -> Operator | None:
-        """Return the operator that last wrote a tensor, views aside; None for parameters and inputs."""
-        place = self._writers.get(_storage_of(tensor), -1) if isinstance(tensor, torch.Tensor) else -1
-        return self.trace.operators[place] if place >= 0 else None
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if is_higher_order(func):
-            return self._higher_order(func, args, kwargs)
-        with self:
-            out = decomposed(func, args, kwargs)
-        if out is not NotImplemented:
-            return out
-        out = grouped.call(func, args, kwargs)
-        name = func._schema.name.partition("::")[2]
-        moved = not (func.is_view or name in VIEWS or name in ALLOCATIONS)
-        attributes = attributes_of(name, args)
-        if self.phase == "forward":
-            self.running.note()
-            attributes |= self._positions.mask(func, args, kwargs)
-            self._positions.follow(func, args, kwargs, out)
-        self._record(name, args, kwargs, out, attributes, moved=moved)
-        return out
-
-    def _higher_order(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Record an operator that takes functions: attention as one, all else as what the functions do."""
-        name = func.name()
-        if name == FLEX:
-            self.running.note()
-            out = func(*args, **kwargs)
-            self._record(name, args[:3], {}, out, flex_share(args))
-            return out
-        choices = alternatives(name, args)
+    def choose(self, name: str, choices: Sequence[Callable[[], Any]]) -> Any:
+        """Run the branch with the most MACs, or one pass of a loop."""
         costs = [self._cost(choice) for choice in choices] if len(choices) > 1 else [0]
         if name == "while_loop":
             self.trace.uncounted[MORE_PASSES] += 1
-        with self:
-            return choices[costs.index(max(costs))]()
+        return choices[costs.index(max(costs))]()
 
     def _cost(self, choice: Callable[[], Any]) -> int:
         """Return the MACs of what a run may do, and leave no trace of it."""
         start, uncounted = len(self.trace.operators), self.trace.uncounted.copy()
-        with self:
-            choice()
+        choice()
         macs = sum(operator.work.macs for operator in self.trace.operators[start:] if operator.work)
         del self.trace.operators[start:]
         self.trace.uncounted = uncounted
         self._writers = {storage: place for storage, place in self._writers.items() if place < start}
         return macs
 
-    def _record(
-        self,
-        name: str,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        out: Any,
-        attributes: dict[str, Any],
-        *,
-        moved: bool = True,
-    ) -> None:
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+    def saw(self, call: Call) -> None:
+        """Record what an operator costs."""
+        attributes = self._attributes(call)
+        made, read = call.made, call.read
         if not made:
             return
-        read = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, torch.Tensor)]
         self.watch(made)
-        work = (self._bias(name, args, kwargs, out) or work_of(name, args, kwargs, out)) if moved else Work()
-        written = sum(map(_bytes, made)) if moved else 0
-        most = written if name in LOOK_UPS else None
-        sources = {_storage_of(leaf): _bytes(leaf, most) for leaf in read} if moved else {}
+        moved = not call.is_view and call.name not in ALLOCATIONS
+        work = self._work(call) if moved else Work()
         if work is None:
-            self.trace.uncounted[name] += 1
+            self.trace.uncounted[call.name] += 1
+        written = sum(map(_bytes, made)) if moved else 0
+        most = written if call.name in LOOK_UPS else None
+        storages = [storage_of(leaf) for leaf in read]
+        sources = {place: _bytes(leaf, most) for place, leaf in zip(storages, read, strict=True)} if moved else {}
         self.trace.operators.append(
             Operator(
-                name=name,
+                name=call.name,
                 path=self.running.path,
                 phase=self.phase,
                 inputs=tuple(tuple(leaf.shape) for leaf in read),
                 outputs=tuple(tuple(leaf.shape) for leaf in made),
                 dtype=str(made[0].dtype).removeprefix("torch."),
-                kind=kind_of(name, attributes, view=not moved),
+                kind=kind_of(call.name, attributes, view=not moved),
                 attributes=attributes,
                 work=work,
                 bytes_read=sum(sources.values()),
                 weight_bytes=sum(size for storage, size in sources.items() if storage in self._static),
                 bytes_written=written,
                 live_bytes=self._total,
-                producers=tuple(self._writers.get(_storage_of(leaf), -1) for leaf in read),
+                producers=tuple(self._writers.get(storage, -1) for storage in storages),
             )
         )
         if moved:
-            self._writers |= dict.fromkeys(map(_storage_of, made), len(self.trace.operators) - 1)
+            self._writers |= dict.fromkeys(map(storage_of, made), len(self.trace.operators) - 1)
+
+    def _attributes(self, call: Call) -> dict[str, Any]:
+        """Return what shapes do not say of an operator, and follow what is known of positions."""
+        if call.is_attention_of_functions:
+            return flex_share(call.args)
+        attributes = attributes_of(call.name, call.args)
+        if self.phase == "forward":
+            attributes |= self._positions.mask(call.func, call.args, call.kwargs)
+            self._positions.follow(call.func, call.args, call.kwargs, call.out)
+        return attributes
+
+    def _work(self, call: Call) -> Work | None:
+        return self._bias(call) or work_of(call.name, call.args, call.kwargs, call.out)
+
+    def _bias(self, call: Call) -> Work | None:
+        """Return the work of adding a bias, where a product leaves its bias to an operator of its own; else None."""
+        if call.name not in ("add", "add_") or call.kwargs.get("alpha", 1) != 1:
+            return None
+        product, bias = call.args[:2]
+        maker = self._maker(product)
+        if maker is None or maker.kind is not Kind.PRODUCT or math.prod(maker.outputs[0]) != call.out.numel():
+            return None
+        if not isinstance(bias, torch.Tensor):
+            return None
+        if gathered := self._maker(bias):  # each row has its expert's bias
+            is_bias = gathered.name == "index" and gathered.weight_bytes > 0
+        else:
+            is_bias = bias.dim() == 1 and storage_of(bias) in self._static and maker.weight_bytes > 0
+        return Work(bias_adds=call.out.numel()) if is_bias else None
+
+    def _maker(self, tensor: Any) -> Operator | None:
+        """Return the operator that last wrote a tensor, views aside; None for parameters and inputs."""
+        place = self._writers.get(storage_of(tensor), -1) if isinstance(tensor, torch.Tensor) else -1
+        return self.trace.operators[place] if place >= 0 else None
 
 
 def _bytes(tensor: torch.Tensor, most: int | None = None) -> int:
     """Return the bytes of a tensor's own numbers, and no more than ``most``."""
     own = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
     return own if most is None else min(own, most)
-
-
-def _storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
