@@ -278,6 +278,10 @@ def test_a_damaged_artifact_is_not_served(repository: Path, cli: Cli) -> None:
         (["missing"], "is no folder"),
         (["{models}", "--placement", "moon"], "placement 'moon' is unknown"),
         (["{models}", "--versions", "newest"], "versions 'newest' cannot be read"),
+        (["{models}", "--batching", "static"], "static batching needs a delay"),
+        (["{models}", "--batching", "statics"], "batching 'statics'"),
+        (["{models}", "--preferred", "4,x"], "batch sizes '4,x' cannot be read"),
+        (["{models}", "--preferred", "64"], "preferred batch size 64 is above max_batch 32"),
     ],
 )
 def test_mistakes_are_answered_in_words(repository: Path, cli: Cli, arguments: list[str], said: str) -> None:

@@ -61,7 +61,8 @@ _CONFIG = {
     "ModelInput": "name:string=1 data_type:DataType=2 *dims:int64=4",
     "ModelOutput": "name:string=1 data_type:DataType=2 *dims:int64=3",
     "ModelInstanceGroup": "name:string=1 kind:ModelInstanceGroup.Kind=4 count:int32=2",
-    "ModelDynamicBatching": "*preferred_batch_size:int32=1 max_queue_delay_microseconds:uint64=2",
+    "ModelDynamicBatching": "*preferred_batch_size:int32=1 max_queue_delay_microseconds:uint64=2 "
+    "priority_levels:uint64=4 default_priority_level:uint64=5",
     "ModelVersionPolicy": "|latest:ModelVersionPolicy.Latest=1 |all:ModelVersionPolicy.All=2 "
     "|specific:ModelVersionPolicy.Specific=3",
     "ModelVersionPolicy.Latest": "num_versions:uint32=1",

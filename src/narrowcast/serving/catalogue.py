@@ -15,6 +15,7 @@ from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.scheduling.scheduler import Scheduler
 from narrowcast.serving.scheduling.statistics import Statistics
+from narrowcast.serving.settings import read_model_options
 from narrowcast.serving.state import ModelState, read_state, write_state
 from narrowcast.serving.traffic import Traffic
 from narrowcast.serving.workers.sources import Source
@@ -54,6 +55,7 @@ class _Model:
     """A model by its versions.
 
     Attributes:
+        hosting: How it is run.
         loaded: Versions that answer.
         traffic: Those that answer requests which name none; None where nothing is loaded.
         chosen: Whether somebody chose them; else they are the newest.
@@ -62,6 +64,7 @@ class _Model:
         lock: Held while versions change.
     """
 
+    hosting: Hosting
     loaded: dict[int, ServedVersion] = field(default_factory=dict[int, ServedVersion])
     traffic: Traffic | None = None
     chosen: bool = False
@@ -157,7 +160,7 @@ class Catalogue:
         """Return all models and versions, those included that are in the repository and not loaded."""
         entries: list[IndexEntry] = []
         for name in sorted({*self._repository.names(), *self._models}):
-            model = self._models.get(name) or _Model()
+            model = self._models.get(name) or _Model(self.hosting)
             for version in sorted({*self._repository.versions(name), *model.loaded, *model.states}):
                 state, reason = model.states.get(version, ("UNAVAILABLE", "not loaded"))
                 if version in model.loaded:
@@ -197,9 +200,10 @@ class Catalogue:
         found = self._repository.versions(name)
         if not found:
             raise Refusal(404, f"model {name!r} is not in the repository")
-        model = self._models.setdefault(name, _Model())
+        model = self._models.setdefault(name, _Model(self.hosting))
         async with model.lock:
-            wanted = self.hosting.policy.select(sorted(found))
+            hosting = self._hosting(name)
+            wanted = hosting.policy.select(sorted(found))
             if not wanted:
                 raise Refusal(404, f"model {name!r} has none of the versions that the policy names")
             traffic, chosen = Traffic.all_to(max(wanted)), False
@@ -208,9 +212,10 @@ class Catalogue:
                 if before.traffic is not None:
                     traffic, chosen = _promised(name, Traffic.of(before.traffic), found, traffic)
             wanted = {*wanted, *traffic.versions}
-            started = await self._start(name, model, {version: found[version] for version in sorted(wanted)})
+            sources = {version: found[version] for version in sorted(wanted)}
+            started = await self._start(name, model, sources, hosting)
             retired = list(model.loaded.values())
-            model.loaded = started
+            model.loaded, model.hosting = started, hosting
             model.direct(traffic, chosen=chosen)
             self._retire(model, retired, "a newer load replaced it")
 
@@ -294,10 +299,11 @@ class Catalogue:
             for version in missing:
                 if version not in found:
                     raise Refusal(404, f"model {name!r} has no version {version} in the repository")
-            started = await self._start(name, model, {version: found[version] for version in missing})
+            sources = {version: found[version] for version in missing}
+            started = await self._start(name, model, sources, model.hosting)
             model.loaded.update(started)
             model.direct(traffic, chosen=True, back=back)
-            kept = {*traffic.versions, *self.hosting.policy.select(sorted(found))}
+            kept = {*traffic.versions, *model.hosting.policy.select(sorted(found))}
             retired = [model.loaded.pop(version) for version in list(model.loaded) if version not in kept]
             self._retire(model, retired, "other versions answer")
         return await self._remember(name)
@@ -318,14 +324,21 @@ class Catalogue:
                 _log.warning("a change of model %s will be forgotten: %s", name, error.what)
         return Change(_shares(model), forgotten)
 
-    async def _start(self, name: str, model: _Model, sources: Mapping[int, Source]) -> dict[int, ServedVersion]:
+    def _hosting(self, name: str) -> Hosting:
+        """Return how a model is run, by the file beside its versions and for what that leaves out as all models are."""
+        root = self._repository.root(name)
+        return self.hosting if root is None else read_model_options(root / name, self.hosting)
+
+    async def _start(
+        self, name: str, model: _Model, sources: Mapping[int, Source], hosting: Hosting
+    ) -> dict[int, ServedVersion]:
         """Start versions; if one fails, none is left running."""
         started: dict[int, ServedVersion] = {}
         for version, source in sources.items():
             model.states[version] = ("LOADING", "")
             try:
                 statistics = self._statistics[name, version]
-                started[version] = await start_version(name, version, source, self.hosting, statistics)
+                started[version] = await start_version(name, version, source, hosting, statistics)
             except NarrowcastError as error:
                 model.states[version] = ("UNAVAILABLE", error.what)
                 _log.warning("model %s version %d cannot be loaded: %s", name, version, error.what)

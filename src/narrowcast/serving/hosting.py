@@ -40,6 +40,7 @@ class ServedVersion:
     name: str
     version: str
     scheduler: Scheduler
+    hosting: Hosting
 
 
 async def start_version(
@@ -57,4 +58,4 @@ async def start_version(
         await asyncio.gather(*(worker.close() for worker in workers))
         raise failures[0]
     _log.info("model %s version %d is ready", name, version)
-    return ServedVersion(name, str(version), Scheduler(workers, hosting.settings, statistics))
+    return ServedVersion(name, str(version), Scheduler(workers, hosting.settings, statistics), hosting)

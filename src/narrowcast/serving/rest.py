@@ -204,7 +204,7 @@ class RestApi:
 
     def _config(self, request: Request, route: _Route) -> Response:
         served = self._catalogue.find(route.name, route.version)
-        return json_response(documents.model_config(served, self._catalogue.hosting))
+        return json_response(documents.model_config(served))
 
     def _statistics(self, request: Request, route: _Route) -> Response:
         return json_response(documents.model_statistics(self._catalogue.served(route.name, route.version)))

@@ -6,7 +6,6 @@ One small JSON file per root. A server that may not write there serves all the s
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Annotated
@@ -14,6 +13,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 
 from narrowcast.errors import ConfigError, OutputError
+from narrowcast.serving.plain_files import NotPlainError, read_plain
 
 __all__ = ["STATE", "ModelState", "read_state", "write_state"]
 
@@ -54,18 +54,11 @@ def read_state(root: Path) -> dict[str, ModelState]:
     """
     path = root / STATE
     try:
-        # A link is not followed, and a pipe is not waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise _broken(path, "it is no regular file")
-            text = file.read(_LONGEST + 1)
-    except FileNotFoundError:
+        text = read_plain(path, _LONGEST)
+    except NotPlainError as error:
+        raise _broken(path, str(error)) from error
+    if text is None:
         return {}
-    except OSError as error:
-        raise _broken(path, error.strerror or str(error)) from error
-    if len(text) > _LONGEST:
-        raise _broken(path, f"it is longer than {_LONGEST} bytes")
     try:
         return _State.model_validate_json(text).models
     except ValidationError as error:

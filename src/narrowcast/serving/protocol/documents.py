@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from narrowcast._version import __version__
-from narrowcast.serving.catalogue import Hosting, IndexEntry, ServedVersion
+from narrowcast.serving.catalogue import IndexEntry, ServedVersion
+from narrowcast.serving.repository import VersionPolicy
 from narrowcast.serving.scheduling.statistics import BatchTimes, Duration
 from narrowcast.serving.signature import TensorSpec
 
@@ -49,31 +50,33 @@ def _tensor(spec: TensorSpec) -> Document:
     return {"name": spec.name, "datatype": spec.datatype.name, "shape": list(spec.shape)}
 
 
-def model_config(served: ServedVersion, hosting: Hosting) -> Document:
+def model_config(served: ServedVersion) -> Document:
     """Return how a model is served, in the terms of Triton's configuration; dims leave the batch axis out."""
     scheduler = served.scheduler
-    batching = scheduler.settings.batching
+    settings = scheduler.settings
+    batching = settings.batching
     skip = 1 if scheduler.largest_batch else 0
     document: Document = {
         "name": served.name,
         "platform": _PLATFORM,
         "backend": "narrowcast",
-        "version_policy": _policy(hosting),
+        "version_policy": _policy(served.hosting.policy),
         "max_batch_size": scheduler.largest_batch,
         "input": [_config_tensor(spec, skip) for spec in scheduler.signature.inputs],
         "output": [_config_tensor(spec, skip) for spec in scheduler.signature.outputs],
-        "instance_group": [{"name": f"{served.name}_0", "kind": "KIND_CPU", "count": hosting.workers}],
+        "instance_group": [{"name": f"{served.name}_0", "kind": "KIND_CPU", "count": served.hosting.workers}],
     }
     if scheduler.largest_batch > 1:
         document["dynamic_batching"] = {
             "preferred_batch_size": list(batching.preferred),
             "max_queue_delay_microseconds": batching.delay_ns // 1000,
+            "priority_levels": settings.priority_levels,
+            "default_priority_level": settings.default_priority,
         }
     return document
 
 
-def _policy(hosting: Hosting) -> Document:
-    policy = hosting.policy
+def _policy(policy: VersionPolicy) -> Document:
     if policy.named:
         return {"specific": {"versions": list(policy.named)}}
     return {"latest": {"num_versions": policy.latest}} if policy.latest else {"all": {}}

@@ -213,7 +213,7 @@ class InferenceService:
 
     async def _config(self, request: Any, context: Context) -> Any:
         served = self._catalogue.find(request.name, request.version)
-        document = {"config": documents.model_config(served, self._catalogue.hosting)}
+        document = {"config": documents.model_config(served)}
         return ParseDict(document, INFERENCE["ModelConfigResponse"]())
 
     async def _statistics(self, request: Any, context: Context) -> Any:

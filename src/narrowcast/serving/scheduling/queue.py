@@ -11,9 +11,6 @@ from narrowcast.serving.signature import Tensors
 
 __all__ = ["Batching", "Job", "JobQueue"]
 
-#: What a request without a priority gets: behind those that ask for 1 to 7.
-DEFAULT_PRIORITY = 8
-
 
 @dataclass(frozen=True)
 class Batching:

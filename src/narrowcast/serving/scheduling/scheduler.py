@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from narrowcast.serving.refusals import Refusal, WorkerLostError
-from narrowcast.serving.scheduling.queue import DEFAULT_PRIORITY, Batching, Job, JobQueue
+from narrowcast.serving.scheduling.queue import Batching, Job, JobQueue
 from narrowcast.serving.scheduling.statistics import Statistics
 from narrowcast.serving.signature import Signature, Tensors
 from narrowcast.serving.workers.base import Batch, Result, Worker
@@ -29,12 +29,16 @@ class Settings:
         queue: Requests that may wait; one more is refused.
         timeout: Seconds that a request waits where its client gave no time, or None for ever.
         batch_timeout: Seconds that a batch may run before its worker is ended, or None for ever.
+        priority_levels: Highest number that a request may give as its priority; 1 goes first.
+        default_priority: Priority of requests that give none.
     """
 
     batching: Batching = field(default_factory=Batching)
     queue: int = 1024
     timeout: float | None = None
     batch_timeout: float | None = None
+    priority_levels: int = 64
+    default_priority: int = 8
 
 
 class Scheduler:
@@ -108,7 +112,9 @@ class Scheduler:
         now = time.monotonic_ns()
         if self.signature.batched and rows > self._batching.largest:
             raise Refusal(400, f"the request has {rows} rows; allowed: {self._batching.largest}")
-        job = Job(inputs, rows, priority or DEFAULT_PRIORITY, now)
+        if priority > self.settings.priority_levels:
+            raise Refusal(400, f"priority {priority} is none here; allowed: 1 to {self.settings.priority_levels}")
+        job = Job(inputs, rows, priority or self.settings.default_priority, now)
         timeout = self.settings.timeout if timeout is None else timeout
         if timeout is not None:
             job.deadline = now + int(timeout * 1e9)

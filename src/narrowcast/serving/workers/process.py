@@ -54,6 +54,7 @@ class ProcessWorker(Worker):
         self._closing = False
         self._deaths = 0
         self._respawn: asyncio.Task[None] | None = None
+        self._reaping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         link = _Link(self._lost)
@@ -88,9 +89,12 @@ class ProcessWorker(Worker):
         self._deaths = 0 if grown_up else self._deaths + 1
         _log.error("worker process %d of %s has ended", link.pid, self._folder)
         self.on_down(self)
-        self._respawn = asyncio.create_task(self._start_again())
+        self._reaping = asyncio.create_task(link.reap())
+        self._respawn = asyncio.create_task(self._start_again(self._reaping))
 
-    async def _start_again(self) -> None:
+    async def _start_again(self, before: asyncio.Task[None]) -> None:
+        """Start a process when the one before has ended and given its memory back."""
+        await asyncio.shield(before)
         while not self._closing:
             await asyncio.sleep(min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2 ** min(self._deaths, 16)))
             try:
@@ -107,6 +111,8 @@ class ProcessWorker(Worker):
         if self._respawn is not None:
             self._respawn.cancel()
             await asyncio.gather(self._respawn, return_exceptions=True)
+        if self._reaping is not None:
+            await self._reaping
         if self._link is not None:
             await self._link.close()
             self._link = None
@@ -239,9 +245,13 @@ class _Link(asyncio.Protocol):
         self._transport.abort()
 
     async def close(self) -> None:
-        """Close the socket, at which the process ends; one that does not is killed."""
+        """Close the socket, at which the process ends, and return when it has."""
         self._transport.close()
         await self._ended.wait()
+        await self.reap()
+
+    async def reap(self) -> None:
+        """Return when the process has ended, now that its socket is closed; one that does not end is killed."""
         try:
             await asyncio.wait_for(self._process.wait(), _CLOSE_SECONDS)
         except TimeoutError:
