@@ -83,6 +83,15 @@ def copied(groups, device):
     return [group._replace(members=[Member(*map(copy, one)) for one in group.members]) for group in groups]
 
 
+def counts(verdict):
+    """Return the broken elements of each member that has any."""
+    found = {}
+    for member, count in zip(verdict.members.tolist(), verdict.broken.tolist(), strict=True):
+        if count:
+            found[member] = found.get(member, 0) + count
+    return found
+
+
 def compare(what, groups, clip_norm, zero, broken, kernels):
     theirs, groups = copied(groups, "cpu"), copied(groups, DEVICE)
     their_steps, inverse = torch.full((5,), 3.0), torch.tensor(1 / 1024)
@@ -95,8 +104,13 @@ def compare(what, groups, clip_norm, zero, broken, kernels):
         if broken is not None and turn == 1:
             for one in (groups, theirs):
                 adamw_reference.flat(one[0].members[1].gradient)[2000] = broken
-        norm, finite = kernels.update(groups, steps, there, clip_norm, zero=zero)
-        wanted_norm, wanted_finite = adamw_reference.update(theirs, their_steps, inverse, clip_norm, zero=zero)
+                adamw_reference.flat(one[0].members[1].gradient)[5:8] = broken  # in another chunk
+                adamw_reference.flat(one[1].members[0].gradient)[-1] = torch.nan
+        found = kernels.update(groups, steps, there, clip_norm, zero=zero)
+        wanted = adamw_reference.update(theirs, their_steps, inverse, clip_norm, zero=zero)
+        (norm, finite), (wanted_norm, wanted_finite) = found[:2], wanted[:2]
+        if counts(found) != counts(wanted) or bool(counts(found)) == bool(finite):
+            wrong.append(f"{what}: broken {counts(found)}, not {counts(wanted)}")
         if finite.item() != wanted_finite.item() or finite.item() != (broken is None or turn == 0):
             wrong.append(f"{what}: finite {finite}, not {wanted_finite}")
         if finite and abs(norm.item() - wanted_norm) > NORM_BOUND * wanted_norm:

@@ -32,7 +32,7 @@ def net() -> tuple[nn.Module, torch.Tensor]:
 class Stops(Silent):
     """Has rank 1 terminated, twice in a moment, as by a launcher that tells a whole machine and then each process."""
 
-    def stepped(self, step: int, skipped: int) -> None:
+    def stepped(self, step: int) -> None:
         if step == STOP and os.environ["RANK"] == "1":
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -62,7 +62,7 @@ class Cut(Silent):
     def __init__(self, at: int) -> None:
         self.at = at
 
-    def stepped(self, step: int, skipped: int) -> None:
+    def stepped(self, step: int) -> None:
         if step == self.at:
             raise RuntimeError("cut")
 
@@ -73,7 +73,7 @@ class Interrupted(Silent):
     def __init__(self, at: int) -> None:
         self.at = at
 
-    def stepped(self, step: int, skipped: int) -> None:
+    def stepped(self, step: int) -> None:
         if step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -113,7 +113,7 @@ def test_a_run_that_was_cut_has_the_record_of_one_that_was_not(level, at, monkey
 
 def test_what_a_checkpoint_resumes_from_is_in_the_record_at_any_time(monkeypatch):
     class Looks(Silent):
-        def stepped(self, step: int, skipped: int) -> None:
+        def stepped(self, step: int) -> None:
             if Path("run/checkpoints").is_dir():
                 latest = max(int(path.name[5:]) for path in Path("run/checkpoints").glob("step-*"))
                 found = read("run")

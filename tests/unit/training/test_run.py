@@ -16,6 +16,7 @@ from small_runs import own_networks, told, write_images
 from narrowcast.errors import ConfigError, DataError, DeviceError, FormatError, MetricError, OutputError, TrainingError
 from narrowcast.models.loaders import load_module
 from narrowcast.models.reference import ModelRef
+from narrowcast.training import loop
 from narrowcast.training.assembly import factor
 from narrowcast.training.config import Config, Schedule
 from narrowcast.training.logs import read_log
@@ -24,6 +25,8 @@ from narrowcast.training.outcome import read_result
 from narrowcast.training.progress import Silent
 from narrowcast.training.reading import validated, with_overrides
 from narrowcast.training.run import fit
+from narrowcast.training.settling import Courier
+from narrowcast.training.trainer import StepInfo, Trainer
 
 NETS = """
 import torch
@@ -84,7 +87,7 @@ class Stops(Silent):
         self.after = after
         self.number = number
 
-    def stepped(self, step: int, skipped: int) -> None:
+    def stepped(self, step: int) -> None:
         if step == self.after:
             os.kill(os.getpid(), self.number)
 
@@ -95,7 +98,7 @@ class Fails(Silent):
     def __init__(self, at: int) -> None:
         self.at = at
 
-    def stepped(self, step: int, skipped: int) -> None:
+    def stepped(self, step: int) -> None:
         if step == self.at:
             raise RuntimeError("killed")
 
@@ -214,6 +217,36 @@ def test_skips_are_in_the_ledger_and_do_not_count() -> None:
     assert len(skips) == result.skipped > 0
     assert result.steps + result.skipped == 20
     assert skips[0]["layers"]
+
+
+def test_a_run_waits_for_a_decision_within_the_next_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where a decision that is asked for at once leaves the device without work."""
+    scaled = ("precision=fp16-mixed", "precision.loss_scale.initial=1048576", "accumulate=2")
+    settings = (*scaled, "log=100", "validate_every=100", "checkpoint=100")
+    at_once = fit(config_of(*settings), Path("at-once"))
+    assert at_once.skipped > 0
+    asked: list[str] = []  # where decisions were asked for
+
+    class Late(Trainer):
+        def __init__(self, *given: Any, **settings: Any) -> None:
+            super().__init__(*given, **settings)
+            self._settles_late = True
+
+        def step(self, batch: Any) -> StepInfo:
+            before = len(asked)
+            info = super().step(batch)
+            asked[before:] = ["step" for _ in asked[before:]]
+            return info
+
+    receive = Courier.receive
+    monkeypatch.setattr(Courier, "receive", lambda courier: asked.append("loop") or receive(courier))
+    monkeypatch.setattr(loop, "Trainer", Late)
+    late = fit(config_of(*settings), Path("late"))
+    assert (late.sha256, late.steps, late.skipped) == (at_once.sha256, at_once.steps, at_once.skipped)
+    assert told("late") == told("at-once")
+    assert asked == ["step"] * 9 + ["loop"]  # the last of ten is logged
+    fit(config_of(*scaled, "log=2", "checkpoint=3"), Path("more"))
+    assert told("more")[-1] == told("late")[-1]
 
 
 def test_numbers_that_are_not_finite_end_the_run_unless_they_are_to_be_left_out() -> None:

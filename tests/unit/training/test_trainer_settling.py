@@ -15,12 +15,14 @@ from torch.nn.functional import cross_entropy
 from narrowcast.errors import OutputError, TrainingError
 from narrowcast.training import DynamicScale, StaticScale, Trainer, precision
 from narrowcast.training.fused import FusedAdamW
+from narrowcast.training.settling import Courier
 
 OPTIMIZERS = {
     "adam": lambda params: torch.optim.Adam(params, lr=1e-2, amsgrad=True, fused=True),
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
     "sgd": lambda params: torch.optim.SGD(params, lr=1e-2, fused=True),
     "sgd-momentum": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, nesterov=True, fused=True),
+    "own": lambda params: FusedAdamW(params, lr=1e-2),
     "adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-2, lr_decay=0.1, fused=True),
 }
 POLICIES = {
@@ -191,14 +193,32 @@ def test_a_step_settles_the_one_before_when_its_forward_pass_is_queued_and_befor
     ]  # the one before the last was left out
 
 
-def test_no_gradient_is_kept_for_a_decision():
-    trainer = trainer_of(late=True)
+@pytest.mark.parametrize("optimizer", ["adamw", "own"])
+def test_no_gradient_is_kept_for_a_decision(optimizer):
+    trainer = trainer_of(optimizer, late=True)
     held = []
     trainer.model.head.weight.register_post_accumulate_grad_hook(lambda one: held.append(weakref.ref(one.grad)))
     fed(trainer, 3)
     gc.collect()
     assert held[0]() is None
     assert trainer.ledger[0].layers[0] == "second.bias"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "own"])
+def test_what_is_asked_without_waiting_waits_for_nothing(optimizer, monkeypatch):
+    trainer = trainer_of(optimizer, late=True, accumulate=2)
+    asked = []
+    receive = Courier.receive
+    monkeypatch.setattr(Courier, "receive", lambda courier: asked.append(1) or receive(courier))
+    closed, steps = [], []
+    for number in range(8):
+        info = fed(trainer, number)
+        closed.append(info.closed)
+        steps.append(trainer.steps_at_most)
+        assert len(asked) == number // 2
+    assert closed == [False, True] * 4
+    assert steps == [0, 1, 1, 2, 1, 2, 1, 2]  # the second and the third were left out
+    assert trainer.steps == 2
 
 
 class Watch:
@@ -218,12 +238,20 @@ class Watch:
 IMMEDIATE = {
     "watch": lambda: trainer_of(late=True, watch=Watch()),
     "no-fused-optimizer": lambda: other(torch.optim.AdamW),
-    "own-optimizer": lambda: other(FusedAdamW),
+    "own-optimizer-that-does-not-count": lambda: other(Uncounted),
     "first-momentum": lambda: trainer_of("sgd-momentum", late=True),
     "cpu": lambda: Trainer(
         (model := Faulty()), OPTIMIZERS["adamw"](model.parameters()), cross_entropy, precision=POLICIES["fp16-mixed"]()
     ),
 }
+
+
+class Uncounted(torch.optim.AdamW):
+    """An optimizer that leaves updates out by itself, and does not say what broke."""
+
+    def update(self, inverse_scale, clip_norm):
+        self.step()
+        return torch.ones(()), torch.tensor(True)
 
 
 def other(kind) -> Trainer:

@@ -59,7 +59,7 @@ class Interrupted(Silent):
     def started(self, run: Any, out: Path, step: int) -> None:
         self.now = int(out.name)
 
-    def stepped(self, step: int, skipped: int) -> None:
+    def stepped(self, step: int) -> None:
         if (self.now, step) == (self.trial, self.step):
             raise KeyboardInterrupt
 
