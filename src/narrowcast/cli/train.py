@@ -142,7 +142,7 @@ class _Shown:
         self._bar.update(self._task, total=run.windows, completed=step)
         self._bar.start()
 
-    def stepped(self, step: int, skipped: int) -> None:
+    def stepped(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
 
     def logged(self, step: int, line: dict[str, Any]) -> None:

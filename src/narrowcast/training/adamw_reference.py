@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LARGEST_SQUARE", "Group", "Member", "flat", "logarithm", "update"]
+__all__ = ["LARGEST_SQUARE", "NAN", "Group", "Member", "Verdict", "flat", "logarithm", "update"]
 
 LARGEST_SQUARE = 3.4028234663852886e38  # float32's largest number: a sum of squares above it counts as infinite
+NAN = 1 << 16  # what a NaN adds to a count of broken elements; an infinite one adds 1
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 _WORD = (1 << 32) - 1
 
@@ -53,9 +54,26 @@ class Group(NamedTuple):
     members: Sequence[Member]
 
 
+class Verdict(NamedTuple):
+    """What an update found in the gradients; everything is on the device.
+
+    Args:
+        norm: Of the unscaled gradients before clipping: float32, no dimension.
+        finite: Whether every gradient and the sum of their squares is finite: bool, no dimension.
+        broken: Elements that are not finite, counted in parts: int32, shape [parts]. An infinite one counts 1, a NaN 2¹⁶;
+            parts have fewer elements than that, or count none beyond.
+        members: Which member each part is of: int32, shape [parts].
+    """
+
+    norm: Tensor
+    finite: Tensor
+    broken: Tensor
+    members: Tensor
+
+
 def update(
     groups: Sequence[Group], steps: Tensor, inverse_scale: Tensor, clip_norm: float | None, *, zero: bool
-) -> tuple[Tensor, Tensor]:
+) -> Verdict:
     """Update every member, or none where a gradient is not finite; nothing waits for the device.
 
     Args:
@@ -66,11 +84,10 @@ def update(
         zero: Whether gradients are set to zero afterwards, also when nothing is updated.
 
     Returns:
-        The norm of the unscaled gradients before clipping (float32), and whether every gradient and the sum of their
-        squares is finite (bool); no dimension.
+        The norm of the gradients, whether they are finite, and which are not.
     """
     members = [member for group in groups for member in group.members]
-    norm, finite = _norm(members, inverse_scale)
+    norm, finite, broken = _norm(members, inverse_scale)
     factor = inverse_scale
     if clip_norm is not None:
         factor = inverse_scale * torch.clamp(clip_norm / (norm + _CLIP_EPSILON), max=1.0)
@@ -82,7 +99,7 @@ def update(
             row += 1
             if zero:
                 member.gradient.zero_()
-    return norm, finite
+    return Verdict(norm, finite, broken, torch.arange(len(members), dtype=torch.int32, device=broken.device))
 
 
 def flat(x: Tensor) -> Tensor:
@@ -95,14 +112,16 @@ def logarithm(beta: float) -> float:
     return math.log(beta) if beta else -math.inf
 
 
-def _norm(members: Iterable[Member], inverse_scale: Tensor) -> tuple[Tensor, Tensor]:
+def _norm(members: Iterable[Member], inverse_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total = torch.zeros((), dtype=torch.float64, device=inverse_scale.device)
-    finite = torch.ones((), dtype=torch.bool, device=inverse_scale.device)
+    broken: list[Tensor] = []
     for member in members:
         gradient = flat(member.gradient).float()
         total += (gradient * inverse_scale).double().square().sum()
-        finite &= gradient.isfinite().all()
-    return total.sqrt().float(), finite & (total <= LARGEST_SQUARE)
+        infinite, nan = (found.sum().clamp(max=NAN // 2) for found in (gradient.isinf(), gradient.isnan()))
+        broken.append((infinite + nan.clamp(max=NAN // 4) * NAN).int())
+    counts = torch.stack(broken)
+    return total.sqrt().float(), (counts == 0).all() & (total <= LARGEST_SQUARE), counts
 
 
 def _update(member: Member, group: Group, step: Tensor, factor: Tensor, finite: Tensor) -> None:

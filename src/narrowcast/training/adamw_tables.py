@@ -38,6 +38,7 @@ class Layout(NamedTuple):
         indices: ``Member.number`` of each row: int32.
         places: Row in the step counters: int32.
         chunk_rows: Row of each chunk: int32, shape [chunks].
+        chunk_members: Which member each chunk is of, in the order of the groups: int32, shape [chunks].
         chunk_starts: First element of each chunk: int64, shape [chunks].
         logarithms: Of both betas: float64, shape [rows, 2].
     """
@@ -49,6 +50,7 @@ class Layout(NamedTuple):
     indices: torch.Tensor
     places: torch.Tensor
     chunk_rows: torch.Tensor
+    chunk_members: torch.Tensor
     chunk_starts: torch.Tensor
     logarithms: torch.Tensor
 
@@ -128,6 +130,7 @@ def _lay_out(groups: Sequence[Group], device: torch.device, chunk: int) -> Layou
         indices=there(torch.tensor([listed[at][1].number for at in order], dtype=torch.int32, device="cpu")),
         places=there(torch.tensor(order, dtype=torch.int32, device="cpu")),
         chunk_rows=there(chunk_rows.int()),
+        chunk_members=there(torch.tensor(order, dtype=torch.int32, device="cpu")[chunk_rows]),
         chunk_starts=there(chunk_starts),
         logarithms=there(torch.tensor(betas, dtype=torch.float64, device="cpu")),
     )

@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from narrowcast.errors import TrainingError, choices
 from narrowcast.training import adamw_reference
-from narrowcast.training.adamw_reference import Group, Member
+from narrowcast.training.adamw_reference import NAN, Group, Member, Verdict
 
 __all__ = ["FusedAdamW", "Rounding", "adamw"]
 
@@ -96,6 +96,7 @@ class FusedAdamW(Optimizer):
         self._scale: tuple[float, Tensor] | None = None
         self.grad_norm: Tensor | None = None
         self.finite: Tensor | None = None
+        self._verdict: Verdict | None = None
         super().__init__(params, {**defaults, "rounding": rounding, "seed": seed})
 
     def update(self, inverse_scale: float | Tensor = 1.0, clip_norm: float | None = None) -> tuple[Tensor, Tensor]:
@@ -152,11 +153,28 @@ class FusedAdamW(Optimizer):
         if self._engine is None:
             self._engine = _engine(device)
         scale = self._on_device(inverse_scale, device)
-        self.grad_norm, self.finite = self._engine(groups, steps, scale, clip_norm, zero=self._zero)
+        self._verdict = self._engine(groups, steps, scale, clip_norm, zero=self._zero)
+        self.grad_norm, self.finite = self._verdict.norm, self._verdict.finite
         for parameter, gradient in ((member.parameter, member.gradient) for member in members):
             if self._zero and gradient is not parameter.grad and parameter.grad is not None:
                 parameter.grad.zero_()
         return loss
+
+    def broken(self) -> list[tuple[Tensor, int, int]]:
+        """Return the parameters whose gradients were not finite in the last update; waits for the device.
+
+        The gradients themselves may be gone: the update has counted.
+
+        Returns:
+            Of each, how many elements were infinite and how many NaN.
+        """
+        if self._verdict is None:
+            return []
+        found = [[0, 0] for _ in self._counted]
+        for member, count in zip(self._verdict.members.tolist(), self._verdict.broken.tolist(), strict=True):
+            found[member][0] += count % NAN
+            found[member][1] += count // NAN
+        return [(one, inf, nan) for one, (inf, nan) in zip(self._counted, found, strict=True) if inf or nan]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch does; raises TrainingError for parameters that it does not take."""
@@ -250,7 +268,7 @@ class FusedAdamW(Optimizer):
 class _Engine(Protocol):
     def __call__(
         self, groups: list[Group], steps: Tensor, inverse_scale: Tensor, clip_norm: float | None, *, zero: bool
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> Verdict: ...
 
 
 def _engine(device: torch.device) -> _Engine:

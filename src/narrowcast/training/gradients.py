@@ -15,7 +15,7 @@ from torch import Tensor
 
 from narrowcast.training import multi_tensor
 
-__all__ = ["Broken", "Census", "FusedUpdate", "Gradients", "Ranks"]
+__all__ = ["Broken", "Census", "CountingUpdate", "Counts", "FusedUpdate", "Gradients", "Norms", "Ranks"]
 
 
 class Ranks(Protocol):
@@ -58,6 +58,15 @@ class FusedUpdate(Protocol):
         ...
 
 
+@runtime_checkable
+class CountingUpdate(FusedUpdate, Protocol):
+    """An optimizer that also counts what is not finite, so that nobody needs the gradients to say where numbers broke."""
+
+    def broken(self) -> list[tuple[Tensor, int, int]]:
+        """Return the parameters with such gradients in the last update, with their infinite elements and their NaN."""
+        ...
+
+
 class Broken(NamedTuple):
     """A parameter whose gradient is not finite, or has a norm that is not, with how many elements are infinite and NaN.
 
@@ -74,22 +83,56 @@ class Broken(NamedTuple):
         return "nan" if self.nan else "inf"
 
 
-class Census(NamedTuple):
-    """The norms of gradients, which tell where numbers broke when the gradients are gone.
+class Census(Protocol):
+    """What tells where numbers broke when the gradients are gone."""
+
+    @property
+    def row(self) -> Tensor:
+        """Numbers on the device that it has to be given back on the host: FP32, 1-d, perhaps none."""
+        ...
+
+    def broken(self, row: Tensor) -> tuple[Broken, ...]:
+        """Return the parameters whose gradients are not finite, in the order of the backward pass; may wait for the device.
+
+        Args:
+            row: The numbers, wherever they are.
+        """
+        ...
+
+
+class Norms(NamedTuple):
+    """The census by norms.
 
     Args:
         names: Of the parameters, in the order of the forward pass.
-        norms: Of their gradients, FP32, [names].
+        row: Norms of their gradients, FP32, [names].
     """
 
     names: tuple[str, ...]
-    norms: Tensor
+    row: Tensor
 
-    def broken(self) -> tuple[Broken, ...]:
-        """Return the parameters whose norms are not finite, in the order of the backward pass; waits for the device."""
-        sizes = zip(self.names, self.norms.tolist(), strict=True)
+    def broken(self, row: Tensor) -> tuple[Broken, ...]:
+        sizes = zip(self.names, row.tolist(), strict=True)
         found = [Broken(name, int(math.isinf(size)), int(math.isnan(size))) for name, size in sizes]
         return tuple(one for one in reversed(found) if one.inf or one.nan)
+
+
+class Counts(NamedTuple):
+    """The census by an optimizer that counts.
+
+    Args:
+        names: Of the parameters by their ids, in the order of the forward pass.
+        optimizer: It; its next update has not come yet when it is asked.
+        row: Nothing.
+    """
+
+    names: Mapping[int, str]
+    optimizer: CountingUpdate
+    row: Tensor
+
+    def broken(self, row: Tensor) -> tuple[Broken, ...]:
+        counted = {id(one): (inf, nan) for one, inf, nan in self.optimizer.broken()}
+        return tuple(Broken(self.names[key], *counted[key]) for key in reversed(list(self.names)) if key in counted)
 
 
 class Gradients:
@@ -125,9 +168,14 @@ class Gradients:
         squares = ranks.sum(self._norms([one for one in self._values if id(one) in sharded]).square().sum())
         return (squares + self._norms(whole).square().sum()).sqrt() if whole else squares.sqrt()
 
-    def census(self) -> Census:
+    def norms(self) -> Norms:
         """Return the norms that :meth:`norm` took; no gradient is kept by it."""
-        return Census(tuple(self._named), self._each if self._each is not None else torch.empty(0, device=self._device))
+        return Norms(tuple(self._named), self._each if self._each is not None else torch.empty(0, device=self._device))
+
+    def counts(self, optimizer: CountingUpdate) -> Counts:
+        """Return what an optimizer will say of its update; no gradient is kept by it."""
+        names = {id(one): name for name, one in self._named.items()}
+        return Counts(names, optimizer, torch.empty(0, device=self._device))
 
     @torch.no_grad()
     def multiply(self, factor: Tensor | float) -> None:

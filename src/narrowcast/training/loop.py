@@ -137,14 +137,14 @@ class Loop:
                 pace.count()
                 if at.batches == run.batches:
                     info = trainer.flush() or info
-                if not (info.updated or info.skipped):
+                if not info.closed:
                     continue
-                self._shown.stepped(trainer.steps, trainer.skipped)
+                self._shown.stepped(trainer.steps_at_most)
                 new_epoch = at.batches // run.feeder.per_epoch > closed // run.feeder.per_epoch
                 closed = at.batches
                 self._after(info, pace, new_epoch=new_epoch)
                 at.seconds = time.perf_counter() - started
-                if info.updated and trainer.steps % self._config.checkpoint.every == 0:
+                if self._is_due(info, self._config.checkpoint.every):
                     self._save()
                 if interrupts.asked:
                     trainer.stopping.ask()
@@ -155,15 +155,20 @@ class Loop:
             batches.close()
 
     def _done(self) -> bool:
-        if self._config.steps is not None:
-            return self._trainer.steps >= self._config.steps
+        steps = self._config.steps
+        if steps is not None:
+            return self._trainer.steps_at_most >= steps and self._trainer.steps >= steps
         return self._run.batches is not None and self._at.batches >= self._run.batches
+
+    def _is_due(self, info: StepInfo, every: int) -> bool:
+        """Return whether a step made an update of which each so many are due; waits only where the answer may be yes."""
+        return self._trainer.steps_at_most % every == 0 and info.updated
 
     def _after(self, info: StepInfo, pace: _Pace, *, new_epoch: bool) -> None:
         """Log and validate where it is time to."""
-        step, every = self._trainer.steps, self._config.validate_every
-        logs = info.updated and (step % self._config.log.every == 0 or self._done())
-        if logs:
+        every = self._config.validate_every
+        if self._is_due(info, self._config.log.every) or (self._done() and info.updated):
+            step = self._trainer.steps
             self._at.loss = info.loss
             line = {
                 "loss": info.loss,
@@ -175,12 +180,12 @@ class Loop:
             }
             self._write(step, line)
             self._shown.logged(step, line)
-        due = new_epoch if every is None else info.updated and step % every == 0
+        due = new_epoch if every is None else self._is_due(info, every)
         if self._run.parts.validation is not None and (due or self._done()):
             result = self._run.score(self._trainer.model, "validation", self._run.policy)
             self._at.validation = result.model_dump()
-            self._write(step, {"validation": self._at.validation})
-            self._shown.validated(step, result)
+            self._write(self._trainer.steps, {"validation": self._at.validation})
+            self._shown.validated(self._trainer.steps, result)
             pace.restart()
 
     # What is written --------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ class Progress(Protocol):
         """Everything is there; training begins, or goes on after a step."""
         ...
 
-    def stepped(self, step: int, skipped: int) -> None:
-        """An update was made, or left out."""
+    def stepped(self, step: int) -> None:
+        """A window closed after so many updates; its own counts as made where that is not known yet."""
         ...
 
     def logged(self, step: int, line: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ class Silent:
     def started(self, run: Assembled, out: Path, step: int) -> None:
         """Do nothing."""
 
-    def stepped(self, step: int, skipped: int) -> None:
+    def stepped(self, step: int) -> None:
         """Do nothing."""
 
     def logged(self, step: int, line: dict[str, Any]) -> None:

@@ -99,20 +99,25 @@ class Settling:
         self._books = books
         self._reduction = reduction
         self._courier = Courier(device, parameters + 2)
-        self._pending: tuple[Decision, tuple[str, ...]] | None = None
+        self._pending: tuple[Decision, Census] | None = None
+
+    @property
+    def under_way(self) -> int:
+        """How many decisions the host does not know: 0 or 1."""
+        return self._pending is not None
 
     def later(self, census: Census, loss: Tensor, finite: Tensor) -> Decision:
         """Return a decision that is on its way to the host; the one before must be settled.
 
         Args:
-            census: The norms of the gradients.
+            census: What tells where numbers broke.
             loss: This rank's own loss, 0-d.
             finite: Whether the update was made, 0-d, bool.
         """
         assert self._pending is None
-        self._courier.send(torch.cat([census.norms, torch.stack([loss.float(), finite.float()])]))
+        self._courier.send(torch.cat([census.row, torch.stack([loss.float(), finite.float()])]))
         decision = Decision(ask=self.settled)
-        self._pending = decision, census.names
+        self._pending = decision, census
         return decision
 
     def settled(self) -> Books:
@@ -124,15 +129,15 @@ class Settling:
         """
         if self._pending is None:
             return self._books
-        decision, names = self._pending
+        decision, census = self._pending
         row = self._courier.receive()
-        norms, loss, finite = row[:-2], row[-2], bool(row[-1])
+        rest, loss, finite = row[:-2], row[-2], bool(row[-1])
         self._pending = None
         decision.settle(Fate.of(self._books.steps, updated=finite))
         if finite:
             self._books.count()
         else:
-            self._books.leave_out(self._reduction.origin(Census(names, norms).broken(), loss))
+            self._books.leave_out(self._reduction.origin(census.broken(rest), loss))
         return self._books
 
 

@@ -20,12 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-from narrowcast.training.adamw_reference import LARGEST_SQUARE, Group
+from narrowcast.training.adamw_reference import LARGEST_SQUARE, NAN, Group, Verdict
 from narrowcast.training.adamw_tables import Launch, Layout, Tables
 
 __all__ = ["Kernels"]
 
-_CHUNK = 16384  # elements that one program works on, in tiles
+_CHUNK = 16384  # elements that one program works on, in tiles; fewer than NAN, so that counts of both kinds fit
 _TILE = 1024
 _WARPS = 4
 
@@ -46,7 +46,7 @@ class Kernels:
         clip_norm: float | None,
         *,
         zero: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Verdict:
         """As :func:`narrowcast.training.adamw_reference.update`."""
         device = steps.device
         norm, factor = torch.empty(2, dtype=torch.float32, device=device).unbind()
@@ -67,7 +67,7 @@ class Kernels:
             )
             for launch in layout.launches:
                 _run(launch, groups[launch.group], layout, steps, corrections, factor, finite, zero)
-        return norm, finite
+        return Verdict(norm, finite, sums[1], layout.chunk_members)
 
 
 def _measure(
@@ -83,6 +83,7 @@ def _measure(
             *(layout.addresses[1], layout.lengths, layout.chunk_rows, layout.chunk_starts, joined[0].first),
             *(inverse_scale, sums, broken),
             dtype=_DTYPES[gradient],
+            nan=NAN,
             **_shape(aligned, gradient),
         )
     return (sums, broken), torch.empty(len(layout.rows), 2, dtype=torch.float32, device=device)
@@ -160,11 +161,12 @@ def _offsets(tile: tl.constexpr, vector: tl.constexpr):
 
 
 @triton.jit
-def _add_squares(total, broken, pointer, offsets, count, inverse, masked: tl.constexpr):
+def _add_squares(total, broken, pointer, offsets, count, inverse, masked: tl.constexpr, nan: tl.constexpr):
     gradient = _read(pointer, offsets, count, masked)
-    lost = (gradient.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000
+    bits = gradient.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    lost = (bits >= 0x7F800000).to(tl.int32) + (bits > 0x7F800000).to(tl.int32) * (nan - 1)
     unscaled = gradient * inverse
-    return total + unscaled * unscaled, broken + lost.to(tl.int32)
+    return total + unscaled * unscaled, broken + lost
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -182,8 +184,9 @@ def _sum_squares(
     chunk: tl.constexpr,
     tile: tl.constexpr,
     vector: tl.constexpr,
+    nan: tl.constexpr,
 ):
-    """Write a chunk's sum of squares of unscaled gradients, and how many of its gradients are not finite."""
+    """Write a chunk's sum of squares of unscaled gradients, and its infinite elements plus ``nan`` for each NaN."""
     number = first + tl.program_id(0)
     row = tl.load(chunk_rows_ptr + number)
     start = tl.load(chunk_starts_ptr + number)
@@ -195,9 +198,9 @@ def _sum_squares(
     broken = tl.zeros([tile // vector, vector], tl.int32)
     whole = count // tile * tile
     for at in range(0, whole, tile):
-        total, broken = _add_squares(total, broken, pointer + at, offsets, count, inverse, False)
+        total, broken = _add_squares(total, broken, pointer + at, offsets, count, inverse, False, nan)
     if whole < count:
-        total, broken = _add_squares(total, broken, pointer + whole, offsets, count - whole, inverse, True)
+        total, broken = _add_squares(total, broken, pointer + whole, offsets, count - whole, inverse, True, nan)
     tl.store(sums_ptr + number, tl.sum(total))
     tl.store(broken_ptr + number, tl.sum(broken))
 

@@ -153,8 +153,8 @@ class _Watched:
     def started(self, run: Assembled, out: Path, step: int) -> None:
         self._shown.started(run, out, step)
 
-    def stepped(self, step: int, skipped: int) -> None:
-        self._shown.stepped(step, skipped)
+    def stepped(self, step: int) -> None:
+        self._shown.stepped(step)
 
     def logged(self, step: int, line: dict[str, Any]) -> None:
         self._shown.logged(step, line)

@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from narrowcast.training.gradients import FusedUpdate, Gradients, Ranks
+from narrowcast.training.gradients import Census, CountingUpdate, FusedUpdate, Gradients, Ranks
 
 __all__ = ["Outcome", "Update", "update_for"]
 
@@ -38,7 +39,11 @@ class Update(Protocol):
     """Moves the weights by their gradients, or leaves them as they are where those are not finite."""
 
     def leaves_out(self) -> bool:
-        """Return whether the device leaves the next update out by itself, and the gradients' census says what broke."""
+        """Return whether the device leaves the next update out by itself, and a census says what broke."""
+        ...
+
+    def census(self, gradients: Gradients) -> Census:
+        """Return what tells of the last update where numbers broke, without the gradients; only where it leaves out."""
         ...
 
     def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
@@ -67,108 +72,123 @@ def update_for(
     """
     if isinstance(optimizer, FusedUpdate):
         return _Own(optimizer, clip_norm, before)
-    if _is_fused(optimizer):
-        return _Fused(optimizer, clip_norm, ranks, before)
-    return _Plain(optimizer, clip_norm, ranks, before)
+    plain = _Plain(optimizer, _Measure(clip_norm, ranks), before)
+    return _Fused(plain) if _is_fused(optimizer) else plain
 
 
+@dataclass(frozen=True)
+class _Measure:
+    """Takes the norm of gradients.
+
+    Args:
+        clip_norm: The largest norm of all gradients together.
+        ranks: The processes that train together.
+    """
+
+    clip_norm: float | None
+    ranks: Ranks | None
+
+    def __call__(
+        self, gradients: Gradients, factor: Tensor | float, loss: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Return the norm, whether everything is finite, and the factor with clipping in it."""
+        norm = gradients.norm(self.ranks)
+        if not (isinstance(factor, float) and factor == 1.0):
+            norm = norm * factor
+        finite = torch.isfinite(norm + loss)
+        if self.ranks is not None and self.ranks.world > 1:
+            finite = self.ranks.all_finite(finite)
+        if self.clip_norm is not None:  # with the epsilon of torch.nn.utils.clip_grad_norm_
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0) * factor
+        return norm, finite, factor
+
+
+@dataclass(frozen=True)
 class _Own:
-    def __init__(self, optimizer: FusedUpdate, clip_norm: float | None, before: Callable[[], None]) -> None:
-        self._optimizer = optimizer
-        self._clip_norm = clip_norm
-        self._before = before
+    optimizer: FusedUpdate
+    clip_norm: float | None
+    before: Callable[[], None]
 
     def leaves_out(self) -> bool:
-        return False  # it does, but takes no norm of each gradient, and nobody keeps the gradients
+        return isinstance(self.optimizer, CountingUpdate)  # the others do, but cannot say what broke
+
+    def census(self, gradients: Gradients) -> Census:
+        assert isinstance(self.optimizer, CountingUpdate)
+        return gradients.counts(self.optimizer)
 
     def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
-        self._before()
+        self.before()
         inverse = torch.where(loss.isfinite(), factor, torch.nan)  # a factor of NaN makes every gradient one
-        norm, finite = self._optimizer.update(inverse, self._clip_norm)
+        norm, finite = self.optimizer.update(inverse, self.clip_norm)
         return Outcome(norm, finite, _on_host(finite, decide))
 
 
-class _Fused:
-    def __init__(
-        self, optimizer: Optimizer, clip_norm: float | None, ranks: Ranks | None, before: Callable[[], None]
-    ) -> None:
-        self._optimizer = optimizer
-        self._clip_norm = clip_norm
-        self._ranks = ranks
-        self._before = before
-        keeps = isinstance(optimizer, SGD) and any(group["momentum"] for group in optimizer.param_groups)
-        self._first = _Plain(optimizer, clip_norm, ranks, before) if keeps else None
+@dataclass(frozen=True)
+class _Plain:
+    optimizer: Optimizer
+    measure: _Measure
+    before: Callable[[], None]
 
     def leaves_out(self) -> bool:
-        return self._first is None or not self._begins()
+        return False
+
+    def census(self, gradients: Gradients) -> Census:
+        return gradients.norms()
+
+    def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
+        norm, finite, factor = self.measure(gradients, factor, loss)
+        known = _on_host(finite, decide)
+        if known is not False:
+            gradients.multiply(factor)
+            self.before()
+            self.optimizer.step()
+        return Outcome(norm, finite, known)
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """Updates by a fused optimizer; ``plain`` does what it cannot."""
+
+    plain: _Plain
+
+    def leaves_out(self) -> bool:
+        return not self._begins()
+
+    def census(self, gradients: Gradients) -> Census:
+        return gradients.norms()
 
     def _begins(self) -> bool:
-        """Return whether a parameter is about to get its first momentum."""
-        state = self._optimizer.state
-        return any(
-            one.grad is not None and "momentum_buffer" not in state.get(one, {})
-            for group in self._optimizer.param_groups
+        """Return whether an SGD is about to keep its first gradients as momentum.
+
+        Told to leave that update out, it would keep what the memory held.
+        """
+        optimizer = self.plain.optimizer
+        return isinstance(optimizer, SGD) and any(
+            one.grad is not None and "momentum_buffer" not in optimizer.state.get(one, {})
+            for group in optimizer.param_groups
             if group["momentum"]
             for one in group["params"]
         )
 
     def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
-        if self._first is not None and self._begins():
-            # SGD keeps its first gradients as momentum: told to leave that update out, it would keep what the memory held.
-            return self._first(gradients, factor, loss, decide=decide)
-        norm, finite, factor = _measured(gradients, factor, loss, self._clip_norm, self._ranks)
+        if self._begins():
+            return self.plain(gradients, factor, loss, decide=decide)
+        norm, finite, factor = self.plain.measure(gradients, factor, loss)
         known = _on_host(finite, decide)  # before the step, so that the device works on it while the host goes on
         if known is False:
             return Outcome(norm, finite, known)
-        self._before()
+        self.plain.before()
         if isinstance(factor, Tensor):
             divisor = factor.float().reciprocal()
         else:
             divisor = None if factor == 1.0 else torch.full((), 1 / factor, device=norm.device)
-        told: Any = self._optimizer  # by attributes, as torch.amp.GradScaler does
+        told: Any = self.plain.optimizer  # by attributes, as torch.amp.GradScaler does
         told.grad_scale, told.found_inf = divisor, None if known else finite.logical_not().float()
         try:
-            self._optimizer.step()
+            told.step()
         finally:
             del told.grad_scale, told.found_inf
         return Outcome(norm, finite, known)
-
-
-class _Plain:
-    def __init__(
-        self, optimizer: Optimizer, clip_norm: float | None, ranks: Ranks | None, before: Callable[[], None]
-    ) -> None:
-        self._optimizer = optimizer
-        self._clip_norm = clip_norm
-        self._ranks = ranks
-        self._before = before
-
-    def leaves_out(self) -> bool:
-        return False
-
-    def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
-        norm, finite, factor = _measured(gradients, factor, loss, self._clip_norm, self._ranks)
-        known = _on_host(finite, decide)
-        if known is not False:
-            gradients.multiply(factor)
-            self._before()
-            self._optimizer.step()
-        return Outcome(norm, finite, known)
-
-
-def _measured(
-    gradients: Gradients, factor: Tensor | float, loss: Tensor, clip_norm: float | None, ranks: Ranks | None
-) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Return the norm, whether everything is finite, and the factor with clipping in it."""
-    norm = gradients.norm(ranks)
-    if not (isinstance(factor, float) and factor == 1.0):
-        norm = norm * factor
-    finite = torch.isfinite(norm + loss)
-    if ranks is not None and ranks.world > 1:
-        finite = ranks.all_finite(finite)
-    if clip_norm is not None:  # with the epsilon of torch.nn.utils.clip_grad_norm_
-        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0) * factor
-    return norm, finite, factor
 
 
 def _on_host(flag: Tensor, decide: bool) -> bool | None:

@@ -98,6 +98,11 @@ class StepInfo:
     rate: Tensor | float
 
     @property
+    def closed(self) -> bool:
+        """Whether this step closed a window: it moved the weights or would have. Waits for nothing."""
+        return self.norm is not None
+
+    @property
     def step(self) -> int:
         """Updates done so far."""
         return self.decision.read().step
