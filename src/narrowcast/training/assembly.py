@@ -31,7 +31,7 @@ from narrowcast.training.networks import inputs_of, parameters_of, trainable, tr
 from narrowcast.training.objectives import Measure, Result, classes_of, loss_of, measure_of
 from narrowcast.training.policies import Precision, precision
 from narrowcast.training.shortage import answered
-from narrowcast.training.teacher_cache import CachedData, TeacherCache
+from narrowcast.training.teacher_cache import CachedData, TeacherCache, teacher_hash
 from narrowcast.training.window import Loss
 
 __all__ = ["Assembled", "assemble", "device_of", "factor", "policy_of"]
@@ -84,6 +84,18 @@ class Assembled:
     def example(self) -> Any:
         """Return the inputs of two samples, on the device."""
         return _example(self.parts.train, self.names, self.config.data.targets, self.ranks.device)
+
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of what is learnt from and measured on: each part of the data, and the teacher's weights."""
+        found = {name: part.sha256 for name, part in self.parts._asdict().items() if part is not None}
+        return found if self.distillation is None else found | {"teacher": teacher_hash(self.distillation.teacher)}
+
+    def source(self, name: str) -> str:
+        """Return the reference of something that has a hash."""
+        if name == "teacher":
+            assert self.config.distill is not None
+            return self.config.distill.teacher
+        return self.parts._asdict()[name].source
 
     def taught(self, batch: Batch) -> tuple[Any, Any]:
         """Return a batch as the trainer takes it, with what the teacher says of it where there is one."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ class Loop:
             self._watch.save(self._trainer.steps, keep=keep)
         checkpoints.save(
             self._out / CHECKPOINTS,
-            {"trainer": self._trainer.state_dict(), "position": asdict(self._at), "data": self._hashes()},
+            {"trainer": self._trainer.state_dict(), "position": asdict(self._at), "data": self._hashes},
             step=self._trainer.steps,
             ranks=self._ranks,
             own={"random": random_state()},
@@ -253,21 +254,23 @@ class Loop:
         else:  # other processes than before: any numbers do, if they are the same each time
             torch.manual_seed(hash((self._config.seed, self._trainer.steps, self._ranks.rank)))
 
+    @cached_property
     def _hashes(self) -> dict[str, str]:
-        return {name: part.sha256 for name, part in self._run.parts._asdict().items() if part is not None}
+        return self._run.hashes()
 
     def _check_data(self, before: dict[str, str], checkpoint: str) -> None:
-        """Check that the data are those of a checkpoint: others could hold trained samples in the part that is reported.
+        """Check that data and teacher are those of a checkpoint: others could hold trained samples in the reported part.
 
         Raises:
-            TrainingError: A reference names other data now.
+            TrainingError: A reference names something else now.
         """
-        for name, part in self._run.parts._asdict().items():
-            if part is not None and before.get(name) != part.sha256:
+        for name, sha256 in self._hashes.items():
+            if before.get(name) != sha256:
+                what = f"the {name}" if name == "teacher" else f"the data of the {name} part"
                 raise TrainingError(
-                    f"data {part.source} ({name} part) have other content than when {checkpoint} was written",
-                    allowed="the same data",
-                    next_step="put the data back, or begin anew in another folder: --out",
+                    f"{what} ({self._run.source(name)}) changed since {checkpoint} was written",
+                    allowed="the same data and the same teacher",
+                    next_step="put them back, or begin anew in another folder: --out",
                 )
 
     def _finish(self) -> RunResult:

@@ -203,7 +203,7 @@ def test_a_run_does_not_go_on_with_other_data_behind_the_same_name() -> None:
     settings = ("network=py:run_nets:tokens", "data={train: npz:tokens.npz, targets: input}", "loss=next-token")
     fit(config_of(*settings), Path("run"))
     write(1)
-    with pytest.raises(TrainingError, match=r"data npz:tokens\.npz \(train part\) have other content"):
+    with pytest.raises(TrainingError, match=r"the data of the train part \(npz:tokens\.npz\) changed since"):
         fit(config_of(*settings, "epochs=5"), Path("run"), resume=True)
 
 
@@ -273,6 +273,18 @@ def test_a_student_learns_from_a_run() -> None:
     assert any((Path("student") / "teacher").iterdir())
     with pytest.raises(TrainingError, match="augmented"):
         fit(config_of("distill={teacher: teacher, cache: true}"), Path("other"))
+
+
+@pytest.mark.parametrize("cache", ["true", "false"])
+def test_a_student_does_not_go_on_with_another_teacher_behind_the_same_name(cache: str) -> None:
+    settings = (f"distill={{teacher: teacher, cache: {cache}}}", "data.augment.noise=0")
+    fit(config_of("epochs=1"), Path("teacher"))
+    with pytest.raises(KeyboardInterrupt):
+        fit(config_of(*settings), Path("student"), progress=Stops(7))
+    fit(config_of("epochs=1", "seed=1"), Path("teacher"), force=True)
+    with pytest.raises(TrainingError, match=r"the teacher \(teacher\) changed since") as caught:
+        fit(config_of(*settings), Path("student"), resume=True)
+    assert "begin anew" in caught.value.next_step
 
 
 def test_tensorboard_holds_the_scalars_of_the_log() -> None:
