@@ -165,7 +165,7 @@ def encode_json(name: str, datatype: Datatype, array: Array) -> Array | list[str
             raise Refusal(400, f"output {name!r} is not UTF-8 text; ask for it with 'binary_data'") from None
     if datatype.name == "BF16":
         array = array.astype(np.float32)
-    return np.ascontiguousarray(array).reshape(-1)
+    return array.ravel()
 
 
 def finite(datatype: Datatype, array: Array) -> bool:

@@ -26,6 +26,8 @@ from narrowcast.serving.shared_memory import SharedMemory
 
 __all__ = ["RestApi"]
 
+#: Says where the JSON of a request ends and its binary data begin.
+_HEADER_LENGTH = b"inference-header-content-length"
 _MODEL = r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?"
 _REPOSITORY = r"/v2/repository/models/(?P<name>[^/]+)"
 _REGION = r"/v2/systemsharedmemory(?:/region/(?P<region>[^/]+))?"
@@ -153,14 +155,17 @@ class RestApi:
         record = request.record
         if record is not None:
             record.found(served)
-        infer = read_infer(request.body, _header_length(request), scheduler.signature, self._limits, self._shared)
+        header_length = _header_length(request) if _HEADER_LENGTH in request.headers else None
+        infer = read_infer(request.body, header_length, scheduler.signature, self._limits, self._shared)
         if record is not None:
             record.read(infer.id, infer.rows)
         job = scheduler.submit(infer.inputs, infer.rows, priority=infer.priority, timeout=infer.timeout)
         if record is not None:
             record.job = job
-        if job.finished:
-            return self._answer(served, infer, job)
+        return self._answer(served, infer, job) if job.finished else self._awaited(served, infer, job)
+
+    def _awaited(self, served: ServedVersion, infer: InferRequest, job: Job) -> asyncio.Future[Response]:
+        """Return the answer to come; who cancels it takes the job out of the queue."""
         future: asyncio.Future[Response] = self._loop.create_future()
 
         def settle(job: Job) -> None:
@@ -172,7 +177,7 @@ class RestApi:
 
         def cancelled(future: asyncio.Future[Response]) -> None:
             if future.cancelled():
-                scheduler.cancel(job)
+                served.scheduler.cancel(job)
 
         job.done = settle
         future.add_done_callback(cancelled)
@@ -265,11 +270,9 @@ class RestApi:
         return json_response({})
 
 
-def _header_length(request: Request) -> int | None:
-    """Return the length of the JSON before binary data, or None where all is JSON."""
-    text = request.headers.get(b"inference-header-content-length")
-    if text is None:
-        return None
+def _header_length(request: Request) -> int:
+    """Return the length of the JSON before binary data."""
+    text = request.headers[_HEADER_LENGTH]
     if not text.isdigit() or len(text) > 12:
         raise Refusal(400, "Inference-Header-Content-Length is no length")
     return int(text)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from narrowcast.serving.protocol.requests import SharedSlice
 from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.signature import SharedSlice
 
 __all__ = ["SharedMemory"]
 

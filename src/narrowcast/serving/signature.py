@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from narrowcast.serving.datatypes import Datatype
 from narrowcast.serving.refusals import Refusal
 
-__all__ = ["Signature", "TensorSpec", "Tensors"]
+__all__ = ["RequestedOutput", "SharedSlice", "Signature", "TensorSpec", "Tensors"]
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -27,9 +27,36 @@ class TensorSpec:
 
     def admits(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape fits."""
-        return len(shape) == len(self.shape) and all(
-            size in (-1, given) for size, given in zip(self.shape, shape, strict=True)
-        )
+        if len(shape) != len(self.shape):
+            return False
+        for size, given in zip(self.shape, shape, strict=True):  # noqa: SIM110  a generator takes twice as long
+            if size not in (given, -1):
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class SharedSlice:
+    """A part of a shared memory region: name of the region, first byte and number of bytes."""
+
+    region: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class RequestedOutput:
+    """An output that a client asked for.
+
+    Attributes:
+        spec: The model's output.
+        binary: Whether it is sent as bytes behind the JSON.
+        shared: Where it is written instead, if the client asked for that.
+    """
+
+    spec: TensorSpec
+    binary: bool
+    shared: SharedSlice | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +78,21 @@ class Signature:
         """The inputs by name."""
         return {spec.name: spec for spec in self.inputs}
 
+    @cached_property
+    def output_by_name(self) -> dict[str, TensorSpec]:
+        """The outputs by name."""
+        return {spec.name: spec for spec in self.outputs}
+
+    @cached_property
+    def all_as_json(self) -> tuple[RequestedOutput, ...]:
+        """What a client gets that names no outputs."""
+        return tuple(RequestedOutput(spec, binary=False) for spec in self.outputs)
+
+    @cached_property
+    def all_as_bytes(self) -> tuple[RequestedOutput, ...]:
+        """What a client gets that names no outputs and asks for bytes."""
+        return tuple(RequestedOutput(spec, binary=True) for spec in self.outputs)
+
     def check(self, tensors: Mapping[str, NDArray[Any]]) -> int:
         """Check the shapes of a request's inputs, whose names and types are known to fit.
 
@@ -65,14 +107,15 @@ class Signature:
             tensor = tensors.get(spec.name)
             if tensor is None:
                 raise Refusal(400, f"input {spec.name!r} is missing")
-            if not spec.admits(tensor.shape):
+            shape = tensor.shape
+            if not spec.admits(shape):
                 raise Refusal(
-                    400, f"input {spec.name!r} has shape {list(tensor.shape)}; allowed: {list(spec.shape)} (-1: any)"
+                    400, f"input {spec.name!r} has shape {list(shape)}; allowed: {list(spec.shape)} (-1: any)"
                 )
             if self.batched:
-                if rows and tensor.shape[0] != rows:
-                    raise Refusal(400, f"input {spec.name!r} has {tensor.shape[0]} rows, the inputs before it {rows}")
-                rows = tensor.shape[0]
+                if rows and shape[0] != rows:
+                    raise Refusal(400, f"input {spec.name!r} has {shape[0]} rows, the inputs before it {rows}")
+                rows = shape[0]
                 if not rows:
                     raise Refusal(400, f"input {spec.name!r} has no rows")
         return rows or 1

@@ -14,10 +14,10 @@ from serving_models import FOURS, spec
 
 from narrowcast.serving.datatypes import DATATYPES, decode_binary, decode_json, encode_binary, encode_json
 from narrowcast.serving.limits import Limits
-from narrowcast.serving.protocol.requests import InferRequest, SharedSlice, read_infer
+from narrowcast.serving.protocol.requests import InferRequest, read_infer
 from narrowcast.serving.protocol.responses import infer_response
 from narrowcast.serving.refusals import Refusal
-from narrowcast.serving.signature import Signature
+from narrowcast.serving.signature import SharedSlice, Signature
 
 LIMITS = Limits(tensors=4, rank=6)
 TWO = Signature(
@@ -145,7 +145,7 @@ def test_outputs_are_as_they_were_asked_for() -> None:
         (described(shape=[2, 4], data=[[1, 2, 3, 4], 5]), "not nested as deep"),
         (described(parameters=3), "no JSON object"),
         (described(parameters={"binary_data_size": 16}, data=None), "0 bytes are left"),
-        (described(parameters={"binary_data_size": 0}), "both 'data' and 'binary_data_size'"),
+        (described(parameters={"binary_data_size": 0}), "more than one of 'data'"),
         (described(parameters={"shared_memory_region": "r"}, data=None), "both valid"),
         (described(parameters={"shared_memory_region": "r", "shared_memory_byte_size": -1}, data=None), "both valid"),
         (

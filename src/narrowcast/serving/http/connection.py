@@ -10,7 +10,7 @@ from typing import Protocol, cast
 import httptools
 
 from narrowcast.serving.http.encoding import compress, decompress
-from narrowcast.serving.http.message import Body, Request, Response, refused
+from narrowcast.serving.http.message import Request, Response, refused
 from narrowcast.serving.limits import HEADER_OVERHEAD, Limits
 from narrowcast.serving.refusals import Refusal
 
@@ -49,14 +49,13 @@ class Owner(Protocol):
 class _Pending:
     """A request whose answer is due: at the head of the queue it is written as soon as it is there."""
 
-    __slots__ = ("future", "head_only", "keep_alive", "request", "response")
+    __slots__ = ("future", "keep_alive", "request", "response")
 
-    def __init__(self, request: Request, keep_alive: bool) -> None:
+    def __init__(self, request: Request, keep_alive: bool, outcome: Response | asyncio.Future[Response]) -> None:
         self.request = request
         self.keep_alive = keep_alive
-        self.head_only = request.method == b"HEAD"
-        self.response: Response | None = None
-        self.future: asyncio.Future[Response] | None = None
+        self.response = outcome if isinstance(outcome, Response) else None
+        self.future = None if isinstance(outcome, Response) else outcome
 
 
 class Connection(asyncio.Protocol):
@@ -71,6 +70,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._limits = owner.limits
+        self._most_header_bytes = owner.limits.header_bytes
         self._parser = httptools.HttpRequestParser(self)
         self._pending: deque[_Pending] = deque()
         self._reading = False  # between the first byte of a request and its last
@@ -167,12 +167,13 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
         self._header_bytes += len(name) + len(value) + HEADER_OVERHEAD
-        self._check_headers()
-        known = self._headers.get(name)
-        self._headers[name] = value if known is None else known + b"," + value
+        if self._header_bytes > self._most_header_bytes:
+            self._check_headers()
+        headers = self._headers
+        headers[name] = value if name not in headers else headers[name] + b"," + value
 
     def _check_headers(self) -> None:
-        if self._header_bytes > self._limits.header_bytes:
+        if self._header_bytes > self._most_header_bytes:
             raise Refusal(431, f"the headers take more than {self._limits.header_bytes} bytes")
 
     def on_headers_complete(self) -> None:
@@ -196,33 +197,32 @@ class Connection(asyncio.Protocol):
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         request = Request(self._parser.get_method(), self._target, self._headers, body)
         keep_alive = self._parser.should_keep_alive() and b"upgrade" not in self._headers
-        pending = _Pending(request, keep_alive)
-        self._ended = not pending.keep_alive
+        self._ended = not keep_alive
         self._reset()
-        self._answer(pending)
+        outcome = self._outcome(request)
+        if isinstance(outcome, Response) and not self._pending:
+            self._write(request, outcome, keep_alive)
+        else:
+            self._await(_Pending(request, keep_alive, outcome))
 
     # answers ----------------------------------------------------------------------------------------------------------
 
-    def _answer(self, pending: _Pending) -> None:
-        """Ask the handler; an answer that is there at once, with none before it due, is written at once."""
-        request = pending.request
+    def _outcome(self, request: Request) -> Response | asyncio.Future[Response]:
+        """Return what the handler says; whatever goes wrong is an answer too."""
         try:
-            encoding = request.headers.get(b"content-encoding")
-            if encoding is not None:
+            if b"content-encoding" in request.headers:
+                encoding = request.headers[b"content-encoding"]
                 request.body = decompress(encoding, request.body, self._limits.decompressed_bytes)
-            outcome = self._owner.handler(request)
+            return self._owner.handler(request)
         except Refusal as refusal:
-            outcome = refused(refusal)
+            return refused(refusal)
         except Exception as error:
-            outcome = self._unmeant(error)
-        if isinstance(outcome, Response):
-            pending.response = outcome
-            if not self._pending:
-                self._write(pending)
-                return
-        else:
-            pending.future = outcome
-            outcome.add_done_callback(lambda _: self._ready(pending))
+            return self._unmeant(error)
+
+    def _await(self, pending: _Pending) -> None:
+        """Put an answer that is not there yet, or has others before it, into its turn."""
+        if pending.future is not None:
+            pending.future.add_done_callback(lambda _: self._ready(pending))
         self.deadline = None
         self._pending.append(pending)
         if len(self._pending) >= self._limits.pipelined:
@@ -244,27 +244,26 @@ class Connection(asyncio.Protocol):
         else:
             pending.response = refused(error) if isinstance(error, Refusal) else self._unmeant(error)
         full = len(self._pending) >= self._limits.pipelined
-        while self._pending and self._pending[0].response is not None:
-            self._write(self._pending.popleft())
+        while self._pending and (response := self._pending[0].response) is not None:
+            head = self._pending.popleft()
+            self._write(head.request, response, head.keep_alive)
         if full and not self._paused and not self._transport.is_closing():
             self._transport.resume_reading()
         self._rest()
 
-    def _write(self, pending: _Pending) -> None:
-        response = pending.response
-        assert response is not None
-        if b"accept-encoding" in pending.request.headers:
-            response = compress(pending.request, response)
-        parts = response.parts(keep_alive=pending.keep_alive, head_only=pending.head_only)
-        self._send(parts)
-        if response.close or not pending.keep_alive:
-            self._end()
-
-    def _send(self, parts: list[Body]) -> None:
-        if sum(map(len, parts)) < _JOIN_BELOW:
-            self._transport.write(b"".join(parts))
+    def _write(self, request: Request, response: Response, keep_alive: bool) -> None:
+        if b"accept-encoding" in request.headers:
+            response = compress(request, response)
+        keep_alive = keep_alive and not response.close
+        head, size = response.head(keep_alive=keep_alive)
+        if request.method == b"HEAD":
+            self._transport.write(head)
+        elif size < _JOIN_BELOW:
+            self._transport.write(b"".join((head, *response.body)))
         else:
-            self._transport.writelines(parts)
+            self._transport.writelines((head, *response.body))
+        if not keep_alive:
+            self._end()
 
     def _rest(self) -> None:
         """Wait for the next request, unless one is being read or an answer is due."""
@@ -278,12 +277,11 @@ class Connection(asyncio.Protocol):
         refusal.close = True
         self._ended = True
         self._reading = False
-        pending = _Pending(Request(b"GET", b"", {}, b""), keep_alive=False)
-        pending.response = refused(refusal)
+        request, response = Request(b"GET", b"", {}, b""), refused(refusal)
         if self._pending:
-            self._pending.append(pending)
+            self._pending.append(_Pending(request, False, response))
         else:
-            self._write(pending)
+            self._write(request, response, False)
 
     def _end(self) -> None:
         """Say that no more will be sent, and drop what still comes for a moment."""

@@ -62,18 +62,13 @@ class Response:
     headers: tuple[tuple[bytes, bytes], ...] = ()
     close: bool = False
 
-    def parts(self, *, keep_alive: bool, head_only: bool = False) -> list[Body]:
-        """Return what goes to the socket."""
-        head = b"%bDate: %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n" % (
-            _STATUS_LINES[self.status],
-            _clock.now(),
-            self.content_type,
-            sum(map(len, self.body)),
-        )
+    def head(self, *, keep_alive: bool) -> tuple[bytes, int]:
+        """Return status line and headers as they go to the socket, and the number of bytes of the body."""
+        size = sum(map(len, self.body))
+        head = b"%b%d\r\n" % (_heads.start(self.status, self.content_type), size)
         for name, value in self.headers:
             head += b"%b: %b\r\n" % (name, value)
-        head += b"\r\n" if keep_alive and not self.close else b"Connection: close\r\n\r\n"
-        return [head] if head_only else [head, *self.body]
+        return head + (b"\r\n" if keep_alive else b"Connection: close\r\n\r\n"), size
 
 
 def json_response(document: object, status: int = 200) -> Response:
@@ -94,17 +89,23 @@ _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".en
 
 
 @dataclass
-class _Clock:
-    """The Date header, formatted once a second."""
+class _Heads:
+    """What answers of a kind begin with, up to the length of the body; the Date header is formatted once a second."""
 
     second: int = -1
-    text: bytes = field(default=b"")
+    known: dict[tuple[int, bytes], bytes] = field(default_factory=dict[tuple[int, bytes], bytes])
 
-    def now(self) -> bytes:
+    def start(self, status: int, content_type: bytes) -> bytes:
         second = int(time.time())
         if second != self.second:
-            self.second, self.text = second, formatdate(second, usegmt=True).encode()
-        return self.text
+            self.second = second
+            self.known.clear()
+        start = self.known.get((status, content_type))
+        if start is None:
+            date = formatdate(second, usegmt=True).encode()
+            start = b"%bDate: %b\r\nContent-Type: %b\r\nContent-Length: " % (_STATUS_LINES[status], date, content_type)
+            self.known[status, content_type] = start
+        return start
 
 
-_clock = _Clock()
+_heads = _Heads()

@@ -12,14 +12,11 @@ import orjson
 from narrowcast.serving.datatypes import Datatype, decode_binary, decode_json
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.refusals import Refusal
-from narrowcast.serving.signature import Signature, Tensors, TensorSpec
+from narrowcast.serving.signature import RequestedOutput, SharedSlice, Signature, Tensors
 
 __all__ = [
     "InferRequest",
-    "RequestedOutput",
     "SharedRegions",
-    "SharedSlice",
-    "check_shape",
     "read_document",
     "read_infer",
 ]
@@ -34,36 +31,12 @@ _MAX_PRIORITY = 64
 _UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end")
 
 
-@dataclass(frozen=True)
-class SharedSlice:
-    """A part of a shared memory region: name of the region, first byte and number of bytes."""
-
-    region: str
-    offset: int
-    size: int
-
-
 class SharedRegions(Protocol):
     """Reads and writes parts of regions; both refuse what lies outside one."""
 
     def read(self, place: SharedSlice) -> bytes: ...
 
     def write(self, place: SharedSlice, data: bytes | memoryview) -> None: ...
-
-
-@dataclass(slots=True)
-class RequestedOutput:
-    """An output that a client asked for.
-
-    Attributes:
-        spec: The model's output.
-        binary: Whether it is sent as bytes behind the JSON.
-        shared: Where it is written instead, if the client asked for that.
-    """
-
-    spec: TensorSpec
-    binary: bool
-    shared: SharedSlice | None = None
 
 
 @dataclass(slots=True)
@@ -127,13 +100,14 @@ def read_document(
     Raises:
         Refusal: Anything does not fit.
     """
-    parameters = _object(document, "parameters", "the request")
-    inputs = _read_inputs(document, _Tail(data), signature, limits, shared)
-    outputs = _read_outputs(document, parameters, signature, limits)
+    inputs = _read_inputs(document, data, signature, limits, shared)
+    rows = signature.check(inputs)
     identity = document.get("id", "")
     if not isinstance(identity, str):
         raise Refusal(400, "'id' is no text")
-    request = InferRequest(identity, inputs, signature.check(inputs), outputs)
+    parameters = _object(document, "parameters", "the request")
+    outputs = _read_outputs(document, parameters, signature, limits)
+    request = InferRequest(identity, inputs, rows, outputs)
     if parameters:
         _apply(parameters, request)
     return request
@@ -164,12 +138,13 @@ def _objects(document: Object, key: str, limits: Limits) -> list[Object]:
     value = document.get(key)
     if not isinstance(value, list):
         raise Refusal(400, f"{key!r} is no array")
-    items = cast(list[object], value)
+    items = cast(list[Object], value)
     if len(items) > limits.tensors:
         raise Refusal(400, f"{key!r} has more than {limits.tensors} items")
-    if set(map(type, items)) - {dict}:
-        raise Refusal(400, f"an item of {key!r} is no JSON object")
-    return cast(list[Object], items)
+    for item in items:
+        if type(item) is not dict:
+            raise Refusal(400, f"an item of {key!r} is no JSON object")
+    return items
 
 
 class _Tail:
@@ -196,8 +171,14 @@ class _Tail:
         return sum(map(len, self._parts[self._part :])) - self._at if self._parts else 0
 
 
-def _read_inputs(document: Object, data: _Tail, signature: Signature, limits: Limits, shared: SharedRegions) -> Tensors:
+_NO_TAIL = _Tail(())
+
+
+def _read_inputs(
+    document: Object, data: Sequence[memoryview], signature: Signature, limits: Limits, shared: SharedRegions
+) -> Tensors:
     specs = signature.input_by_name
+    tail = _Tail(data) if data else _NO_TAIL
     inputs: Tensors = {}
     for item in _objects(document, "inputs", limits):
         name = item.get("name")
@@ -208,40 +189,36 @@ def _read_inputs(document: Object, data: _Tail, signature: Signature, limits: Li
             raise Refusal(400, f"the model has no input {name!r}; allowed: {', '.join(map(repr, specs))}")
         if name in inputs:
             raise Refusal(400, f"input {name!r} is given twice")
-        if item.get("datatype") != spec.datatype.name:
-            raise Refusal(400, f"input {name!r} has datatype {item.get('datatype')!r}; allowed: {spec.datatype.name}")
-        shape = check_shape(name, item.get("shape"), limits)
-        parameters = _object(item, "parameters", f"input {name!r}") if "parameters" in item else {}
-        size = parameters.get("binary_data_size")
-        if size is None:
-            inputs[name] = _read_elsewhere(name, spec.datatype, shape, item, parameters, shared)
-            continue
-        if "data" in item:
-            raise Refusal(400, f"input {name!r} has both 'data' and 'binary_data_size'")
-        inputs[name] = decode_binary(name, spec.datatype, shape, data.take(name, size))
-    if data.left:
-        raise Refusal(400, f"{data.left} bytes belong to no input")
+        datatype = spec.datatype
+        if item.get("datatype") != datatype.name:
+            raise Refusal(400, f"input {name!r} has datatype {item.get('datatype')!r}; allowed: {datatype.name}")
+        shape = _read_shape(name, item.get("shape"), limits)
+        if "parameters" in item:
+            inputs[name] = _read_elsewhere(name, datatype, shape, item, tail, shared)
+        else:
+            inputs[name] = decode_json(name, datatype, shape, item.get("data"))
+    if data and tail.left:
+        raise Refusal(400, f"{tail.left} bytes belong to no input")
     return inputs
 
 
 def _read_elsewhere(
-    name: str, datatype: Datatype, shape: tuple[int, ...], item: Object, parameters: Object, shared: SharedRegions
+    name: str, datatype: Datatype, shape: Sequence[int], item: Object, tail: _Tail, shared: SharedRegions
 ) -> Any:
-    """Return an input whose values are in the JSON or in shared memory."""
-    place = _shared_slice(f"input {name!r}", parameters) if parameters else None
-    if place is None:
+    """Return an input whose parameters may say that its values are behind the JSON, or in shared memory."""
+    parameters = _object(item, "parameters", f"input {name!r}")
+    size = parameters.get("binary_data_size")
+    place = _shared_slice("input", name, parameters)
+    if size is None and place is None:
         return decode_json(name, datatype, shape, item.get("data"))
-    if "data" in item:
-        raise Refusal(400, f"input {name!r} has both 'data' and a shared memory region")
-    return decode_binary(name, datatype, shape, memoryview(shared.read(place)))
+    if "data" in item or (size is not None and place is not None):
+        raise Refusal(400, f"input {name!r} has more than one of 'data', 'binary_data_size' and a shared memory region")
+    data = tail.take(name, size) if place is None else memoryview(shared.read(place))
+    return decode_binary(name, datatype, shape, data)
 
 
-def check_shape(name: str, value: object, limits: Limits) -> tuple[int, ...]:
-    """Return a shape whose axes are known to be integers of at least 0; nothing is allocated for it.
-
-    Raises:
-        Refusal: It is no such shape, or has too many axes.
-    """
+def _read_shape(name: str, value: object, limits: Limits) -> Sequence[int]:
+    """Return a shape whose axes are known to be integers of at least 0; nothing is allocated for it."""
     if not isinstance(value, list):
         raise Refusal(400, f"input {name!r} needs a 'shape' of integers")
     shape = cast(list[int], value)
@@ -256,27 +233,33 @@ def check_shape(name: str, value: object, limits: Limits) -> tuple[int, ...]:
         count *= size
     if count > _MOST_ELEMENTS:
         raise Refusal(400, f"input {name!r}: no tensor has shape {shape}")
-    return tuple(shape)
+    return shape
 
 
-def _shared_slice(owner: str, parameters: Object) -> SharedSlice | None:
+def _shared_slice(kind: str, name: str, parameters: Object) -> SharedSlice | None:
     region = parameters.get("shared_memory_region")
     size = parameters.get("shared_memory_byte_size")
     offset = parameters.get("shared_memory_offset", 0)
     if region is None and size is None:
         return None
     if not isinstance(region, str) or type(size) is not int or type(offset) is not int or size < 0 or offset < 0:
-        raise Refusal(400, f"{owner} needs 'shared_memory_region' and 'shared_memory_byte_size', both valid")
+        raise Refusal(400, f"{kind} {name!r} needs 'shared_memory_region' and 'shared_memory_byte_size', both valid")
     return SharedSlice(region, offset, size)
 
 
 def _read_outputs(
     document: Object, parameters: Object, signature: Signature, limits: Limits
 ) -> tuple[RequestedOutput, ...]:
-    binary = _flag(parameters, "binary_data_output", "the request", default=False)
-    if document.get("outputs") is None:
-        return tuple(RequestedOutput(spec, binary) for spec in signature.outputs)
-    specs = {spec.name: spec for spec in signature.outputs}
+    binary = _flag(parameters, "binary_data_output", "the request", default=False) if parameters else False
+    if document.get("outputs") in (None, []):
+        return signature.all_as_bytes if binary else signature.all_as_json
+    return _read_named_outputs(document, binary, signature, limits)
+
+
+def _read_named_outputs(
+    document: Object, binary: bool, signature: Signature, limits: Limits
+) -> tuple[RequestedOutput, ...]:
+    specs = signature.output_by_name
     outputs: dict[str, RequestedOutput] = {}
     for item in _objects(document, "outputs", limits):
         name = item.get("name")
@@ -288,9 +271,9 @@ def _read_outputs(
         own = _object(item, "parameters", owner)
         if own.get("classification"):
             raise Refusal(501, f"{owner}: this server does not have the classification extension")
-        shared = _shared_slice(owner, own)
+        shared = _shared_slice("output", name, own)
         outputs[name] = RequestedOutput(specs[name], _flag(own, "binary_data", owner, default=binary), shared)
-    return tuple(outputs.values()) or tuple(RequestedOutput(spec, binary) for spec in signature.outputs)
+    return tuple(outputs.values())
 
 
 def _flag(parameters: Object, key: str, owner: str, *, default: bool) -> bool:
@@ -336,5 +319,4 @@ def _read_raw(body: bytes, signature: Signature) -> InferRequest:
             shape[axis] = len(body) // known if known else 0
         tensor = decode_binary(spec.name, spec.datatype, shape, memoryview(body))
     inputs = {spec.name: tensor}
-    outputs = tuple(RequestedOutput(output, binary=True) for output in signature.outputs)
-    return InferRequest("", inputs, signature.check(inputs), outputs)
+    return InferRequest("", inputs, signature.check(inputs), signature.all_as_bytes)

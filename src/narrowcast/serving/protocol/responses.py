@@ -8,9 +8,9 @@ import orjson
 
 from narrowcast.serving.datatypes import encode_binary, encode_json, finite
 from narrowcast.serving.http.message import Body, Response
-from narrowcast.serving.protocol.requests import InferRequest, RequestedOutput, SharedRegions, SharedSlice
+from narrowcast.serving.protocol.requests import InferRequest, SharedRegions
 from narrowcast.serving.refusals import Refusal
-from narrowcast.serving.signature import Tensors
+from narrowcast.serving.signature import RequestedOutput, SharedSlice, Tensors
 
 __all__ = ["check_output", "infer_response", "write_shared"]
 
