@@ -20,6 +20,8 @@ Floats = NDArray[np.float64]
 SENT_IN_TIME = 0.99
 #: Share of a core from which on a sender is said to be saturated.
 BUSY = 0.9
+#: Share of a core from which on a sender is late by its own work.
+_OWN_WORK = 0.7
 #: Change of the median latency over a run, as a share of it, from which on it is said.
 _DRIFT = 0.1
 #: Stretches that a trend is looked for in.
@@ -44,21 +46,21 @@ def findings(run: Run, latencies: Floats, lateness: float, slo: Slo | None) -> I
 
 
 def _sending(run: Run, lateness: float) -> Iterator[Finding]:
-    _, most, longest = run.client.lateness
-    busy = f"the busiest sender used {run.client.cpu_share:.0%} of a core"
-    if run.open and most > lateness:
-        why = (
-            f"; {run.client.waited} requests found all {run.client.connections} connections busy: allow more with --connections"
-            if run.client.waited
-            else f"; {busy}: lower the rate, or send with more --processes"
+    client = run.client
+    busy = f"the busiest sender used {client.cpu_share:.0%} of a core"
+    if run.open and run.lateness.p99 > lateness:
+        words = (
+            f"requests were sent late: 1% of them by more than {_ms(run.lateness.p99)}, where {_ms(lateness)} is allowed, "
+            f"and the latest by {_ms(run.lateness.longest)}"
         )
-        yield Finding(
-            kind="late",
-            void=True,
-            words=f"requests were sent late: 1% of them by more than {_ms(most)} (at most {_ms(lateness)} is allowed), "
-            f"the latest by {_ms(longest)}{why}",
-        )
-    if run.client.cpu_share > BUSY:
+        if client.waited:
+            why = f"{client.waited} found all {client.connections} connections busy: allow more with --connections"
+        elif client.cpu_share > _OWN_WORK:
+            why = f"{busy}: lower the rate, or send with more --processes"
+        else:
+            why = f"{busy}, so other programs kept the processor from it: use an idle machine, or allow it with --lateness"
+        yield Finding(kind="late", void=True, words=f"{words}; {why}")
+    if client.cpu_share > BUSY:
         words = f"the load generator was saturated: {busy}"
         yield Finding(
             kind="saturated",

@@ -15,7 +15,7 @@ from scipy import stats
 
 from narrowcast.measure.statistics import CONFIDENCE, Estimate, percentile
 
-__all__ = ["BLOCKS", "block_means", "inflation", "mean", "quantile"]
+__all__ = ["BLOCKS", "block_means", "inflation", "mean", "quantile", "share"]
 
 Floats = NDArray[np.float64]
 
@@ -54,6 +54,22 @@ def mean(values: Floats) -> Estimate | None:
     middle = float(values.mean())
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(means) - 1) * means.std(ddof=1)) / math.sqrt(len(means))
     return Estimate(middle, middle - half, middle + half, len(values))
+
+
+def share(values: Floats) -> Estimate:
+    """Return the share of ones in a series of ones and zeros, with its interval; of an empty series nothing is known.
+
+    The interval is that of Clopper and Pearson for as many independent values as the series is worth, so that a series without
+    a one does not claim that there are none.
+    """
+    if not len(values):
+        return Estimate(0.0, 0.0, 1.0, 0)
+    found = float(values.mean())
+    worth = len(values) / inflation(values)
+    ones, tail = found * worth, (1 - CONFIDENCE) / 2
+    low = float(stats.beta.ppf(tail, ones, worth - ones + 1)) if ones else 0.0
+    high = float(stats.beta.ppf(1 - tail, ones + 1, worth - ones)) if found < 1 else 1.0
+    return Estimate(found, low, high, len(values))
 
 
 def quantile(values: Floats, q: float) -> Estimate | None:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from narrowcast.measure.load.checks import findings
-from narrowcast.measure.load.estimates import BLOCKS, mean, quantile
+from narrowcast.measure.load.estimates import BLOCKS, mean, quantile, share
 from narrowcast.measure.load.records import Outcome, Records
-from narrowcast.measure.load.values import Bin, Client, Counts, Energy, Percentile, Run, Slo
+from narrowcast.measure.load.values import Bin, Client, Counts, Energy, Lateness, Percentile, Run, Slo
 from narrowcast.measure.statistics import CONFIDENCE, Estimate
 
 __all__ = ["Span", "missed", "summarise", "window"]
@@ -70,12 +70,13 @@ def summarise(records: Records, span: Span, client: Client, energy: Energy, slo:
         rate=_rate(records, span, np.inf),
         rows_rate=_rows(records, span) / seconds,
         goodput=None if slo is None else _rate(records, span, slo.seconds),
-        within=None if slo is None else _complement(missed(counted, slo.seconds)),
+        within=None if slo is None else _within(counted, slo.seconds),
         mean=mean(latencies),
         percentiles=tuple(Percentile(q=q, estimate=quantile(latencies, q)) for q in _asked(slo)),
         curve=tuple(_curve(latencies)),
         unloaded=float(np.median(good["done"] - good["sent"])) if len(good) else None,
         bins=tuple(_bins(records, span.end)),
+        lateness=_lateness(counted),
         client=client,
         findings=(),
         energy=energy,
@@ -97,14 +98,15 @@ def query_latencies(good: Records) -> Floats:
     return np.maximum.reduceat(good["done"], starts) - good["intended"][starts]
 
 
-def missed(counted: Records, bound: float) -> Estimate | None:
-    """Return the share of requests without a good answer within a bound, with its interval; None for too few requests."""
+def missed(counted: Records, bound: float) -> Floats:
+    """Return 1 for each request without a good answer within a bound, 0 for the others, in their order."""
     late = ~((counted["outcome"] == Outcome.OK) & (counted["done"] - counted["intended"] <= bound))
-    return mean(late.astype(np.float64))
+    return late.astype(np.float64)
 
 
-def _complement(share: Estimate | None) -> Estimate | None:
-    return None if share is None else Estimate(1 - share.value, 1 - share.high, 1 - share.low, share.samples)
+def _within(counted: Records, bound: float) -> Estimate:
+    found = share(missed(counted, bound))
+    return Estimate(1 - found.value, 1 - found.high, 1 - found.low, found.samples)
 
 
 def _asked(slo: Slo | None) -> list[float]:
@@ -119,6 +121,14 @@ def _counts(counted: Records) -> Counts:
 def _statuses(counted: Records) -> dict[str, int]:
     found = Counter(counted["status"].tolist())
     return {str(status): count for status, count in sorted(found.items()) if status >= 0}
+
+
+def _lateness(counted: Records) -> Lateness:
+    late = counted["sent"] - counted["intended"]
+    late = late[np.isfinite(late)]
+    if not len(late):
+        return Lateness(median=0.0, p99=0.0, longest=0.0)
+    return Lateness(median=float(np.median(late)), p99=float(np.percentile(late, 99)), longest=float(late.max()))
 
 
 def _rate(records: Records, span: Span, bound: float) -> Estimate | None:

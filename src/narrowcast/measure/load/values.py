@@ -15,6 +15,7 @@ __all__ = [
     "Counts",
     "Energy",
     "Finding",
+    "Lateness",
     "LoadResult",
     "Percentile",
     "Probe",
@@ -86,7 +87,6 @@ class Client(_Value):
         processes: Processes that sent.
         cpu_share: CPU time of the busiest one, as a share of a core.
         lag: 99th percentile of how late its event loop woke up, in seconds.
-        lateness: Median, 99th percentile and largest time from when a request was due to when it was sent, in seconds.
         connections: Connections that were open together at most.
         waited: Requests that found all connections busy.
     """
@@ -94,9 +94,16 @@ class Client(_Value):
     processes: int
     cpu_share: float
     lag: float
-    lateness: tuple[float, float, float]
     connections: int
     waited: int
+
+
+class Lateness(_Value):
+    """Seconds from when requests were due to when they were sent: the load generator's own delay."""
+
+    median: float
+    p99: float
+    longest: float
 
 
 class Finding(_Value):
@@ -141,6 +148,7 @@ class Run(_Value):
         curve: The same at many percentiles, as far as the sample supports them.
         unloaded: Median from the sending of a request to its answer: what a client that waits for itself would report.
         bins: The course of the run, warm-up included.
+        lateness: Of the requests; they were sent when they were due only in an open loop.
         client: How the load generator fared.
         findings: What to know before believing this.
         energy: What it took.
@@ -162,6 +170,7 @@ class Run(_Value):
     curve: tuple[Percentile, ...]
     unloaded: float | None
     bins: tuple[Bin, ...]
+    lateness: Lateness
     client: Client
     findings: tuple[Finding, ...]
     energy: Energy
