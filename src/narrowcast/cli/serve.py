@@ -69,6 +69,9 @@ def serve(
             help="What goes to stderr: quiet (warnings), events, text or json (a line for each request too), json-events."
         ),
     ] = "events",
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Send traces over OTLP/HTTP, where OTEL_EXPORTER_OTLP_ENDPOINT says.")
+    ] = False,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that requests have to finish at the end.")] = 30.0,
     render: Annotated[
         str | None,
@@ -137,5 +140,5 @@ def serve(
             console().print(f"{name}: {address}", markup=False)
         console().print(f"models: {', '.join(names) or 'none'}", markup=False)
 
-    if not running.serve(Repository(places), hosting, options, listening, read_log_style(log)):
+    if not running.serve(Repository(places), hosting, options, listening, read_log_style(log), trace=trace):
         raise typer.Exit(1)

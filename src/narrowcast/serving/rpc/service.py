@@ -25,7 +25,7 @@ from narrowcast.serving.shared_memory import SharedMemory
 from narrowcast.serving.watching.calls import WatchedCalls
 from narrowcast.serving.watching.records import Observer, RequestRecord
 
-__all__ = ["SERVICE", "InferenceService"]
+__all__ = ["CODES", "SERVICE", "InferenceService"]
 
 #: The service's full name.
 SERVICE = "inference.GRPCInferenceService"
@@ -35,7 +35,7 @@ Context = Any  # grpc.aio.ServicerContext, whose type takes parameters that nobo
 Method = Callable[[Any, Context], Awaitable[Any]]
 
 #: What an HTTP status is called in gRPC.
-_CODES = {
+CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
@@ -282,4 +282,4 @@ def _answering(method: Method) -> Method:
 async def _abort(context: Context, refusal: Refusal) -> None:
     trailing = () if refusal.retry_after is None else (("retry-after", str(max(1, math.ceil(refusal.retry_after)))),)
     trailing = (*context.trailing_metadata(), *trailing)
-    await context.abort(_CODES.get(refusal.status, grpc.StatusCode.INTERNAL), refusal.message, trailing)
+    await context.abort(CODES.get(refusal.status, grpc.StatusCode.INTERNAL), refusal.message, trailing)

@@ -78,7 +78,7 @@ class RequestLog:
     def ended(self, record: RequestRecord) -> None:
         """Log a request: at level INFO, WARNING where the server could not, ERROR where it or a model made a mistake."""
         status = record.status
-        if status < 400 and record.method in ("GET", "HEAD"):
+        if record.routine:
             return
         level = logging.INFO
         if status >= 500 or status == 429:

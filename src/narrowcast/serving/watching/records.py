@@ -86,6 +86,11 @@ class RequestRecord:
         self.request_id = self.request_id or self.trace_id or f"{random.getrandbits(64):016x}"
 
     @property
+    def routine(self) -> bool:
+        """Whether nobody would miss it in a log: it only read something, and got it, as probes do every second."""
+        return self.status < 400 and self.method in ("GET", "HEAD")
+
+    @property
     def total_ns(self) -> int:
         """From the request's last byte to its answer."""
         return self.ended - self.begun
