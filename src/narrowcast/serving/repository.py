@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,14 +43,19 @@ class Repository:
 
     Args:
         places: Folders of models, and folders that are an artifact themselves.
-        sources: Models that a library brings, by name; version 1 of each.
+        sources: Models that a library brings, by name: one that is version 1, or several by version.
 
     Raises:
         ArtifactError: A place is neither, or two have a model of the same name.
     """
 
-    def __init__(self, places: Sequence[Path] = (), sources: dict[str, Source] | None = None) -> None:
-        self._fixed: dict[str, Source] = dict(sources or {})
+    def __init__(
+        self, places: Sequence[Path] = (), sources: Mapping[str, Source | Mapping[int, Source]] | None = None
+    ) -> None:
+        self._fixed: dict[str, dict[int, Source]] = {
+            name: {_ONLY: source} if isinstance(source, Source) else dict(source)
+            for name, source in (sources or {}).items()
+        }
         self._roots: list[Path] = []
         for place in places:
             if (place / MANIFEST).is_file():
@@ -71,7 +76,7 @@ class Repository:
                 allowed="letters, digits, dots, dashes and underscores, each name once",
                 next_step="rename the folder, or put it into a folder of NAME/VERSION/artifact",
             )
-        self._fixed[name] = ArtifactSource(place)
+        self._fixed[name] = {_ONLY: ArtifactSource(place)}
 
     @property
     def roots(self) -> tuple[Path, ...]:
@@ -91,7 +96,7 @@ class Repository:
         A name that is no plain name is that of no model: nothing outside the roots is ever looked at.
         """
         if name in self._fixed:
-            return {_ONLY: self._fixed[name]}
+            return dict(self._fixed[name])
         root = self.root(name)
         return {} if root is None else self._versions_in(root, name)
 

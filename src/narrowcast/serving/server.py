@@ -8,6 +8,8 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import grpc
+
 from narrowcast.errors import OutputError
 from narrowcast.serving.catalogue import Catalogue, Hosting
 from narrowcast.serving.http.connection import Handler
@@ -83,6 +85,11 @@ class InferenceServer:
     def handler(self) -> Handler:
         """What answers the requests of the REST protocol, for those who read them from elsewhere."""
         return self._handler
+
+    @property
+    def calls(self) -> grpc.GenericRpcHandler:
+        """What answers the calls of the gRPC protocol, for those who read them from elsewhere."""
+        return self._service.handler()
 
     @property
     def state(self) -> ServerState:
