@@ -18,6 +18,7 @@ from narrowcast.serving.scheduling.statistics import Statistics
 from narrowcast.serving.settings import read_model_options
 from narrowcast.serving.state import ModelState, read_state, write_state
 from narrowcast.serving.traffic import Traffic
+from narrowcast.serving.watching.events import fields
 from narrowcast.serving.workers.sources import Source
 
 __all__ = ["Catalogue", "Change", "Hosting", "IndexEntry", "ServedVersion"]
@@ -321,8 +322,17 @@ class Catalogue:
                     await asyncio.to_thread(write_state, root, name, model.state())
             except NarrowcastError as error:
                 forgotten = error.what
-                _log.warning("a change of model %s will be forgotten: %s", name, error.what)
-        return Change(_shares(model), forgotten)
+                _log.warning(
+                    "a change of model %s will be forgotten: %s",
+                    *(name, error.what),
+                    extra=fields("change_not_kept", model=name),
+                )
+        shares = _shares(model)
+        answers = ", ".join(f"version {version} ({share:.4g})" for version, share in shares.items())
+        _log.info(
+            "model %s is answered by %s", name, answers or "nobody", extra=fields("traffic", model=name, shares=shares)
+        )
+        return Change(shares, forgotten)
 
     def _hosting(self, name: str) -> Hosting:
         """Return how a model is run, by the file beside its versions and for what that leaves out as all models are."""
@@ -341,7 +351,11 @@ class Catalogue:
                 started[version] = await start_version(name, version, source, hosting, statistics)
             except NarrowcastError as error:
                 model.states[version] = ("UNAVAILABLE", error.what)
-                _log.warning("model %s version %d cannot be loaded: %s", name, version, error.what)
+                _log.warning(
+                    "model %s version %d cannot be loaded: %s",
+                    *(name, version, error.what),
+                    extra=fields("model_failed", model=name, version=str(version)),
+                )
                 await asyncio.gather(*(served.scheduler.close() for served in started.values()))
                 raise
             model.states.pop(version)

@@ -22,6 +22,7 @@ from narrowcast.serving.rpc.server import GrpcServer
 from narrowcast.serving.rpc.service import SERVICE, InferenceService
 from narrowcast.serving.shared_memory import SharedMemory
 from narrowcast.serving.watching.api import MetricsApi, ServerState
+from narrowcast.serving.watching.events import fields
 from narrowcast.serving.watching.records import Observer, Watched
 
 __all__ = ["InferenceServer", "ServerOptions"]
@@ -141,7 +142,11 @@ class InferenceServer:
         While they finish, the server still listens and says that it is not ready.
         """
         self._api.draining = self._service.draining = True
-        _log.info("the server is ending: %.0f seconds for what runs", self.options.grace)
+        _log.info(
+            "the server is ending: %.0f seconds for what runs",
+            self.options.grace,
+            extra=fields("draining", grace_seconds=self.options.grace),
+        )
         finished = True
         try:
             async with asyncio.timeout(self.options.grace):

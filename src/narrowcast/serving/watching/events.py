@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["fields"]
 
 
-def fields(event: str, **values: str | float) -> dict[str, Any]:
+def fields(event: str, **values: str | float | Mapping[str, float]) -> dict[str, Any]:
     """Return what a call of the standard logger takes as ``extra``.
 
     Args:

@@ -98,15 +98,13 @@ def _values(record: RequestRecord) -> dict[str, str | float]:
         "model": record.model,
         "version": record.version,
         "rows": record.rows,
-        "status": record.status,
-        "queue_ms": 0.0,
-        "compute_ms": 0.0,
-        "total_ms": _ms(record.total_ns),
-        "reason": record.reason,
     }
+    known = {name: value for name, value in values.items() if value}
+    known["status"] = record.status
     if record.job is not None:
-        values["queue_ms"], values["compute_ms"] = _ms(record.queue_ns), _ms(record.compute_ns)
-    return {name: value for name, value in values.items() if value or name == "status"}
+        known |= {"queue_ms": _ms(record.queue_ns), "compute_ms": _ms(record.compute_ns)}
+    known["total_ms"] = _ms(record.total_ns)
+    return known | {"reason": record.reason} if record.reason else known
 
 
 def _ms(ns: int) -> float:

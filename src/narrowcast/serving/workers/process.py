@@ -20,6 +20,7 @@ from narrowcast import errors
 from narrowcast.errors import NarrowcastError, RuntimeFailedError
 from narrowcast.serving.refusals import WorkerLostError
 from narrowcast.serving.signature import Signature
+from narrowcast.serving.watching.events import fields
 from narrowcast.serving.workers.arena import Arena, anonymous_file
 from narrowcast.serving.workers.base import Batch, Done, Result, Worker
 from narrowcast.serving.workers.frames import Frames, pack, read_signature
@@ -77,7 +78,11 @@ class ProcessWorker(Worker):
 
     def abort(self) -> None:
         if self._link is not None:
-            _log.error("worker process %d of %s runs a batch for too long and is ended", self._link.pid, self._folder)
+            _log.error(
+                "worker process %d of %s runs a batch for too long and is ended",
+                *(self._link.pid, self._folder),
+                extra=fields("worker_hung", pid=self._link.pid, artifact=str(self._folder)),
+            )
             self._link.kill()
 
     def _lost(self) -> None:
@@ -87,7 +92,11 @@ class ProcessWorker(Worker):
             return
         grown_up = link.answered and time.monotonic() - link.born > _GROWN_UP_SECONDS
         self._deaths = 0 if grown_up else self._deaths + 1
-        _log.error("worker process %d of %s has ended", link.pid, self._folder)
+        _log.error(
+            "worker process %d of %s has ended",
+            *(link.pid, self._folder),
+            extra=fields("worker_died", pid=link.pid, artifact=str(self._folder)),
+        )
         self.on_down(self)
         self._reaping = asyncio.create_task(link.reap())
         self._respawn = asyncio.create_task(self._start_again(self._reaping))
@@ -101,8 +110,17 @@ class ProcessWorker(Worker):
                 await self.start()
             except NarrowcastError as error:
                 self._deaths += 1
-                _log.error("worker of %s cannot be started again: %s", self._folder, error.what)
+                _log.error(
+                    "worker of %s cannot be started again: %s",
+                    *(self._folder, error.what),
+                    extra=fields("worker_failed", artifact=str(self._folder)),
+                )
             else:
+                _log.info(
+                    "worker process %d of %s took its place",
+                    *(self.pid, self._folder),
+                    extra=fields("worker_ready", pid=self.pid or 0, artifact=str(self._folder)),
+                )
                 self.on_up(self)
                 return
 
