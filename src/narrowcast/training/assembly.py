@@ -31,7 +31,7 @@ from narrowcast.training.networks import inputs_of, parameters_of, trainable, tr
 from narrowcast.training.objectives import Measure, Result, classes_of, loss_of, measure_of
 from narrowcast.training.policies import Precision, precision
 from narrowcast.training.shortage import answered
-from narrowcast.training.teacher_cache import CachedData, TeacherCache, teacher_hash
+from narrowcast.training.teacher_cache import CachedData, TeacherCache, check_augmentation, teacher_hash
 from narrowcast.training.window import Loss
 
 __all__ = ["Assembled", "assemble", "device_of", "factor", "policy_of"]
@@ -107,13 +107,12 @@ class Assembled:
         """Ask the teacher about all samples once, and look its answers up from then on, where the config asks for it.
 
         Raises:
-            TrainingError: The images are augmented, so that the student would see others than the teacher.
+            TrainingError: The teacher's answer to a sample is not finite.
             OutputError: The folder cannot be written.
         """
         if self.distillation is None or self.config.distill is None or not self.config.distill.cache:
             return
         part, targets, device = self.parts.train, self.config.data.targets, self.ranks.device
-        augment = self.config.data.augment
 
         def inputs(index: Tensor) -> Any:
             wanted = index.numpy()
@@ -127,7 +126,7 @@ class Assembled:
                 digest_of(part.sha256, part.source, str(self.config.data.split_seed), str(part.size)),
                 part.size,
                 inputs,
-                augmentation="" if augment == Augment() else str(augment),
+                augmentation=_altered(self.config),
             ),
         )
 
@@ -152,6 +151,7 @@ def assemble(config: Config, ranks: Ranks) -> Assembled:
         ModelError: The network cannot be found, built or trained.
         DataError: The data cannot be read, do not fit, or have labels that the network has no output for.
         ConfigError: Settings contradict the data.
+        TrainingError: A teacher's outputs are to be kept of inputs that are augmented.
         DeviceError: The device lacks the precision.
         FormatError: The precision contradicts itself.
         MetricError: The metric does not fit.
@@ -301,6 +301,8 @@ def _distillation(
     settings = config.distill
     if settings is None:
         return None
+    if settings.cache:
+        check_augmentation(_altered(config))
     return Distillation(
         trained(settings.teacher).to(device),
         temperature=settings.temperature,
@@ -310,6 +312,11 @@ def _distillation(
         features=[(pair.teacher, pair.student, pair.weight) for pair in settings.features],
         precision=settings.precision,
     )
+
+
+def _altered(config: Config) -> str:
+    """Return what training inputs go through, in words; empty for nothing."""
+    return "" if config.data.augment == Augment() else f"data.augment: {config.data.augment}"
 
 
 def _mean(value: Tensor | Loss) -> Tensor:

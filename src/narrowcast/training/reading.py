@@ -6,7 +6,7 @@ import copy
 import difflib
 import importlib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, cast, get_args, get_origin
 
@@ -37,6 +37,7 @@ _WORDS = {
     "a valid number": "a number",
     "a valid string": "text",
     "a valid boolean": "true or false",
+    "a valid tuple": "a list",
 }
 
 
@@ -189,10 +190,22 @@ def _sections(annotation: Any) -> list[type[Section]]:
     return []
 
 
+def _dotted(section: type[Section], path: str = "") -> Iterator[str]:
+    """Yield the keys of a section and of those below it, dotted, once for each section that may hold them."""
+    for key in fields_of(section):
+        yield path + key
+        for inner in sections_of(section, key):
+            yield from _dotted(inner, f"{path}{key}.")
+
+
 def _near(given: str, known: Sequence[str], path: str) -> str:
-    near = difflib.get_close_matches(given, known, n=1)
+    """Return the keys that a section has, and the one that was meant: the nearest here, or the same one elsewhere."""
     listed = f"keys of {path}: {', '.join(known)}" if path else ", ".join(known)
-    return f"{listed} (did you mean {near[0]}?)" if near else listed
+    near = difflib.get_close_matches(given, known, n=1)
+    meant = [f"{path}.{key}" if path else key for key in near]
+    if not near:
+        meant = [key for key in dict.fromkeys(_dotted(Config)) if key.rpartition(".")[2] == given]
+    return f"{listed} (did you mean {' or '.join(meant)}?)" if meant else listed
 
 
 # Messages -------------------------------------------------------------------------------------------------------------
@@ -210,9 +223,16 @@ def _said(mistake: ErrorDetails) -> tuple[str, str]:
     if mistake["type"] in ("value_error", "optimizer"):
         return (f"{path}: {message}" if path else message), ""
     if section is not None and mistake["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        inner = section_at(section, keys[-1], None) if keys[-1] in section.model_fields else None
-        message = f"a section with {', '.join(fields_of(inner or section))}"
+        message = f"a section with {', '.join(fields_of(_held(section, keys)))}"
     return f"{path} = {mistake['input']!r}", f"{path}: {_WORDS.get(message, message)}"
+
+
+def _held(section: type[Section], keys: Sequence[str]) -> type[Section]:
+    """Return the section that belongs at a place: below the last key, or in a list or by a name of the key before it."""
+    if keys[-1] in section.model_fields:
+        return section_at(section, keys[-1], None) or section
+    items = items_of(section, keys[-2]) if len(keys) > 1 and keys[-2] in section.model_fields else []
+    return items[0] if items else section
 
 
 def _path(places: Sequence[int | str]) -> tuple[list[str], type[Section] | None]:

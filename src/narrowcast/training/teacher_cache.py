@@ -40,7 +40,7 @@ from narrowcast.training.writing import written
 if TYPE_CHECKING:
     from narrowcast.training.distillation import Distillation
 
-__all__ = ["SHARD", "CachedData", "TeacherCache", "fingerprint", "teacher_hash"]
+__all__ = ["SHARD", "CachedData", "TeacherCache", "check_augmentation", "fingerprint", "teacher_hash"]
 
 #: Samples of a file.
 SHARD = 1024
@@ -99,12 +99,7 @@ class TeacherCache:
             TrainingError: The data are augmented, or the teacher's answer to a sample is not finite.
             OutputError: The folder cannot be written.
         """
-        if data.augmentation:
-            raise TrainingError(
-                f"a cache of the teacher's outputs with augmented inputs ({data.augmentation}): the teacher would be asked "
-                "about other inputs than the student",
-                next_step="train without the augmentation, or without the cache, so that the teacher sees each batch",
-            )
+        check_augmentation(data.augmentation)
         about = {
             "version": _VERSION,
             "teacher": teacher_hash(distillation.teacher),
@@ -183,6 +178,23 @@ class TeacherCache:
                 "altered, or its index is another's",
                 next_step="give the inputs as they are in the data, with their indices, or train without the cache",
             )
+
+
+def check_augmentation(augmentation: str) -> None:
+    """Check that the inputs that a cache is asked for will be those that the teacher was asked about.
+
+    Args:
+        augmentation: What is done to the inputs in training, in words; empty for nothing.
+
+    Raises:
+        TrainingError: They will not.
+    """
+    if augmentation:
+        raise TrainingError(
+            f"a cache of the teacher's outputs with augmented inputs ({augmentation}): the teacher would be asked about other "
+            "inputs than the student",
+            next_step="train without the augmentation, or without the cache, so that the teacher sees each batch",
+        )
 
 
 def teacher_hash(teacher: nn.Module) -> str:

@@ -105,7 +105,18 @@ def test_every_key_is_described() -> None:
 
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "unknown key": ("precisoin=fp32", "'precisoin' is unknown", "did you mean precision?"),
-    "unknown key below": ("optimizer.lrr=1", "'optimizer.lrr' is unknown", "did you mean lr?"),
+    "unknown key below": ("optimizer.lrr=1", "'optimizer.lrr' is unknown", "did you mean optimizer.lr?"),
+    "key of a section": ("tensorboard=true", "'tensorboard' is unknown", "did you mean log.tensorboard?"),
+    "key of another section": ("data.lr=1", "'data.lr' is unknown", "did you mean optimizer.lr?"),
+    "unknown key two below": ("data.augment.flp=true", "unknown", "did you mean data.augment.flip?"),
+    "key of sections alike": ("teacher=t", "unknown", "did you mean distill.teacher?"),
+    "text for a list": ("optimizer.betas=3", "optimizer.betas = 3", "optimizer.betas: a list"),
+    "text for a feature": (
+        "distill={teacher: t, features: [a]}",
+        "distill.features.0 = 'a'",
+        "distill.features.0: a section with teacher, student, weight",
+    ),
+    "text for a range": ("tune.space={batch: {low: 1, high: 2, log: 3}}", "tune.space.batch.log = 3", "true or false"),
     "key of another optimizer": (
         "optimizer={name: sgd, betas: [0.9, 0.99]}",
         "'optimizer.betas' is unknown",
@@ -129,7 +140,11 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     "a range without an end": ("tune.space={batch: {low: 1}}", "tune.space.batch: give low and high", ""),
     "a range upside down": ("tune.space={batch: {low: 3, high: 1}}", "low must be below high", ""),
-    "unknown key of a range": ("tune.space={batch: {lo: 1}}", "'tune.space.batch.lo' is unknown", "did you mean low?"),
+    "unknown key of a range": (
+        "tune.space={batch: {lo: 1}}",
+        "'tune.space.batch.lo' is unknown",
+        "did you mean tune.space.batch.low?",
+    ),
     "a feature without a student": (
         "distill={teacher: t, features: [{teacher: a}]}",
         "'distill.features.0.student'",

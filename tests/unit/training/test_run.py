@@ -273,6 +273,7 @@ def test_a_student_learns_from_a_run() -> None:
     assert any((Path("student") / "teacher").iterdir())
     with pytest.raises(TrainingError, match="augmented"):
         fit(config_of("distill={teacher: teacher, cache: true}"), Path("other"))
+    assert not Path("other").exists()
 
 
 @pytest.mark.parametrize("cache", ["true", "false"])
