@@ -24,6 +24,7 @@ from narrowcast.cli.doctor import doctor
 from narrowcast.cli.format import format_
 from narrowcast.cli.formats import formats
 from narrowcast.cli.garbage import leave_at_once
+from narrowcast.cli.load import load
 from narrowcast.cli.models import models
 from narrowcast.cli.optimize import optimize
 from narrowcast.cli.profile import profile
@@ -46,7 +47,7 @@ app = typer.Typer(
 for command in (
     *(optimize, bench, verify, run, runtimes),
     *(train, doctor),
-    *(serve, models, bundle),
+    *(serve, load, models, bundle),
     *(profile, advise, devices),
     *(formats, compare),
 ):

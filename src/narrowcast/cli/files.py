@@ -33,19 +33,17 @@ def check_file(file: Path, force: bool) -> None:
         )
 
 
-def write_file(file: Path, page: str) -> None:
-    """Write a file so that it is there whole or not at all.
+def write_file(file: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all; texts are UTF-8.
 
     Raises:
         OutputError: It cannot be written.
     """
     partial: Path | None = None
     try:
-        with NamedTemporaryFile(
-            "w", encoding="utf-8", dir=file.absolute().parent, prefix=f".{file.name}.", delete=False
-        ) as opened:
+        with NamedTemporaryFile(dir=file.absolute().parent, prefix=f".{file.name}.", delete=False) as opened:
             partial = Path(opened.name)
-            opened.write(page)
+            opened.write(content.encode() if isinstance(content, str) else content)
         partial.chmod(0o644)
         partial.replace(file)
         partial = None

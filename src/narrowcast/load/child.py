@@ -19,8 +19,9 @@ import numpy as np
 from narrowcast.load.client import Client
 from narrowcast.load.frames import pack, read
 from narrowcast.load.http import HttpClient
-from narrowcast.load.sender import ClosedJob, OpenJob, Progress, Sender, new_loop
+from narrowcast.load.sender import ClosedJob, OpenJob, Sender, new_loop
 from narrowcast.load.target import Target
+from narrowcast.measure.load.values import Progress
 
 __all__ = ["main"]
 

@@ -18,10 +18,10 @@ import numpy as np
 from narrowcast.errors import RuntimeFailedError, UserError
 from narrowcast.load.encoding import Request
 from narrowcast.load.frames import Frame, pack, receive
-from narrowcast.load.sender import ClosedJob, OpenJob, Progress
+from narrowcast.load.sender import ClosedJob, OpenJob
 from narrowcast.load.target import Target
 from narrowcast.measure.load.records import RECORD, Records, in_order
-from narrowcast.measure.load.values import Client
+from narrowcast.measure.load.values import Client, Progress
 
 __all__ = ["Fleet", "FleetRun", "Options", "Report"]
 

@@ -16,11 +16,10 @@ import numpy as np
 from narrowcast.load.arrivals import Arrivals, Poisson
 from narrowcast.load.fleet import Report
 from narrowcast.load.search import Rules, Trial, find_largest
-from narrowcast.load.sender import Progress
 from narrowcast.load.session import Asked, Measured, Session, Watch
 from narrowcast.load.stress import stress
 from narrowcast.measure.load.summary import missed
-from narrowcast.measure.load.values import Probe, Recovery
+from narrowcast.measure.load.values import Probe, Progress, Recovery
 from narrowcast.measure.statistics import Estimate
 
 __all__ = ["Answer", "Scenario", "Settings", "measure"]
@@ -134,8 +133,8 @@ def _server(session: Session, settings: Settings, watch: Watch) -> Answer:
         watch.stage(f"try {len(runs) + 1}: {rate:.4g} requests/s")
         # Enough requests for the percentile, but not more than five times the time that was asked for.
         seconds = min(max(asked.seconds, _MISSES / allowed / rate), 5 * asked.seconds)
-        may_miss = allowed * rate * (seconds + asked.warmup)
-        guard = _Guard(slo.seconds, may_miss + 3 * math.sqrt(may_miss) + _SPARE, watch)
+        may_miss = allowed * rate * seconds
+        guard = _Guard(slo.seconds, asked.warmup, may_miss + 3 * math.sqrt(may_miss) + _SPARE, watch)
         measured = session.open_loop(Poisson(rate), replace(asked, seconds=seconds, seed=seed), guard)
         if measured.interrupted:
             raise KeyboardInterrupt
@@ -184,21 +183,27 @@ class _Guard:
 
     Args:
         bound: On latency, in seconds.
+        warmup: Seconds that do not count.
         most: Requests that may miss it.
         watch: Who is told of progress.
     """
 
-    def __init__(self, bound: float, most: float, watch: Watch) -> None:
+    def __init__(self, bound: float, warmup: float, most: float, watch: Watch) -> None:
         self._bound = bound
+        self._warmup = warmup
         self._most = most
         self._watch = watch
         self._slow = 0
+        self._failed_before = 0
         self.ended = False
 
     def __call__(self, progress: Progress) -> bool:
         self._watch.tick(progress)
+        if progress.seconds < self._warmup + self._bound:  # what is answered now was due before anything counted
+            self._failed_before = progress.failed
+            return False
         self._slow += int((np.array(progress.latencies) > self._bound).sum())
-        self.ended = self.ended or self._slow + progress.failed > self._most
+        self.ended = self.ended or self._slow + progress.failed - self._failed_before > self._most
         return self.ended
 
 

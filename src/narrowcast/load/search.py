@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -183,6 +183,8 @@ class _Search:
         for _ in range(2):
             trial = self.run(rate, self.seed)
             self.seed += 1
+            if not len(trial.missed):  # nothing that counts came to an end
+                trial = replace(trial, missed=np.ones(1))
             found = share(trial.missed)
             self.probes.append(
                 Probe(

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from narrowcast.load.client import Client
 from narrowcast.load.log import Log
 from narrowcast.measure.load.records import Outcome, Records
+from narrowcast.measure.load.values import Progress
 
-__all__ = ["ClosedJob", "OpenJob", "Progress", "Sender", "Sent", "new_loop"]
+__all__ = ["ClosedJob", "OpenJob", "Sender", "Sent", "new_loop"]
 
 Floats = NDArray[np.float64]
 
@@ -81,17 +82,6 @@ class ClosedJob:
     group: int
     kinds: NDArray[np.int64]
     end: float
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: seconds after its start, requests due, good answers, others, and latencies since the last report."""
-
-    seconds: float
-    due: int
-    ok: int
-    failed: int
-    latencies: tuple[float, ...]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +20,7 @@ __all__ = [
     "LoadResult",
     "Percentile",
     "Probe",
+    "Progress",
     "Recovery",
     "Run",
     "ServerRecord",
@@ -29,6 +31,17 @@ __all__ = [
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: seconds after its start, requests due, good answers, others, and latencies since the last report."""
+
+    seconds: float
+    due: int
+    ok: int
+    failed: int
+    latencies: tuple[float, ...]
 
 
 class Slo(_Value):
