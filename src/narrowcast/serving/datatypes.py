@@ -58,7 +58,7 @@ def decode_binary(name: str, datatype: Datatype, shape: Sequence[int], data: mem
             f"input {name!r}: {len(data)} bytes were sent, but {datatype.name} {list(shape)} "
             f"takes {count * datatype.size}",
         )
-    if datatype.dtype == np.bool_ and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+    if datatype.name == "BOOL" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
         raise Refusal(400, f"input {name!r}: a byte of BOOL is neither 0 nor 1")
     return np.frombuffer(data, datatype.dtype).reshape(shape)
 

@@ -92,6 +92,14 @@ def test_contents_of_fields_and_raw_contents_are_the_same(channel: grpc.Channel)
     assert answers[0] == answers[1] == np.full(4, 4, np.float32).tobytes()
 
 
+def test_fields_hold_what_json_cannot(channel: grpc.Channel) -> None:
+    request = INFERENCE["ModelInferRequest"](model_name="double")
+    tensor = request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+    tensor.contents.fp32_contents.extend([np.nan, np.inf, -np.inf, 1])
+    expected = np.array([np.nan, np.inf, -np.inf, 2], np.float32)
+    np.testing.assert_array_equal(np.frombuffer(call(channel)(request).raw_output_contents[0], np.float32), expected)
+
+
 def test_texts_in_fields(channel: grpc.Channel) -> None:
     request = INFERENCE["ModelInferRequest"](model_name="text")
     tensor = request.inputs.add(name="t", datatype="BYTES", shape=[2])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
+
+import numpy as np
 
 from narrowcast.oip.messages import INFERENCE
 from narrowcast.serving.datatypes import DATATYPES, encode_binary
@@ -15,7 +16,8 @@ from narrowcast.serving.signature import Signature, Tensors
 
 __all__ = ["read_message", "response_message"]
 
-_LENGTH = struct.Struct("<I")
+#: Elements of these can be what no JSON value is: NaN and infinity, and bytes that are no text.
+_MORE_THAN_JSON = frozenset({"BYTES", "FP32", "FP64"})
 _Response = INFERENCE["ModelInferResponse"]
 
 
@@ -26,46 +28,51 @@ def read_message(message: Any, signature: Signature, limits: Limits, shared: Sha
         Refusal: Anything does not fit.
     """
     parts = [memoryview(part) for part in message.raw_input_contents]
-    raw = bool(parts)
+    document: dict[str, Any] = {
+        "id": message.id,
+        "inputs": _read_inputs(message.inputs, parts),
+        "outputs": [{"name": item.name, "parameters": _parameters(item.parameters)} for item in message.outputs],
+    }
+    if message.parameters:
+        document["parameters"] = _parameters(message.parameters)
+    return read_document(document, parts, signature, limits, shared)
+
+
+def _read_inputs(tensors: Any, parts: list[memoryview]) -> list[dict[str, Any]]:
+    """Return inputs as JSON has them; those of BYTES that are no raw contents yet are put behind the parts."""
+    raw = len(parts)
+    taken = 0
     inputs: list[dict[str, Any]] = []
-    for tensor in message.inputs:
-        parameters = _parameters(tensor.parameters)
-        item = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape), "parameters": parameters}
+    for tensor in tensors:
+        item: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
         inputs.append(item)
+        parameters = _parameters(tensor.parameters) if tensor.parameters else {}
+        if parameters:
+            item["parameters"] = parameters
+            parameters.pop("binary_data_size", None)  # of REST alone: here each part has a size of its own
         if "shared_memory_region" in parameters:
             continue
         if raw:
             if tensor.HasField("contents"):
                 raise Refusal(400, f"input {tensor.name!r} has both contents and raw contents")
-            at = sum("binary_data_size" in known["parameters"] for known in inputs)
-            if at >= len(parts):
-                raise Refusal(400, f"there are {len(parts)} raw contents, too few for input {tensor.name!r}")
-            parameters["binary_data_size"] = len(parts[at])
-        elif tensor.datatype == "BYTES":
-            parts.append(memoryview(_joined(tensor.contents.bytes_contents)))
-            parameters["binary_data_size"] = len(parts[-1])
+            if taken == raw:
+                raise Refusal(400, f"there are {raw} raw contents, too few for input {tensor.name!r}")
+            item["parameters"] = parameters | {"binary_data_size": len(parts[taken])}
+            taken += 1
+            continue
+        datatype = DATATYPES.get(tensor.datatype)
+        values = getattr(tensor.contents, datatype.contents) if datatype and datatype.contents else ()
+        if datatype is not None and datatype.name in _MORE_THAN_JSON:
+            parts.append(memoryview(encode_binary(datatype, np.array(list(values), datatype.dtype))))
+            item["parameters"] = parameters | {"binary_data_size": len(parts[-1])}
         else:
-            datatype = DATATYPES.get(tensor.datatype)
-            field = datatype.contents if datatype else ""
-            item["data"] = list(getattr(tensor.contents, field)) if field else None
-    document = {
-        "id": message.id,
-        "parameters": _parameters(message.parameters),
-        "inputs": inputs,
-        "outputs": [{"name": item.name, "parameters": _parameters(item.parameters)} for item in message.outputs]
-        or None,
-    }
-    return read_document(document, parts, signature, limits, shared)
+            item["data"] = list(values)
+    return inputs
 
 
 def _parameters(given: Any) -> dict[str, Any]:
     """Return parameters by name."""
     return {key: getattr(value, kind) for key, value in given.items() if (kind := value.WhichOneof("choice"))}
-
-
-def _joined(elements: Any) -> bytes:
-    """Return elements of BYTES behind their lengths, as raw contents have them."""
-    return b"".join(part for element in elements for part in (_LENGTH.pack(len(element)), element))
 
 
 def response_message(model: str, version: str, request: InferRequest, outputs: Tensors, shared: SharedRegions) -> Any:
