@@ -1,355 +1,260 @@
-"""What the server adds to a model that does nothing: requests per second beside a bare HTTP server, in the same run.
+"""What serving adds to a model: requests per second beside bare servers and beside peers, in the same run.
 
-    taskset is not needed: the script pins each server to one core and the load to another.
-    python benchmarks/serving.py [--seconds 5] [--rounds 3] [--out results.json]
+    python benchmarks/serving.py [overhead] [--rounds 9] [--seconds 1] [--out FILE]
+    python benchmarks/serving.py peers      the same load on other servers, each in an environment of its own
+    python benchmarks/serving.py models     INT8 EfficientNet-Lite0 beside bare sessions, and what batching gains
 
-Servers, each a process of its own on the first core, one at a time, in turn for each round:
+``overhead`` and ``peers`` pin each server to the first core and the load to the last. All servers run all the time and are
+asked in turn, so that what else the machine does meets all of them alike; quoted are medians over rounds, and medians of
+the ratios within a round. The load is a closed loop: each connection sends its next request when the answer is there. On a
+machine with other work the ratios and the processor time of each request guide, the rates do not.
 
-- ``bare``: asyncio, uvloop and httptools alone. It parses a request and answers with a fixed body; nothing that serves
-  models with the same libraries can be faster.
-- ``inline``: narrowcast with a no-op model (FP32[1,4] to FP32[1,4]) in the event loop.
-- ``thread``: the same model in a thread.
-- ``process``: an ONNX Identity artifact in a worker process, on the same core as the server.
-- ``grpc``: the inline model over gRPC, loaded by grpc.aio clients, for which ``bare`` is no bound.
-
-The load is closed loop: each connection sends its next request when the answer is there, and checks that the answer is the
-right one once per connection. The numbers are medians over rounds, with the ratio to ``bare`` of the same round. The load
-average is recorded: on a machine with other work they only guide.
+The servers are described in `serving_programs.py`, the peers in `peers/serving.py`, the models in `serving_models.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import datetime
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import httptools
 import numpy as np
 import uvloop
+from serving_load import Check, Rate, binary_post, grpc_loop, http_loop, post
+from serving_programs import ECHO, LARGE_ELEMENTS
 
-REQUEST_JSON = b'{"inputs":[{"name":"x","shape":[1,4],"datatype":"FP32","data":[1.0,2.0,3.0,4.0]}]}'
-TARGET = b"/v2/models/noop/infer"
+from narrowcast.measure.environment import environment
+from narrowcast.oip.messages import INFERENCE
+
+HERE = Path(__file__).parent
+SMALL = b'{"inputs":[{"name":"x","shape":[1,4],"datatype":"FP32","data":[1.0,2.0,3.0,4.0]}]}'
 CONNECTIONS = (1, 32)
-LARGE_ELEMENTS = 150_000  # 600 kB of FP32
+OURS = ("inline", "thread", "process")
 
 
-# Servers --------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Server:
+    """A server that runs: its process, and its ports by protocol."""
+
+    pid: int
+    ports: Mapping[str, int]
 
 
-class Bare(asyncio.Protocol):
-    """The least that can be called an HTTP server."""
+@dataclass(frozen=True)
+class Case:
+    """One load on one server.
 
-    BODY = (
-        b'{"model_name":"noop","model_version":"1",'
-        b'"outputs":[{"name":"y","datatype":"FP32","shape":[1,4],"data":[1.0,2.0,3.0,4.0]}]}'
-    )
+    Attributes:
+        server: Its name.
+        load: What is sent, as rows of the table call it; ratios are taken between cases of the same load.
+        run: Loads a server for some seconds.
+        reference: Server that the ratio is to, or empty for none.
+    """
 
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self.parser = httptools.HttpRequestParser(self)
-
-    def data_received(self, data: bytes) -> None:
-        self.parser.feed_data(data)
-
-    def on_url(self, url: bytes) -> None: ...
-
-    def on_header(self, name: bytes, value: bytes) -> None: ...
-
-    def on_body(self, body: bytes) -> None:
-        self.body = body
-
-    def on_message_complete(self) -> None:
-        self.transport.write(
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(self.BODY)
-            + self.BODY
-        )
-
-
-async def run_bare() -> None:
-    server = await asyncio.get_running_loop().create_server(Bare, "127.0.0.1", 0)
-    print(json.dumps({"http": server.sockets[0].getsockname()[1]}), flush=True)
-    await server.serve_forever()
-
-
-async def run_narrowcast(kind: str) -> None:
-    from narrowcast.serving.catalogue import Hosting
-    from narrowcast.serving.datatypes import DATATYPES
-    from narrowcast.serving.repository import Repository
-    from narrowcast.serving.scheduling.queue import Batching
-    from narrowcast.serving.scheduling.scheduler import Settings
-    from narrowcast.serving.server import InferenceServer, ServerOptions
-    from narrowcast.serving.signature import Signature, TensorSpec
-    from narrowcast.serving.workers.loading import FunctionModel
-    from narrowcast.serving.workers.sources import FunctionSource, Placement
-
-    fp32 = DATATYPES["FP32"]
-    small = Signature((TensorSpec("x", fp32, (-1, 4)),), (TensorSpec("y", fp32, (-1, 4)),), batched=True)
-    large = Signature(
-        (TensorSpec("x", fp32, (-1, LARGE_ELEMENTS)),), (TensorSpec("y", fp32, (-1, LARGE_ELEMENTS)),), batched=True
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        placement = Placement("inline" if kind == "grpc" else kind)
-        if placement is Placement.PROCESS:
-            repository = Repository([identity_artifact(Path(folder) / name, size) for name, size in MODELS.items()])
-        else:
-            repository = Repository(
-                sources={
-                    "noop": FunctionSource(lambda: FunctionModel(small, lambda inputs: {"y": inputs["x"]})),
-                    "large": FunctionSource(lambda: FunctionModel(large, lambda inputs: {"y": inputs["x"]})),
-                }
-            )
-        hosting = Hosting(placement, settings=Settings(Batching(32)))
-        server = InferenceServer(repository, hosting, ServerOptions(port=0, grpc_port=0, metrics_port=None))
-        await server.start()
-        print(json.dumps(server.ports), flush=True)
-        await server.run_until_signal()
-
-
-MODELS = {"noop": 4, "large": LARGE_ELEMENTS}
-
-
-def identity_artifact(folder: Path, size: int) -> Path:
-    """Write an artifact that gives what it takes."""
-    import onnx
-    from onnx import TensorProto, helper
-
-    from narrowcast.artifacts.manifest import DataRecord, Manifest, MetricRecord, ModelRecord, Verdict
-    from narrowcast.artifacts.store import save_artifact
-    from narrowcast.measure.environment import environment
-    from narrowcast.recipes.plan import Plan
-    from narrowcast.recipes.recipe import Optimise, Recipe
-    from narrowcast.recipes.target import Target
-
-    folder.mkdir()
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", values[:1], values[1:])
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), folder / "model.onnx"
-    )
-    target = Target()
-    manifest = Manifest(
-        narrowcast="benchmark",
-        created="",
-        model=ModelRecord(ref="identity", sha256="", bytes=0, random_weights=False),
-        data=DataRecord(ref="none", sha256="", seed=0, calibration=0, search=0, report=0),
-        metric=MetricRecord(name="none", unit="", higher_is_better=True),
-        target=target,
-        plan=Plan(recipe=Recipe(name="fp32", steps=(Optimise(),)), target=target),
-        versions={},
-        files={},
-        parity=0.0,
-        measurements=(),
-        environment=environment(),
-        verdict=Verdict(met=True, headline=""),
-    )
-    save_artifact(folder, manifest)
-    return folder
+    server: str
+    load: str
+    run: Callable[[Server, float], Rate]
+    reference: str = ""
 
 
 @contextmanager
-def server_on(core: int, kind: str) -> Iterator[dict[str, int]]:
-    """Start a server on one core, and yield its ports."""
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--serve", kind, "--core", str(core)], stdout=subprocess.PIPE, text=True
-    )
+def running(command: Sequence[str | Path]) -> Iterator[Server]:
+    """Start a server and yield it when it has printed its ports."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        yield json.loads(process.stdout.readline())
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{' '.join(map(str, command))} ended before it answered")
+        yield Server(process.pid, json.loads(line))
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(30)
 
 
-# Load -----------------------------------------------------------------------------------------------------------------
+def over_http(request: bytes, check: Check, connections: int) -> Callable[[Server, float], Rate]:
+    return lambda server, seconds: uvloop.run(
+        http_loop(server.ports["http"], request, check, connections, seconds, server.pid)
+    )
 
 
-class Loader(asyncio.Protocol):
-    """One connection of a closed loop: it counts answers, which must all have the length of the first."""
-
-    def __init__(self, request: bytes, check: Callable[[bytes], None]) -> None:
-        self.request = request
-        self.check = check
-        self.count = 0
-        self.times: list[float] = []
-        self.length = 0
-        self.buffer = b""
-        self.ready = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self.sent = time.perf_counter()
-        transport.write(self.request)
-
-    def data_received(self, data: bytes) -> None:
-        self.buffer = self.buffer + data if self.buffer else data
-        if not self.length:
-            head, separator, _ = self.buffer.partition(b"\r\n\r\n")
-            if not separator:
-                return
-            lengths = [line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")]
-            self.length = len(head) + 4 + int(lengths[0].split(b":")[1])
-        if len(self.buffer) < self.length:
-            return
-        if not self.count:
-            self.check(self.buffer)
-        self.count += 1
-        self.buffer = b""
-        now = time.perf_counter()
-        self.times.append(now - self.sent)
-        self.sent = now
-        self.transport.write(self.request)
+def over_grpc(path: str, request: bytes, check: Check, concurrency: int) -> Callable[[Server, float], Rate]:
+    return lambda server, seconds: grpc_loop(
+        server.ports["grpc"], path, request, check, concurrency, seconds, server.pid
+    )
 
 
-def post(target: bytes, body: bytes, header_length: int | None = None) -> bytes:
-    extra = b"" if header_length is None else b"Inference-Header-Content-Length: %d\r\n" % header_length
-    return b"POST %b HTTP/1.1\r\nHost: x\r\n%bContent-Length: %d\r\n\r\n%b" % (target, extra, len(body), body)
+# Loads ----------------------------------------------------------------------------------------------------------------
 
 
-async def http_load(port: int, request: bytes, check: Callable[[bytes], None], connections: int, seconds: float) -> Any:
-    loop = asyncio.get_running_loop()
-    pairs = [
-        await loop.create_connection(lambda: Loader(request, check), "127.0.0.1", port) for _ in range(connections)
-    ]
-    await asyncio.sleep(min(1.0, seconds / 3))
-    before, begun = sum(loader.count for _, loader in pairs), time.perf_counter()
-    marks = [len(loader.times) for _, loader in pairs]
-    await asyncio.sleep(seconds)
-    done, elapsed = sum(loader.count for _, loader in pairs) - before, time.perf_counter() - begun
-    times = sorted(t for (_, loader), mark in zip(pairs, marks, strict=True) for t in loader.times[mark:])
-    for transport, _ in pairs:
-        transport.abort()
-    return {"rate": done / elapsed, "p50_ms": times[len(times) // 2] * 1e3}
+def overhead_cases() -> list[Case]:
+    """Return the loads on bare servers and on narrowcast."""
+    cases: list[Case] = []
+    for connections in CONNECTIONS:
+        small = over_http(post("/v2/models/noop/infer", SMALL), check_json, connections)
+        cases += [Case(name, f"JSON {connections}", small, "bare") for name in ("bare", *OURS)]
+    data = np.arange(LARGE_ELEMENTS, dtype=np.float32).tobytes()
+    large = over_http(binary_post("large", "x", [1, LARGE_ELEMENTS], data), ends_with(data), 1)
+    cases += [Case(name, "600 kB 1", large, "bare") for name in ("bare", *OURS)]
+    message = INFERENCE["ModelInferRequest"](model_name="noop")
+    message.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+    message.raw_input_contents.append(np.arange(1, 5, dtype=np.float32).tobytes())
+    request = message.SerializeToString()
+    for concurrency in CONNECTIONS:
+        echo = over_grpc(ECHO, request, equals(request), concurrency)
+        infer = over_grpc("/inference.GRPCInferenceService/ModelInfer", request, check_message, concurrency)
+        cases.append(Case("bare-grpc", f"gRPC {concurrency}", echo))
+        cases += [Case(name, f"gRPC {concurrency}", infer, "bare-grpc") for name in ("inline", "process")]
+    return cases
 
 
-async def grpc_load(port: int, connections: int, seconds: float) -> Any:
-    import grpc.aio
-
-    from narrowcast.oip.messages import INFERENCE
-
-    request = INFERENCE["ModelInferRequest"](model_name="noop")
-    request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
-    request.raw_input_contents.append(np.arange(4, dtype=np.float32).tobytes())
-    times: list[float] = []
-    end = [float("inf")]
-
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = channel.unary_unary(
-            "/inference.GRPCInferenceService/ModelInfer",
-            request_serializer=INFERENCE["ModelInferRequest"].SerializeToString,
-            response_deserializer=INFERENCE["ModelInferResponse"].FromString,
-        )
-
-        async def one() -> None:
-            while time.perf_counter() < end[0]:
-                sent = time.perf_counter()
-                response = await call(request)
-                times.append(time.perf_counter() - sent)
-                assert response.raw_output_contents[0] == request.raw_input_contents[0]
-
-        tasks = [asyncio.create_task(one()) for _ in range(connections)]
-        await asyncio.sleep(min(1.0, seconds / 3))
-        times.clear()
-        begun = time.perf_counter()
-        end[0] = begun + seconds
-        await asyncio.gather(*tasks)
-    times.sort()
-    return {"rate": len(times) / seconds, "p50_ms": times[len(times) // 2] * 1e3}
-
-
-def check_small(answer: bytes) -> None:
+def check_json(answer: bytes) -> None:
     assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
     outputs = json.loads(answer.partition(b"\r\n\r\n")[2])["outputs"]
     assert outputs[0]["data"] == [1.0, 2.0, 3.0, 4.0], outputs
 
 
-def large_request() -> tuple[bytes, Callable[[bytes], None]]:
-    data = np.arange(LARGE_ELEMENTS, dtype=np.float32).tobytes()
-    head = json.dumps(
-        {
-            "inputs": [
-                {
-                    "name": "x",
-                    "shape": [1, LARGE_ELEMENTS],
-                    "datatype": "FP32",
-                    "parameters": {"binary_data_size": len(data)},
-                }
-            ],
-            "parameters": {"binary_data_output": True},
-        }
-    ).encode()
-
+def ends_with(data: bytes) -> Check:
     def check(answer: bytes) -> None:
         assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
         assert answer.endswith(data), "the data came back changed"
 
-    return post(b"/v2/models/large/infer", head + data, len(head)), check
+    return check
+
+
+def equals(data: bytes) -> Check:
+    def check(answer: bytes) -> None:
+        assert answer == data
+
+    return check
+
+
+def check_message(answer: bytes) -> None:
+    response = INFERENCE["ModelInferResponse"].FromString(answer)
+    assert np.frombuffer(response.raw_output_contents[0], np.float32).tolist() == [1, 2, 3, 4]
 
 
 # The run --------------------------------------------------------------------------------------------------------------
 
+Round = dict[tuple[str, str], Rate]
 
-async def measure(kind: str, ports: dict[str, int], seconds: float) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for connections in CONNECTIONS:
-        if kind == "grpc":
-            found[f"{connections}"] = await grpc_load(ports["grpc"], connections, seconds)
-        else:
-            request = post(TARGET, REQUEST_JSON)
-            found[f"{connections}"] = await http_load(ports["http"], request, check_small, connections, seconds)
-    if kind in ("inline", "process"):
-        request, check = large_request()
-        found["600kB"] = await http_load(ports["http"], request, check, 1, seconds)
+
+def measure(
+    commands: Mapping[str, Sequence[str | Path]], cases: Sequence[Case], rounds: int, seconds: float
+) -> list[Round]:
+    """Return what each case saw in each round, by server and load."""
+    found: list[Round] = []
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(running(command)) for name, command in commands.items()}
+        for _ in range(rounds):
+            found.append({(case.server, case.load): case.run(servers[case.server], seconds) for case in cases})
     return found
+
+
+def table(cases: Sequence[Case], rounds: Sequence[Round]) -> list[dict[str, object]]:
+    """Print a row for each case, and return the rows."""
+    rows: list[dict[str, object]] = []
+    print(f"{'load':10} {'server':12} {'answers/s':>10} {'p50 us':>9} {'CPU us':>8}  beside")
+    for case in cases:
+        seen = [found[case.server, case.load] for found in rounds]
+        row: dict[str, object] = {"load": case.load, "server": case.server}
+        row |= {key: statistics.median(getattr(rate, key) for rate in seen) for key in ("rate", "p50_us", "cpu_us")}
+        text = f"{case.load:10} {case.server:12} {row['rate']:10.0f} {row['p50_us']:9.0f} {row['cpu_us']:8.0f}"
+        if case.reference not in ("", case.server):
+            pairs = [(found[case.server, case.load], found[case.reference, case.load]) for found in rounds]
+            row["rate_ratio"] = statistics.median(ours.rate / theirs.rate for ours, theirs in pairs)
+            row["added_us"] = statistics.median(ours.p50_us - theirs.p50_us for ours, theirs in pairs)
+            row["reference"] = case.reference
+            text += f"  {row['rate_ratio']:.2f} of {case.reference}, {row['added_us']:+.0f} us"
+        print(text, flush=True)
+        rows.append(row)
+    return rows
+
+
+def overhead(arguments: argparse.Namespace) -> dict[str, object]:
+    cases = [case for case in overhead_cases() if arguments.only in case.load]
+    names = dict.fromkeys(case.server for case in cases)
+    core = str(pin())
+    commands = {name: [sys.executable, HERE / "serving_programs.py", name, core] for name in names}
+    rounds = measure(commands, cases, arguments.rounds, arguments.seconds)
+    return {"rows": table(cases, rounds), "rounds": [flat(found) for found in rounds]}
+
+
+def peers(arguments: argparse.Namespace) -> dict[str, object]:
+    from serving_environments import PEERS, python_of
+
+    core = str(pin())
+    commands: dict[str, list[str | Path]] = {"inline": [sys.executable, HERE / "serving_programs.py", "inline", core]}
+    failed: dict[str, str] = {}
+    cases: list[Case] = []
+    for connections in CONNECTIONS:
+        small = over_http(post("/v2/models/noop/infer", SMALL), check_json, connections)
+        cases.append(Case("inline", f"JSON {connections}", small))
+    for peer in PEERS:
+        python = python_of(peer, arguments.environments)
+        if isinstance(python, str):
+            failed[peer.name] = python
+            print(f"{peer.name} cannot be installed here: {python}", flush=True)
+            continue
+        commands[peer.name] = [python, HERE / "peers" / "serving.py", peer.name, core]
+        for connections in CONNECTIONS:
+            small = over_http(post(peer.target, peer.body), contains(peer.answer), connections)
+            cases.append(Case(peer.name, f"JSON {connections}", small, "inline"))
+    rounds = measure(commands, cases, arguments.rounds, arguments.seconds)
+    return {"rows": table(cases, rounds), "rounds": [flat(found) for found in rounds], "not installed": failed}
+
+
+def contains(data: bytes) -> Check:
+    def check(answer: bytes) -> None:
+        assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
+        assert data in answer.replace(b" ", b""), answer[-300:]
+
+    return check
+
+
+def models(arguments: argparse.Namespace) -> dict[str, object]:
+    import serving_models
+
+    return asyncio.run(serving_models.run(arguments.seconds, arguments.rounds))
+
+
+def pin() -> int:
+    """Pin this process, which is the load, to the last core, and return the first."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[-1]})
+    return cores[0]
+
+
+def flat(found: Round) -> list[dict[str, object]]:
+    return [{"server": server, "load": load} | asdict(rate) for (server, load), rate in found.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--core", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kinds", default="bare,inline,thread,process,grpc")
-    parser.add_argument("--out", type=Path)
+    parts = {"overhead": overhead, "peers": peers, "models": models}
+    parser.add_argument("part", nargs="?", choices=parts, default="overhead")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each case in each round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default="", help="loads of overhead with this in their name")
+    parser.add_argument("--environments", type=Path, default=HERE / "peers.work", help="where peers are installed")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
-    if arguments.serve:
-        os.sched_setaffinity(0, {arguments.core})
-        uvloop.run(run_bare() if arguments.serve == "bare" else run_narrowcast(arguments.serve))
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[-1]})
-    rounds: list[dict[str, Any]] = []
-    for _ in range(arguments.rounds):
-        found: dict[str, Any] = {"load": os.getloadavg()[0]}
-        for kind in arguments.kinds.split(","):
-            with server_on(cores[0], kind) as ports:
-                found[kind] = uvloop.run(measure(kind, ports, arguments.seconds))
-        rounds.append(found)
-    show(rounds)
+    before = os.getloadavg()[0]
+    result = parts[arguments.part](arguments)
+    print(f"load average {before:.1f} before, {os.getloadavg()[0]:.1f} at the end")
     if arguments.out:
-        arguments.out.write_text(json.dumps({"cores": len(cores), "rounds": rounds}, indent=1) + "\n")
-
-
-def show(rounds: list[dict[str, Any]]) -> None:
-    print(f"load average {min(r['load'] for r in rounds):.1f} to {max(r['load'] for r in rounds):.1f}")
-    for kind in (key for key in rounds[0] if key != "load"):
-        for case in rounds[0][kind]:
-            rate = statistics.median(r[kind][case]["rate"] for r in rounds)
-            p50 = statistics.median(r[kind][case]["p50_ms"] for r in rounds)
-            line = f"{kind:8} {case:>6}  {rate:8.0f} /s  p50 {p50:6.3f} ms"
-            if case in rounds[0].get("bare", {}) and kind not in ("bare", "grpc"):
-                ratio = statistics.median(r[kind][case]["rate"] / r["bare"][case]["rate"] for r in rounds)
-                line += f"  {ratio:5.2f} of bare"
-            print(line)
+        about = {"date": datetime.date.today().isoformat(), "part": arguments.part, "seconds": arguments.seconds}
+        about |= {"load before": before, "environment": environment().model_dump()}
+        arguments.out.write_text(json.dumps(about | result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
