@@ -35,6 +35,7 @@ from narrowcast.training.rounding import WideUpdate, accumulate_in_fp32
 from narrowcast.training.settling import Books, Settling
 from narrowcast.training.stopping import Stopping
 from narrowcast.training.updates import update_for
+from narrowcast.training.weighing import Unit
 from narrowcast.training.window import Batch, Decision, Fate, Loss, StepInfo, Window, as_batch, as_loss, samples_in
 
 __all__ = ["Loss", "StepInfo", "Trainer", "Watch"]
@@ -128,7 +129,7 @@ class Trainer:
         self.ranks = ranks
         self._guards = self.precision.scale.guards or nonfinite == "skip"
         self._decides = self._guards or self.device.type == "cpu"  # on the CPU nothing is waited for
-        self._unit: float | None = None  # what the first micro-batch of the run weighed
+        self._unit = Unit(self.device, ranks)
         self._window = Window()
         self._closed_at: float | None = None
         #: Whether all ranks are to stop between two windows: ``stopping.ask()`` on one, ``stopping.agreed`` on all.
@@ -207,7 +208,7 @@ class Trainer:
             with self.precision.autocast(self.device):
                 value = self.loss(self._outputs(inputs), targets)
             loss, weight, mean = as_loss(value, samples)
-            total, weight = self._in_units(loss, weight, mean)
+            total, weight = self._unit.share(loss, weight, mean)
             factor = self.scale / self.accumulate  # settles the update before, with this forward pass queued
             (total if factor == 1.0 else total * factor).backward()
         if self.watch is not None:
@@ -246,20 +247,6 @@ class Trainer:
             return self.model(**inputs)
         return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
 
-    def _in_units(self, loss: Tensor, weight: Tensor | float, mean: bool) -> tuple[Tensor, Tensor | float]:
-        """Return a loss as a sum, and its weight, in units of the first micro-batch of the run that weighed anything."""
-        if self._unit is None:  # the only time that a weight is read
-            first = torch.as_tensor(weight, dtype=torch.float32, device=self.device)
-            many = self.ranks is not None and self.ranks.world > 1
-            unit = float(self.ranks.sum(first) / self.ranks.world) if self.ranks and many else float(weight)
-            if unit == 0:
-                return loss * weight if mean else loss, weight  # nothing, in any unit
-            check_weight(unit)
-            self._unit = unit
-        share = weight / self._unit
-        factor = share if mean else 1 / self._unit
-        return loss if isinstance(factor, float) and factor == 1.0 else loss * factor, share
-
     def _close(self, *, early: bool) -> StepInfo:
         """Decide, and update the weights or leave the update out."""
         window = self._window
@@ -268,6 +255,8 @@ class Trainer:
         check_weight(window.weight)
         self._reduction.close(early=early)
         loss, weight, world = self._over_ranks(window.total, window.weight)
+        if self._guards:
+            self._unit.closed(weight, window.count)
         factor = self.accumulate * world / (weight * self._books.scale.value)
         late = self._settles_late and self.watch is None and self._update.leaves_out()
         with self._wide.widened():
@@ -392,7 +381,8 @@ class Trainer:
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "scale": dict(self._books.scale._asdict()),
             "rounding": self._wide.state_dict(),
-            "counters": {"steps": self.steps, "skipped": self.skipped, "unit": self._unit},
+            "counters": {"steps": self.steps, "skipped": self.skipped},
+            "unit": self._unit.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -423,4 +413,5 @@ class Trainer:
         self._wide.load_state_dict(state["rounding"])
         self._books.scale = ScaleState(**state["scale"])
         counters = state["counters"]
-        self._books.steps, self._books.skipped, self._unit = counters["steps"], counters["skipped"], counters["unit"]
+        self._books.steps, self._books.skipped = counters["steps"], counters["skipped"]
+        self._unit.load_state_dict(state["unit"])

@@ -137,8 +137,7 @@ class StepInfo:
 class Window:
     """The micro-batches since the last update.
 
-    Sums are in units of what the first micro-batch of the run weighed: with batches of one size the mean of each counts as
-    it is, and not a bit is lost to a weight that is divided out again.
+    Sums are in units of what a micro-batch weighs, see :mod:`narrowcast.training.weighing`.
 
     Args:
         count: How many they are.
