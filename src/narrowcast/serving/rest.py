@@ -18,6 +18,7 @@ from narrowcast.serving.catalogue import Catalogue, Change, ServedVersion
 from narrowcast.serving.http.message import Request, Response, json_response
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol import documents
+from narrowcast.serving.protocol.openapi import openapi
 from narrowcast.serving.protocol.requests import InferRequest, read_infer
 from narrowcast.serving.protocol.responses import infer_response
 from narrowcast.serving.refusals import Refusal, model_refusal
@@ -51,6 +52,7 @@ _ROUTES: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
         ("POST", _REPOSITORY + "/rollback", "rollback"),
         ("GET", _REPOSITORY + "/traffic", "traffic"),
         ("POST", _REPOSITORY + "/traffic", "split"),
+        ("GET", "/openapi.json", "openapi"),
         ("GET", _REGION + "/status", "shared_status"),
         ("POST", _REGION + "/register", "shared_register"),
         ("POST", _REGION + "/unregister", "shared_unregister"),
@@ -122,6 +124,7 @@ class RestApi:
             "rollback": self._rollback,
             "traffic": self._traffic,
             "split": self._split,
+            "openapi": lambda request, route: json_response(openapi()),
             "shared_status": self._shared_status,
             "shared_register": self._shared_register,
             "shared_unregister": self._shared_unregister,
@@ -216,7 +219,9 @@ class RestApi:
 
     def _index(self, request: Request, route: _Route) -> Response:
         ready = _json_object(request).get("ready", False)
-        return json_response(documents.index(self._catalogue.index(), ready=bool(ready)))
+        if not isinstance(ready, bool):
+            raise Refusal(400, "'ready' is neither true nor false")
+        return json_response(documents.index(self._catalogue.index(), ready=ready))
 
     # administration ---------------------------------------------------------------------------------------------------
 
