@@ -1,7 +1,7 @@
 """The log: events, and a line for each request, as text or as JSON.
 
-It is the standard library's logging. Lines are made and written by a thread of their own, from a bounded queue: a reader
-of the log that stands still costs lines, which are counted, and never time or memory of the server.
+It is the standard library's logging. Lines are written by a thread of its own, some times a second: a reader of the log
+that stands still costs lines, which are counted, and never time or memory of the server.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import unicodedata
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from logging.handlers import QueueHandler, QueueListener
-from queue import SimpleQueue
 from typing import Any, TextIO
+
+import orjson
 
 from narrowcast.errors import ConfigError, choices
 from narrowcast.serving.watching.events import fields
@@ -28,6 +30,8 @@ _requests = logging.getLogger("narrowcast.serving.requests")
 
 #: Lines that may wait for the thread that writes them.
 _MOST_LINES = 10_000
+#: How often they are written.
+_PERIOD_SECONDS = 0.05
 #: Statuses that say that the server could not, and not that the client was wrong.
 _OVERLOAD = frozenset((429, 503, 504, 507))
 
@@ -84,7 +88,9 @@ class RequestLog:
         if status >= 500 or status == 429:
             level = logging.WARNING if status in _OVERLOAD else logging.ERROR
         if _requests.isEnabledFor(level):
-            _requests.log(level, "", extra=fields("request", **_values(record)))
+            line = logging.LogRecord(_requests.name, level, "", 0, "", None, None)  # who logs it need not be found out
+            line.__dict__ |= fields("request", **_values(record))
+            _requests.handle(line)
 
 
 def _values(record: RequestRecord) -> dict[str, str | float]:
@@ -130,7 +136,11 @@ class JsonLines(logging.Formatter):
         line |= record.__dict__.get("values", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line).replace("\x7f", "\\u007f")
+        quick = orjson.dumps(line).decode()
+        # What is not ASCII could turn writing round or control a terminal; the quick way would leave it as it is.
+        if quick.isascii() and "\x7f" not in quick:
+            return quick
+        return json.dumps(line, separators=(",", ":")).replace("\x7f", "\\u007f")
 
 
 class TextLines(logging.Formatter):
@@ -172,36 +182,76 @@ _UNPRINTED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 # the thread -----------------------------------------------------------------------------------------------------------
 
 
-class _Feeder(QueueHandler):
-    """Puts records into a queue that never has too many; those that are left out are counted, and said later."""
+class _Waiting(logging.Handler):
+    """Makes lines, keeps them until somebody takes them, and counts those that are too many."""
 
-    def __init__(self, queue: SimpleQueue[Any]) -> None:
-        super().__init__(queue)
-        self._lines = queue
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: deque[str] = deque()
         self._dropped = 0
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Return the record as it is: the thread is one of this process, and makes the line."""
-        return record
+    def createLock(self) -> None:  # noqa: N802  the standard library's name
+        """Do without a lock: to append to a deque is atomic."""
+        self.lock = None
 
-    def enqueue(self, record: logging.LogRecord) -> None:
-        if self._lines.qsize() >= _MOST_LINES:
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self._lines) >= _MOST_LINES:
             self._dropped += 1
             return
         if self._dropped:
-            note = logging.makeLogRecord(
-                {
-                    "name": __name__,
-                    "levelno": logging.WARNING,
-                    "levelname": "WARNING",
-                    "msg": "%d lines of the log were dropped: its reader is too slow",
-                    "args": (self._dropped,),
-                    **fields("log_dropped", lines=self._dropped),
-                }
-            )
+            self._lines.append(self.format(_dropped(self._dropped)))
             self._dropped = 0
-            self._lines.put_nowait(note)
-        self._lines.put_nowait(record)
+        self._lines.append(self.format(record))
+
+    def take(self) -> Iterator[str]:
+        """Yield the lines that wait, the oldest first, and forget them."""
+        while self._lines:
+            yield self._lines.popleft() + "\n"
+
+
+def _dropped(lines: int) -> logging.LogRecord:
+    words, said = "%d lines of the log were dropped: its reader is too slow", fields("log_dropped", lines=lines)
+    level = logging.WARNING
+    known = {
+        "name": __name__,
+        "levelno": level,
+        "levelname": logging.getLevelName(level),
+        "msg": words,
+        "args": (lines,),
+    }
+    return logging.makeLogRecord(known | said)
+
+
+class _Writer(threading.Thread):
+    """Writes the lines that wait, all of them at once, some times a second.
+
+    To be woken for each line would cost the server more than the line itself: two threads that take turns at the
+    interpreter.
+    """
+
+    def __init__(self, waiting: _Waiting, stream: TextIO) -> None:
+        super().__init__(name="narrowcast-log", daemon=True)
+        self._waiting = waiting
+        self._stream = stream
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(_PERIOD_SECONDS):
+            self._write()
+        self._write()
+
+    def _write(self) -> None:
+        text = "".join(self._waiting.take())
+        if text:
+            # Whoever read the log has gone: there is nobody to tell, and the server goes on.
+            with suppress(OSError, ValueError):
+                self._stream.write(text)
+                self._stream.flush()
+
+    def end(self) -> None:
+        """Write what still waits, and end."""
+        self._ended.set()
+        self.join()
 
 
 @contextmanager
@@ -212,20 +262,19 @@ def logging_to(style: LogStyle, stream: TextIO | None = None) -> Generator[None]
         style: How. Loggers other than narrowcast's are heard from WARNING on.
         stream: Where to; standard error if None.
     """
-    target = logging.StreamHandler(sys.stderr if stream is None else stream)
-    target.setFormatter(JsonLines() if style.json else TextLines())
-    queue: SimpleQueue[Any] = SimpleQueue()
-    feeder, listener = _Feeder(queue), QueueListener(queue, target)
+    waiting = _Waiting()
+    waiting.setFormatter(JsonLines() if style.json else TextLines())
+    writer = _Writer(waiting, sys.stderr if stream is None else stream)
     root, ours = logging.getLogger(), logging.getLogger("narrowcast")
     before = ours.level
-    root.addHandler(feeder)
+    root.addHandler(waiting)
     ours.setLevel(style.level)
     logging.captureWarnings(capture=True)
-    listener.start()
+    writer.start()
     try:
         yield
     finally:
         logging.captureWarnings(capture=False)
-        root.removeHandler(feeder)
+        root.removeHandler(waiting)
         ours.setLevel(before)
-        listener.stop()
+        writer.end()
