@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from narrowcast.cli.console import Debug, Json, console, print_json
-from narrowcast.errors import RuntimeMissingError
+from narrowcast.errors import ConfigError, RuntimeMissingError
 
 if TYPE_CHECKING:
     from narrowcast.serving.server import InferenceServer
@@ -52,6 +52,15 @@ def serve(
     versions: Annotated[
         str, typer.Option(help="Versions to load: a number of the newest, all, or numbers as in =3,7.")
     ] = "1",
+    load: Annotated[
+        str, typer.Option(help="When models are loaded: startup, or on-demand, which is at their first request.")
+    ] = "startup",
+    memory_budget: Annotated[
+        str,
+        typer.Option(
+            help="Memory that loaded models may take, as in 4GiB; the least recently used make room for others."
+        ),
+    ] = "",
     token: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +82,15 @@ def serve(
         bool, typer.Option("--trace", help="Send traces over OTLP/HTTP, where OTEL_EXPORTER_OTLP_ENDPOINT says.")
     ] = False,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that requests have to finish at the end.")] = 30.0,
+    engine: Annotated[
+        str, typer.Option(help="Who runs replicas: local (this program), or ray (a Ray cluster).")
+    ] = "local",
+    max_workers: Annotated[
+        int | None, typer.Option(min=1, help="With ray: workers of a model version at most, as load asks for them.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="With ray: the cluster, HOST:PORT or auto; else one is started here.")
+    ] = None,
     render: Annotated[
         str | None,
         typer.Option(
@@ -90,6 +108,7 @@ def serve(
     try:
         from narrowcast.serving import running
         from narrowcast.serving.catalogue import Hosting
+        from narrowcast.serving.memory import read_bytes
         from narrowcast.serving.repository import Repository
         from narrowcast.serving.server import ServerOptions
         from narrowcast.serving.settings import read_options, read_sizes
@@ -102,6 +121,7 @@ def serve(
         "placement": placement,
         "workers": workers,
         "versions": versions,
+        "load": load,
         "batching": batching,
         "max_batch": max_batch,
         "delay": delay,
@@ -120,7 +140,19 @@ def serve(
         token=token,
         shared_memory=shared_memory,
         grace=grace,
+        memory_budget=read_bytes(memory_budget) if memory_budget else None,
     )
+    if engine != "local":
+        from narrowcast.cli.ray import serve_on_ray
+        from narrowcast.serving.ray.plan import Scale, check_engine
+
+        check_engine(engine)
+        serve_on_ray(context, places, hosting, options, Scale(max_workers, ray_address), json=json)
+        return
+    if max_workers is not None or ray_address is not None:
+        raise ConfigError(
+            "--max-workers and --ray-address are for Ray", next_step="add --engine ray, or leave them out"
+        )
     if render is not None:
         from narrowcast.cli.deploy import render_serve
 
@@ -132,7 +164,7 @@ def serve(
             name: f"{host}:{number}" if name == "grpc" else f"http://{host}:{number}"
             for name, number in server.ports.items()
         }
-        names = [entry.name for entry in server.catalogue.index() if entry.state == "READY"]
+        names = server.catalogue.names
         if json:
             print_json({"listening": addresses, "models": names})
             return

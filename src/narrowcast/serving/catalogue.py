@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from narrowcast.errors import NarrowcastError
-from narrowcast.serving.hosting import Hosting, ServedVersion, start_version
-from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.hosting import ColdError, Hosting, ServedVersion
+from narrowcast.serving.loader import Loader, MemoryUse
+from narrowcast.serving.model import Model
+from narrowcast.serving.refusals import MemoryBudgetError, Refusal, change_refusal
 from narrowcast.serving.repository import Repository
-from narrowcast.serving.scheduling.scheduler import Scheduler
-from narrowcast.serving.scheduling.statistics import Statistics
 from narrowcast.serving.settings import read_model_options
 from narrowcast.serving.state import ModelState, read_state, write_state
 from narrowcast.serving.traffic import Traffic
@@ -24,8 +23,6 @@ from narrowcast.serving.workers.sources import Source
 __all__ = ["Catalogue", "Change", "Hosting", "IndexEntry", "ServedVersion"]
 
 _log = logging.getLogger(__name__)
-#: Changes of a model that can be taken back.
-_REMEMBERED = 32
 
 
 @dataclass(frozen=True)
@@ -51,42 +48,6 @@ class Change:
     forgotten: str = ""
 
 
-@dataclass(slots=True)
-class _Model:
-    """A model by its versions.
-
-    Attributes:
-        hosting: How it is run.
-        loaded: Versions that answer.
-        traffic: Those that answer requests which name none; None where nothing is loaded.
-        chosen: Whether somebody chose them; else they are the newest.
-        history: Traffic before, the oldest first.
-        states: State and reason of versions that do not answer.
-        lock: Held while versions change.
-    """
-
-    hosting: Hosting
-    loaded: dict[int, ServedVersion] = field(default_factory=dict[int, ServedVersion])
-    traffic: Traffic | None = None
-    chosen: bool = False
-    history: list[Traffic] = field(default_factory=list[Traffic])
-    states: dict[int, tuple[str, str]] = field(default_factory=dict[int, tuple[str, str]])
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    def direct(self, traffic: Traffic, *, chosen: bool, back: bool = False) -> None:
-        """Let other versions answer; what answered before is put into the history, or the way back is taken out of it."""
-        if back:
-            self.history.pop()
-        elif self.traffic is not None and self.traffic != traffic:
-            self.history = [*self.history, self.traffic][-_REMEMBERED:]
-        self.traffic, self.chosen = traffic, chosen
-
-    def state(self) -> ModelState:
-        """Return what a restart has to know."""
-        kept = dict(self.traffic.weights) if self.traffic is not None and self.chosen else None
-        return ModelState(traffic=kept, history=tuple(dict(traffic.weights) for traffic in self.history))
-
-
 class Catalogue:
     """Loads, finds and unloads models.
 
@@ -94,14 +55,23 @@ class Catalogue:
         repository: Where they come from.
         hosting: How they are run.
         draw: Gives numbers in [0, 1), by which requests are split among versions.
+        memory_budget: Bytes that loaded versions may take together, or None for no bound.
     """
 
-    def __init__(self, repository: Repository, hosting: Hosting, draw: Callable[[], float] = random.random) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        hosting: Hosting,
+        draw: Callable[[], float] = random.random,
+        memory_budget: int | None = None,
+    ) -> None:
         self.hosting = hosting
         self._repository = repository
         self._draw = draw
-        self._models: dict[str, _Model] = {}
-        self._statistics: defaultdict[tuple[str, int], Statistics] = defaultdict(Statistics)
+        self._loader = Loader(memory_budget, self._spare, self._dismiss)
+        self._ordered = self._loader.bounded  # whether the order of use counts
+        self._models: dict[str, Model] = {}
+        self._warming: dict[tuple[str, int], asyncio.Task[ServedVersion | None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._writing = asyncio.Lock()
 
@@ -112,17 +82,52 @@ class Catalogue:
 
         Raises:
             Refusal: There is no such model or version (404).
+            ColdError: It has to be loaded first; :meth:`get` does so.
         """
         model = self._models.get(name)
         if model is None or model.traffic is None:
             raise Refusal(404, f"model {name!r} is not found: {'not loaded' if model else 'unknown'}")
         if not version:
-            return model.loaded[model.traffic.pick(self._draw)]
-        found = model.loaded.get(int(version)) if version.isascii() and version.isdecimal() else None
-        if found is None:
-            loaded = ", ".join(map(str, sorted(model.loaded)))
-            raise Refusal(404, f"model {name!r} has no version {version!r} loaded; allowed: {loaded}")
-        return found
+            number = model.traffic.pick(self._draw)
+        else:
+            number = int(version) if version.isascii() and version.isdecimal() else 0
+        served = model.loaded.get(number)
+        if served is None:
+            if number in model.sources:
+                raise ColdError(name, number)
+            allowed = ", ".join(map(str, sorted(model.sources)))
+            raise Refusal(404, f"model {name!r} has no version {version!r} loaded; allowed: {allowed}")
+        if self._ordered:
+            self._loader.touch(served)
+        return served
+
+    async def get(self, name: str, version: str = "") -> ServedVersion:
+        """Return the version that answers a request, and load it first where it is not.
+
+        The caller makes use of it before anything else happens: it is not unloaded until then.
+
+        Raises:
+            Refusal: There is no such model or version (404), too many wait for it or it cannot be loaded (503), it takes
+                too long (504), or it can never fit into the memory (507).
+        """
+        while True:
+            try:
+                return self.find(name, version)
+            except ColdError as cold:
+                served = await self._warmed(name, self._models[name], cold.version)
+            if served is not None:
+                return served
+
+    def can_answer(self, name: str, version: str = "") -> bool:
+        """Return whether a model or version answers requests, be it that it is loaded first.
+
+        Raises:
+            Refusal: There is no such model or version (404).
+        """
+        try:
+            return self.find(name, version).scheduler.workers_alive > 0
+        except ColdError:
+            return True
 
     def served(self, name: str = "", version: str = "") -> list[ServedVersion]:
         """Return the loaded versions of all models, of one, or one of them.
@@ -130,14 +135,20 @@ class Catalogue:
         Raises:
             Refusal: There is no such model or version (404).
         """
-        if version:
-            return [self.find(name, version)]
-        names = [self.find(name).name] if name else sorted(self._models)
-        return [served for key in names for _, served in sorted(self._models[key].loaded.items())]
+        if name:
+            self.can_answer(name, version)
+        models = {name: self._models[name]} if name else dict(sorted(self._models.items()))
+        loaded = [served for model in models.values() for _, served in sorted(model.loaded.items())]
+        return [served for served in loaded if version in ("", served.version)]
+
+    @property
+    def names(self) -> list[str]:
+        """The models that answer requests, in order."""
+        return [name for name, model in sorted(self._models.items()) if model.traffic is not None]
 
     def versions(self, name: str) -> list[str]:
-        """Return the loaded versions of a model, in order."""
-        return [str(version) for version in sorted(self._models[name].loaded)]
+        """Return the versions of a model that answer requests, in order."""
+        return [str(version) for version in sorted(self._models[name].sources)]
 
     def traffic(self, name: str) -> dict[str, float]:
         """Return the share of each version in the requests that name none; empty where the model is not loaded.
@@ -145,7 +156,7 @@ class Catalogue:
         Raises:
             Refusal: There is no such model (404).
         """
-        return _shares(self._known(name))
+        return self._known(name).shares
 
     @property
     def ready(self) -> bool:
@@ -155,14 +166,19 @@ class Catalogue:
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
-        return any(served.scheduler.busy for served in self.served())
+        return bool(self._warming) or any(served.scheduler.busy for served in self.served())
+
+    @property
+    def memory(self) -> MemoryUse:
+        """The memory that loaded versions take."""
+        return self._loader.use
 
     def index(self) -> list[IndexEntry]:
         """Return all models and versions, those included that are in the repository and not loaded."""
         entries: list[IndexEntry] = []
         for name in sorted({*self._repository.names(), *self._models}):
-            model = self._models.get(name) or _Model(self.hosting)
-            for version in sorted({*self._repository.versions(name), *model.loaded, *model.states}):
+            model = self._models.get(name) or Model(self.hosting)
+            for version in sorted({*self._repository.versions(name), *model.sources, *model.states}):
                 state, reason = model.states.get(version, ("UNAVAILABLE", "not loaded"))
                 if version in model.loaded:
                     alive = model.loaded[version].scheduler.workers_alive
@@ -170,10 +186,78 @@ class Catalogue:
                 entries.append(IndexEntry(name, str(version), state, reason))
         return entries
 
+    # loading at a request ---------------------------------------------------------------------------------------------
+
+    async def _warmed(self, name: str, model: Model, version: int) -> ServedVersion | None:
+        """Return a version when it is loaded, or None where a change has come between; however many wait, it loads once."""
+        settings = model.hosting.settings
+        waiting = model.waiting.get(version, 0)
+        if waiting >= settings.queue:
+            raise Refusal(
+                503, f"{waiting} requests wait for model {name!r} to be loaded, which is the bound", retry_after=1
+            )
+        task = self._warming.get((name, version))
+        if task is None:
+            task = self._warming[name, version] = asyncio.create_task(self._warm(name, model, version))
+            task.add_done_callback(lambda done: self._warm_ended(name, version, done))
+        model.waiting[version] = waiting + 1
+        try:
+            async with asyncio.timeout(settings.timeout):
+                served = await asyncio.shield(task)
+        except TimeoutError:
+            raise Refusal(504, f"model {name!r} was not loaded within {settings.timeout:g} s") from None
+        except MemoryBudgetError as error:
+            raise change_refusal(error) from error
+        except NarrowcastError as error:
+            raise Refusal(
+                503, f"model {name!r} version {version} cannot be loaded: {error.what}", retry_after=1
+            ) from error
+        finally:
+            model.waiting[version] -= 1
+        return served if model.loaded.get(version) is served else None
+
+    async def _warm(self, name: str, model: Model, version: int) -> ServedVersion | None:
+        async with model.lock:
+            if version in model.loaded or version not in model.sources:
+                return model.loaded.get(version)
+            model.check_backoff(version)
+            try:
+                started = await self._start(name, model, {version: model.sources[version]}, model.hosting)
+            except MemoryBudgetError:
+                raise
+            except NarrowcastError as error:
+                model.failed(version, error)
+                raise
+            model.failures.pop(version, None)
+            model.loaded.update(started)
+            return started[version]
+
+    def _warm_ended(self, name: str, version: int, task: asyncio.Task[ServedVersion | None]) -> None:
+        del self._warming[name, version]
+        if not task.cancelled():
+            task.exception()  # whoever still waits is told; if nobody does, that is no mistake
+
+    def _spare(self, served: ServedVersion, name: str) -> bool:
+        """Whether a version may make room for one of a model: nobody uses or awaits it, and nobody changes its model."""
+        model, version = self._models[served.name], int(served.version)
+        changing = model.lock.locked() and served.name != name
+        return (
+            not (served.scheduler.busy or model.waiting.get(version) or changing)
+            and model.loaded.get(version) is served
+        )
+
+    def _dismiss(self, served: ServedVersion) -> None:
+        """Take a version out of service until a request asks for it."""
+        model, version = self._models[served.name], int(served.version)
+        del model.loaded[version]
+        model.states[version] = ("UNAVAILABLE", "unloaded to make room; its next request loads it")
+
     # changing ---------------------------------------------------------------------------------------------------------
 
     async def load_all(self) -> None:
         """Load every model of the repository, and let those versions answer that answered before the server ended.
+
+        Models that are loaded on demand are not loaded yet, nor are those that no room is left for.
 
         Raises:
             NarrowcastError: One cannot be loaded, or what is remembered cannot be read.
@@ -197,28 +281,46 @@ class Catalogue:
         return await self._remember(name)
 
     async def _load(self, name: str, before: ModelState | None = None) -> None:
-        """Load a model as it is now, or as it was before the server was started."""
+        """Load a model as it is now, or let it be served as it was before the server was started."""
         found = self._repository.versions(name)
         if not found:
             raise Refusal(404, f"model {name!r} is not in the repository")
-        model = self._models.setdefault(name, _Model(self.hosting))
+        model = self._models.setdefault(name, Model(self.hosting))
         async with model.lock:
             hosting = self._hosting(name)
             wanted = hosting.policy.select(sorted(found))
             if not wanted:
                 raise Refusal(404, f"model {name!r} has none of the versions that the policy names")
-            traffic, chosen = Traffic.all_to(max(wanted)), False
-            if before is not None:
-                model.history = [Traffic.of(weights) for weights in before.history]
-                if before.traffic is not None:
-                    traffic, chosen = _promised(name, Traffic.of(before.traffic), found, traffic)
-            wanted = {*wanted, *traffic.versions}
-            sources = {version: found[version] for version in sorted(wanted)}
-            started = await self._start(name, model, sources, hosting)
-            retired = list(model.loaded.values())
-            model.loaded, model.hosting = started, hosting
-            model.direct(traffic, chosen=chosen)
+            chosen = None if before is None else model.restore(name, before, found)
+            traffic = chosen or Traffic.all_to(max(wanted))
+            sources = {version: found[version] for version in sorted({*wanted, *traffic.versions})}
+            retired = tuple(model.loaded.values())
+            if before is None:
+                started = await self._start(name, model, sources, hosting, replaced=retired)
+            else:
+                started = await self._start_at_first(name, model, sources, hosting)
+            retired = tuple(model.loaded.values())
+            model.sources, model.loaded, model.hosting = sources, started, hosting
+            model.direct(traffic, chosen=chosen is not None)
             self._retire(model, retired, "a newer load replaced it")
+
+    async def _start_at_first(
+        self, name: str, model: Model, sources: Mapping[int, Source], hosting: Hosting
+    ) -> dict[int, ServedVersion]:
+        """Start versions when the server starts; those that wait for a request, or find no room, are left for later."""
+        if not hosting.on_demand:
+            try:
+                return await self._start(name, model, sources, hosting, evict=False)
+            except MemoryBudgetError as error:
+                if error.lasting:
+                    raise
+                _log.warning(
+                    "model %s is not loaded before its first request: %s",
+                    *(name, error.what),
+                    extra=fields("model_deferred", model=name),
+                )
+        model.states.update(dict.fromkeys(sources, ("UNAVAILABLE", "its first request loads it")))
+        return {}
 
     async def unload(self, name: str) -> Change:
         """Unload a model; what it began is finished. A promotion or a split ends.
@@ -228,8 +330,9 @@ class Catalogue:
         """
         model = self._known(name)
         async with model.lock:
-            retired = list(model.loaded.values())
-            model.loaded, model.traffic, model.chosen = {}, None, False
+            retired = tuple(model.loaded.values())
+            model.states.update(dict.fromkeys(model.sources, ("UNAVAILABLE", "unloaded")))
+            model.sources, model.loaded, model.traffic, model.chosen = {}, {}, None, False
             await asyncio.gather(*self._retire(model, retired, "unloaded"))
         return await self._remember(name)
 
@@ -251,7 +354,7 @@ class Catalogue:
             Refusal: There is no such model or version (404), or a weight is no positive number (400).
             NarrowcastError: A version cannot be loaded.
         """
-        return await self._redirect(name, lambda model: Traffic.of(weights) if weights else _unsplit(name, model))
+        return await self._redirect(name, lambda model: Traffic.of(weights) if weights else model.unsplit(name))
 
     async def rollback(self, name: str) -> Change:
         """Take the last promotion, split or load back: what answered before it answers again.
@@ -260,31 +363,26 @@ class Catalogue:
             Refusal: There is no such model (404), or nothing else has answered (400).
             NarrowcastError: A version cannot be loaded.
         """
-
-        def before(model: _Model) -> Traffic:
-            if not model.history:
-                raise Refusal(400, f"model {name!r} has no version to go back to")
-            return model.history[-1]
-
-        return await self._redirect(name, before, back=True)
+        return await self._redirect(name, lambda model: model.before(name), back=True)
 
     async def close(self) -> None:
         """Unload everything; what waits is refused."""
         served = self.served()
         for model in self._models.values():
-            model.loaded, model.traffic = {}, None
-        await asyncio.gather(*(item.scheduler.close("the server is ending") for item in served))
-        for task in self._retiring:
+            model.sources, model.loaded, model.traffic = {}, {}, None
+        ending = [*self._warming.values(), *self._retiring]
+        for task in ending:
             task.cancel()
-        await asyncio.gather(*self._retiring, return_exceptions=True)
+        await asyncio.gather(*(self._loader.end(item, "the server is ending") for item in served))
+        await asyncio.gather(*ending, return_exceptions=True)
 
-    def _known(self, name: str) -> _Model:
+    def _known(self, name: str) -> Model:
         model = self._models.get(name)
         if model is None:
             raise Refusal(404, f"model {name!r} is not found")
         return model
 
-    async def _redirect(self, name: str, choose: Callable[[_Model], Traffic], *, back: bool = False) -> Change:
+    async def _redirect(self, name: str, choose: Callable[[Model], Traffic], *, back: bool = False) -> Change:
         """Let other versions answer: load those that are not, and unload what neither the policy nor anybody wants.
 
         Args:
@@ -300,11 +398,15 @@ class Catalogue:
             for version in missing:
                 if version not in found:
                     raise Refusal(404, f"model {name!r} has no version {version} in the repository")
-            sources = {version: found[version] for version in missing}
-            started = await self._start(name, model, sources, model.hosting)
-            model.loaded.update(started)
-            model.direct(traffic, chosen=True, back=back)
             kept = {*traffic.versions, *model.hosting.policy.select(sorted(found))}
+            replaced = tuple(served for version, served in model.loaded.items() if version not in kept)
+            sources = {version: found[version] for version in missing}
+            started = await self._start(name, model, sources, model.hosting, replaced=replaced)
+            model.loaded.update(started)
+            model.sources = {
+                version: source for version, source in (model.sources | sources).items() if version in kept
+            }
+            model.direct(traffic, chosen=True, back=back)
             retired = [model.loaded.pop(version) for version in list(model.loaded) if version not in kept]
             self._retire(model, retired, "other versions answer")
         return await self._remember(name)
@@ -327,7 +429,7 @@ class Catalogue:
                     *(name, error.what),
                     extra=fields("change_not_kept", model=name),
                 )
-        shares = _shares(model)
+        shares = model.shares
         answers = ", ".join(f"version {version} ({share:.4g})" for version, share in shares.items())
         _log.info(
             "model %s is answered by %s", name, answers or "nobody", extra=fields("traffic", model=name, shares=shares)
@@ -340,64 +442,45 @@ class Catalogue:
         return self.hosting if root is None else read_model_options(root / name, self.hosting)
 
     async def _start(
-        self, name: str, model: _Model, sources: Mapping[int, Source], hosting: Hosting
+        self,
+        name: str,
+        model: Model,
+        sources: Mapping[int, Source],
+        hosting: Hosting,
+        *,
+        replaced: Collection[ServedVersion] = (),
+        evict: bool = True,
     ) -> dict[int, ServedVersion]:
         """Start versions; if one fails, none is left running."""
         started: dict[int, ServedVersion] = {}
         for version, source in sources.items():
             model.states[version] = ("LOADING", "")
             try:
-                statistics = self._statistics[name, version]
-                started[version] = await start_version(name, version, source, hosting, statistics)
-            except NarrowcastError as error:
-                model.states[version] = ("UNAVAILABLE", error.what)
+                started[version] = await self._loader.start(
+                    name, version, source, hosting, replaced=replaced, evict=evict
+                )
+            except BaseException as error:
+                what = error.what if isinstance(error, NarrowcastError) else "its load was broken off"
+                model.states[version] = ("UNAVAILABLE", what)
                 _log.warning(
                     "model %s version %d cannot be loaded: %s",
-                    *(name, version, error.what),
+                    *(name, version, what),
                     extra=fields("model_failed", model=name, version=str(version)),
                 )
-                await asyncio.gather(*(served.scheduler.close() for served in started.values()))
+                await asyncio.gather(*(self._loader.end(served) for served in started.values()))
                 raise
             model.states.pop(version)
         return started
 
-    def _retire(self, model: _Model, retired: Iterable[ServedVersion], reason: str) -> list[asyncio.Task[None]]:
+    def _retire(self, model: Model, retired: Iterable[ServedVersion], reason: str) -> list[asyncio.Task[None]]:
         """Let versions finish what they began and end their workers, in the background."""
         tasks: list[asyncio.Task[None]] = []
         for served in retired:
             version = int(served.version)
-            if version not in model.loaded:
+            if version not in model.sources:
                 model.states[version] = ("UNAVAILABLE", reason)
-            tasks.append(asyncio.create_task(_finish(served.scheduler)))
+            tasks.append(asyncio.create_task(self._loader.finish(served)))
         self._retiring.update(tasks)
         for task in tasks:
             task.add_done_callback(self._retiring.discard)
         return tasks
-
-
-async def _finish(scheduler: Scheduler) -> None:
-    try:
-        await scheduler.drained()
-    finally:
-        await scheduler.close()
-
-
-def _shares(model: _Model) -> dict[str, float]:
-    return {} if model.traffic is None else {str(version): share for version, share in model.traffic.shares.items()}
-
-
-def _unsplit(name: str, model: _Model) -> Traffic:
-    """Return the traffic before all splits that are in force."""
-    alone = next((traffic for traffic in reversed(model.history) if len(traffic.versions) == 1), None)
-    if model.traffic is None or len(model.traffic.versions) == 1 or alone is None:
-        raise Refusal(400, f"model {name!r} has no split that could end")
-    return alone
-
-
-def _promised(name: str, chosen: Traffic, found: Mapping[int, Source], newest: Traffic) -> tuple[Traffic, bool]:
-    """Return the traffic that was chosen before the server was started, or the newest version where it cannot be had."""
-    gone = [version for version in chosen.versions if version not in found]
-    if not gone:
-        return chosen, True
-    _log.warning("model %s: version %d answered before and is no longer there; the newest answers", name, gone[0])
-    return newest, False

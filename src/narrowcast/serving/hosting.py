@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import dataclass, field
 
+from narrowcast.serving.memory import Holding
 from narrowcast.serving.repository import VersionPolicy
 from narrowcast.serving.scheduling.scheduler import Scheduler, Settings
 from narrowcast.serving.scheduling.statistics import Statistics
 from narrowcast.serving.workers.sources import Placement, Source
 
-__all__ = ["Hosting", "ServedVersion", "start_version"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["ColdError", "Hosting", "ServedVersion", "start_version"]
 
 
 @dataclass(frozen=True)
@@ -25,26 +23,56 @@ class Hosting:
         workers: How many each version has.
         settings: How their requests are scheduled.
         policy: Which versions are loaded.
+        on_demand: Whether a version is loaded at its first request, and not when the server starts.
     """
 
     placement: Placement = Placement.PROCESS
     workers: int = 1
     settings: Settings = field(default_factory=Settings)
     policy: VersionPolicy = field(default_factory=VersionPolicy)
+    on_demand: bool = False
 
 
 @dataclass(frozen=True)
 class ServedVersion:
-    """One loaded version of a model."""
+    """One loaded version of a model.
+
+    Attributes:
+        name: The model.
+        version: The number of the version.
+        scheduler: What takes its requests.
+        hosting: How it is run.
+        holding: The memory that it takes.
+    """
 
     name: str
     version: str
     scheduler: Scheduler
     hosting: Hosting
+    holding: Holding[ServedVersion]
+
+
+class ColdError(Exception):
+    """A version is served and has to be loaded first.
+
+    Args:
+        name: The model.
+        version: The version.
+    """
+
+    def __init__(self, name: str, version: int) -> None:
+        super().__init__(f"model {name!r} version {version} has to be loaded first")
+        self.name = name
+        self.version = version
 
 
 async def start_version(
-    name: str, version: int, source: Source, hosting: Hosting, statistics: Statistics
+    name: str,
+    version: int,
+    source: Source,
+    hosting: Hosting,
+    statistics: Statistics,
+    holding: Holding[ServedVersion],
 ) -> ServedVersion:
     """Start the workers of a version and return it when all are ready.
 
@@ -52,10 +80,14 @@ async def start_version(
         NarrowcastError: One cannot be started; then none is left.
     """
     workers = [source.worker(hosting.placement) for _ in range(hosting.workers)]
-    outcomes = await asyncio.gather(*(worker.start() for worker in workers), return_exceptions=True)
-    failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-    if failures:
+    starts = [asyncio.ensure_future(worker.start()) for worker in workers]
+    try:
+        await asyncio.gather(*starts)
+    except BaseException:
+        for start in starts:
+            start.cancel()
+        await asyncio.gather(*starts, return_exceptions=True)
         await asyncio.gather(*(worker.close() for worker in workers))
-        raise failures[0]
-    _log.info("model %s version %d is ready", name, version)
-    return ServedVersion(name, str(version), Scheduler(workers, hosting.settings, statistics), hosting)
+        raise
+    scheduler = Scheduler(workers, hosting.settings, statistics)
+    return ServedVersion(name, str(version), scheduler, hosting, holding)

@@ -10,7 +10,7 @@ import logging
 
 from narrowcast.errors import DataError, NarrowcastError
 
-__all__ = ["Refusal", "WorkerLostError", "model_refusal"]
+__all__ = ["MemoryBudgetError", "Refusal", "WorkerLostError", "change_refusal", "model_refusal"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +37,35 @@ class WorkerLostError(NarrowcastError):
     """The process that ran a batch has ended; its requests can be sent again."""
 
 
+class MemoryBudgetError(NarrowcastError):
+    """A model does not fit into the memory that models may take.
+
+    Args:
+        what: What does not fit.
+        lasting: Whether it could not fit if nothing else were loaded.
+        next_step: What the reader can do about it.
+    """
+
+    def __init__(self, what: str, *, lasting: bool, next_step: str) -> None:
+        super().__init__(what, next_step=next_step)
+        self.lasting = lasting
+
+
+def change_refusal(error: NarrowcastError) -> Refusal:
+    """Return what a client is told when a change of what is served failed."""
+    if isinstance(error, MemoryBudgetError):
+        return Refusal(507, str(error)) if error.lasting else Refusal(503, str(error), retry_after=1)
+    return Refusal(400, str(error))
+
+
 def model_refusal(error: Exception) -> Refusal:
     """Return what a client is told when its request failed in the model."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, WorkerLostError):
         return Refusal(503, error.what, retry_after=1)
+    if isinstance(error, MemoryBudgetError):
+        return change_refusal(error)
     if isinstance(error, DataError):
         return Refusal(400, error.what)
     _log.error("a model failed", exc_info=error)

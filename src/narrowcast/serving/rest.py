@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
+import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
@@ -15,13 +16,14 @@ import orjson
 
 from narrowcast.errors import NarrowcastError
 from narrowcast.serving.catalogue import Catalogue, Change, ServedVersion
+from narrowcast.serving.hosting import ColdError
 from narrowcast.serving.http.message import Request, Response, json_response
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol import documents
 from narrowcast.serving.protocol.openapi import openapi
 from narrowcast.serving.protocol.requests import InferRequest, read_infer
 from narrowcast.serving.protocol.responses import infer_response
-from narrowcast.serving.refusals import Refusal, model_refusal
+from narrowcast.serving.refusals import Refusal, change_refusal, model_refusal
 from narrowcast.serving.scheduling.queue import Job
 from narrowcast.serving.shared_memory import SharedMemory
 
@@ -62,11 +64,15 @@ _ROUTES: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
 
 @dataclass(frozen=True)
 class _Route:
-    """What a target means: handler by method, and the names in it."""
+    """What a target means: handler by method, and the names in it; and when the request came, if that is a while ago."""
 
     endpoints: dict[bytes, str]
     name: str
     version: str
+    arrived: int | None = None
+
+
+_Endpoint = Callable[[Request, _Route], Response | asyncio.Future[Response]]
 
 
 @lru_cache(4096)
@@ -108,7 +114,7 @@ class RestApi:
         self._shared = shared
         self._token = token
         self._loop = asyncio.get_running_loop()
-        self._endpoints: dict[str, Callable[[Request, _Route], Response | asyncio.Future[Response]]] = {
+        self._endpoints: dict[str, _Endpoint] = {
             "infer": self._infer,
             "server": lambda request, route: json_response(documents.server_metadata()),
             "live": lambda request, route: json_response({"live": True}),
@@ -146,7 +152,17 @@ class RestApi:
             response = json_response({"error": f"method {request.method.decode()} is not allowed; {allowed} is"}, 405)
             response.headers = ((b"Allow", allowed.encode()),)
             return response
-        return self._endpoints[endpoint](request, route)
+        try:
+            return self._endpoints[endpoint](request, route)
+        except ColdError:
+            return asyncio.ensure_future(self._when_loaded(self._endpoints[endpoint], request, route))
+
+    async def _when_loaded(self, endpoint: _Endpoint, request: Request, route: _Route) -> Response:
+        """Answer a request of a model that has to be loaded first; the wait counts as time in the queue."""
+        arrived = time.monotonic_ns()
+        served = await self._catalogue.get(route.name, route.version)
+        answer = endpoint(request, replace(route, version=served.version, arrived=arrived))
+        return answer if isinstance(answer, Response) else await answer
 
     # inference --------------------------------------------------------------------------------------------------------
 
@@ -162,7 +178,9 @@ class RestApi:
         infer = read_infer(request.body, header_length, scheduler.signature, self._limits, self._shared)
         if record is not None:
             record.read(infer.id, infer.rows)
-        job = scheduler.submit(infer.inputs, infer.rows, priority=infer.priority, timeout=infer.timeout)
+        job = scheduler.submit(
+            infer.inputs, infer.rows, priority=infer.priority, timeout=infer.timeout, arrived=route.arrived
+        )
         if record is not None:
             record.job = job
         return self._answer(served, infer, job) if job.finished else self._awaited(served, infer, job)
@@ -205,10 +223,9 @@ class RestApi:
         return json_response(documents.model_metadata(served, self._catalogue.versions(served.name)))
 
     def _model_ready(self, request: Request, route: _Route) -> Response:
-        served = self._catalogue.find(route.name, route.version)
-        if self.draining or not served.scheduler.workers_alive:
-            raise Refusal(503, f"model {served.name!r} cannot run requests now", retry_after=1)
-        return json_response({"name": served.name, "ready": True})
+        if self.draining or not self._catalogue.can_answer(route.name, route.version):
+            raise Refusal(503, f"model {route.name!r} cannot run requests now", retry_after=1)
+        return json_response({"name": route.name, "ready": True})
 
     def _config(self, request: Request, route: _Route) -> Response:
         served = self._catalogue.find(route.name, route.version)
@@ -319,7 +336,7 @@ async def _changed(change: Awaitable[Change]) -> Response:
     try:
         done = await change
     except NarrowcastError as error:
-        raise Refusal(400, str(error)) from error
+        raise change_refusal(error) from error
     document: dict[str, Any] = {"traffic": done.traffic, "kept": not done.forgotten}
     return json_response(document | {"reason": done.forgotten} if done.forgotten else document)
 

@@ -45,6 +45,7 @@ class ServerOptions:
         token: The administrators' token, or None for no administration.
         shared_memory: Whether clients may register shared memory.
         grace: Seconds that requests have to finish when the server ends.
+        memory_budget: Bytes of host memory that loaded models may take together, or None for no bound.
     """
 
     host: str = "127.0.0.1"
@@ -55,6 +56,7 @@ class ServerOptions:
     token: str | None = None
     shared_memory: bool = False
     grace: float = 30.0
+    memory_budget: int | None = None
 
 
 class InferenceServer:
@@ -71,7 +73,7 @@ class InferenceServer:
         self, repository: Repository, hosting: Hosting, options: ServerOptions, observers: Sequence[Observer] = ()
     ) -> None:
         self.options = options
-        self.catalogue = Catalogue(repository, hosting)
+        self.catalogue = Catalogue(repository, hosting, memory_budget=options.memory_budget)
         self.ports: dict[str, int] = {}
         shared = SharedMemory(allowed=options.shared_memory)
         self._api = RestApi(self.catalogue, options.limits, shared, token=options.token)
@@ -166,7 +168,7 @@ class InferenceServer:
         if name in ("", SERVICE):
             return self.catalogue.ready and not self._service.draining
         try:
-            return self.catalogue.find(name).scheduler.workers_alive > 0 and not self._service.draining
+            return self.catalogue.can_answer(name) and not self._service.draining
         except Refusal:
             return None
 

@@ -47,6 +47,7 @@ class ModelOptions(BaseModel):
         placement: Where its workers are: process, thread or inline.
         workers: Workers of each version.
         versions: Versions to load, as :func:`read_versions` reads them.
+        load: When they are loaded: at startup, or on-demand, which is at their first request.
         batching: dynamic runs what waits; static waits for full batches and fills up those that it cannot wait for.
         max_batch: Rows that run together at most; the size of every static batch.
         delay: Milliseconds that the oldest request waits for company.
@@ -64,6 +65,7 @@ class ModelOptions(BaseModel):
     placement: str | None = None
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     versions: str | PositiveInt | None = None
+    load: Literal["startup", "on-demand"] | None = None
     batching: Literal["dynamic", "static"] | None = None
     max_batch: Size | None = None
     delay: Annotated[NonNegativeFloat, Field(le=60_000)] | None = None
@@ -100,6 +102,7 @@ class ModelOptions(BaseModel):
             workers=_or(self.workers, hosting.workers),
             settings=settings,
             policy=hosting.policy if self.versions is None else read_versions(str(self.versions)),
+            on_demand=hosting.on_demand if self.load is None else self.load == "on-demand",
         )
 
     def _batching(self, before: Batching) -> Batching:

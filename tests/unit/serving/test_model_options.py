@@ -48,6 +48,7 @@ def test_every_option_counts(tmp_path: Path) -> None:
             "placement": "inline",
             "workers": 3,
             "versions": "=3,7",
+            "load": "on-demand",
             "max_batch": 8,
             "delay": 2.5,
             "preferred": [8, 4, 4],
@@ -61,11 +62,12 @@ def test_every_option_counts(tmp_path: Path) -> None:
     )
     batching = Batching(8, 2_500_000, (4, 8), pad=True)
     expected = Settings(batching, 7, None, 1.0, priority_levels=5, default_priority=2)
-    assert hosting == Hosting(Placement.INLINE, 3, expected, VersionPolicy(named=(3, 7)))
+    assert hosting == Hosting(Placement.INLINE, 3, expected, VersionPolicy(named=(3, 7)), on_demand=True)
     assert set(ModelOptions.model_fields) == {
         "placement",
         "workers",
         "versions",
+        "load",
         "batching",
         "max_batch",
         "delay",

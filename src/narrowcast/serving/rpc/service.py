@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,9 +17,10 @@ from google.protobuf.json_format import ParseDict
 from narrowcast.errors import NarrowcastError
 from narrowcast.oip.messages import INFERENCE
 from narrowcast.serving.catalogue import Catalogue
+from narrowcast.serving.hosting import ColdError
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol import documents
-from narrowcast.serving.refusals import Refusal, model_refusal
+from narrowcast.serving.refusals import Refusal, change_refusal, model_refusal
 from narrowcast.serving.rpc.tensors import read_message, response_message
 from narrowcast.serving.scheduling.queue import Job
 from narrowcast.serving.shared_memory import SharedMemory
@@ -133,7 +135,12 @@ class InferenceService:
         """
         if self.draining:
             raise Refusal(503, "the server is ending; send the request to another", retry_after=1)
-        served = self._catalogue.find(request.model_name, request.model_version)
+        arrived: int | None = None
+        try:
+            served = self._catalogue.find(request.model_name, request.model_version)
+        except ColdError:
+            arrived = time.monotonic_ns()  # the wait counts as time in the queue
+            served = await self._catalogue.get(request.model_name, request.model_version)
         scheduler = served.scheduler
         if record is not None:
             record.found(served)
@@ -142,7 +149,7 @@ class InferenceService:
             record.rows = infer.rows
         timeouts = [seconds for seconds in (infer.timeout, remaining) if seconds is not None]
         timeout = min(timeouts, default=None)
-        job = scheduler.submit(infer.inputs, infer.rows, priority=infer.priority, timeout=timeout)
+        job = scheduler.submit(infer.inputs, infer.rows, priority=infer.priority, timeout=timeout, arrived=arrived)
         if record is not None:
             record.job = job
         if not job.finished:
@@ -202,17 +209,16 @@ class InferenceService:
         return ParseDict(documents.server_metadata(), INFERENCE["ServerMetadataResponse"]())
 
     async def _model_ready(self, request: Any, context: Context) -> Any:
-        served = self._catalogue.find(request.name, request.version)
-        ready = served.scheduler.workers_alive > 0 and not self.draining
+        ready = self._catalogue.can_answer(request.name, request.version) and not self.draining
         return INFERENCE["ModelReadyResponse"](ready=ready)
 
     async def _model_metadata(self, request: Any, context: Context) -> Any:
-        served = self._catalogue.find(request.name, request.version)
+        served = await self._catalogue.get(request.name, request.version)
         document = documents.model_metadata(served, self._catalogue.versions(served.name))
         return ParseDict(document, INFERENCE["ModelMetadataResponse"]())
 
     async def _config(self, request: Any, context: Context) -> Any:
-        served = self._catalogue.find(request.name, request.version)
+        served = await self._catalogue.get(request.name, request.version)
         document = {"config": documents.model_config(served)}
         return ParseDict(document, INFERENCE["ModelConfigResponse"]())
 
@@ -271,7 +277,7 @@ def _answering(method: Method) -> Method:
         except Refusal as refusal:
             await _abort(context, refusal)
         except NarrowcastError as error:
-            await _abort(context, Refusal(400, str(error)))
+            await _abort(context, change_refusal(error))
         except Exception as error:
             _log.error("a call failed", exc_info=error)
             await _abort(context, Refusal(500, "the server made a mistake; its log says more"))

@@ -96,7 +96,21 @@ class Scheduler:
         """Workers that can run a batch."""
         return len(self._live)
 
-    def submit(self, inputs: Tensors, rows: int, *, priority: int = 0, timeout: float | None = None) -> Job:
+    def memory(self) -> int | None:
+        """Return the bytes of memory that end with the workers, or None where nobody knows; takes a while."""
+        sizes = [worker.memory() for worker in self._workers]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
+    def submit(
+        self,
+        inputs: Tensors,
+        rows: int,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        arrived: int | None = None,
+    ) -> Job:
         """Accept a request; the job may have finished when this returns, else its ``done`` is called when it has.
 
         Args:
@@ -104,6 +118,7 @@ class Scheduler:
             rows: Length of their batch axis.
             priority: 1 goes first; 0 is the default.
             timeout: Seconds that the client waits; a request that has waited so long never runs.
+            arrived: When it came, in nanoseconds of the monotonic clock; None for now.
 
         Raises:
             Refusal: There are more rows than a batch may have (400), no worker is alive or the queue is full (503),
@@ -114,10 +129,10 @@ class Scheduler:
             raise Refusal(400, f"the request has {rows} rows; allowed: {self._batching.largest}")
         if priority > self.settings.priority_levels:
             raise Refusal(400, f"priority {priority} is none here; allowed: 1 to {self.settings.priority_levels}")
-        job = Job(inputs, rows, priority or self.settings.default_priority, now)
+        job = Job(inputs, rows, priority or self.settings.default_priority, now if arrived is None else arrived)
         timeout = self.settings.timeout if timeout is None else timeout
         if timeout is not None:
-            job.deadline = now + int(timeout * 1e9)
+            job.deadline = job.arrived + int(timeout * 1e9)
         if self._running or self._queue.count or not self._live:
             self._admit(job)
         if self._idle and not self._queue.count and (self._eager or rows == self._batching.largest):

@@ -49,9 +49,15 @@ Done = Callable[[Result], None]
 
 
 class LoadedModel(ABC):
-    """A model in this process."""
+    """A model in this process.
+
+    Attributes:
+        signature: What it takes and gives.
+        size: Bytes of memory that it takes, or None where it does not know.
+    """
 
     signature: Signature
+    size: int | None = None
 
     @abstractmethod
     def run(self, inputs: Tensors) -> Tensors:
@@ -80,6 +86,10 @@ class Worker(ABC):
     @abstractmethod
     def submit(self, batch: Batch, done: Done) -> None:
         """Run a batch; ``done`` is called in the event loop, perhaps before this returns."""
+
+    def memory(self) -> int | None:
+        """Return the bytes of memory that end with the worker, or None where nobody knows; takes a while."""
+        return None
 
     def abort(self) -> None:  # noqa: B027  what runs in the event loop cannot be ended from it
         """End the batch that runs, as far as that can be done; the worker is down until it can run others."""

@@ -46,6 +46,9 @@ class InlineWorker(Worker):
         model = await asyncio.get_running_loop().run_in_executor(None, self._load)
         self._model, self.signature = model, model.signature
 
+    def memory(self) -> int | None:
+        return None if self._model is None else self._model.size
+
     def submit(self, batch: Batch, done: Done) -> None:
         assert self._model is not None
         done(run_batch(self._model, batch))
@@ -88,6 +91,9 @@ class ThreadWorker(Worker):
             loaded.set_exception(error)
         else:
             loaded.set_result(self._model)
+
+    def memory(self) -> int | None:
+        return None if self._model is None else self._model.size
 
     def submit(self, batch: Batch, done: Done) -> None:
         self._tasks.put(partial(self._run, batch, done))

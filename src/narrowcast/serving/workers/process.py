@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from narrowcast import errors
 from narrowcast.errors import NarrowcastError, RuntimeFailedError
 from narrowcast.serving.refusals import WorkerLostError
@@ -69,6 +71,13 @@ class ProcessWorker(Worker):
     def pid(self) -> int | None:
         """The process, or None while there is none."""
         return self._link.pid if self._link is not None else None
+
+    def memory(self) -> int | None:
+        pid = self.pid
+        try:
+            return None if pid is None else psutil.Process(pid).memory_full_info().uss
+        except psutil.Error:  # it has ended meanwhile
+            return None
 
     def submit(self, batch: Batch, done: Done) -> None:
         if self._link is None:
