@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from narrowcast.errors import FormatError
 
-__all__ = ["Array", "Opened", "code_dtype", "on_device", "opened", "opened_codes", "torch_loaded"]
+__all__ = ["Array", "Opened", "code_dtype", "dtype_name", "on_device", "opened", "opened_codes", "torch_loaded"]
 
 Array = Any  # numpy.ndarray or torch.Tensor
 
@@ -72,12 +73,19 @@ def torch_loaded() -> Any:
 def on_device(x: Any) -> bool:
     """Return whether ``x`` is a torch tensor outside main memory."""
     torch = torch_loaded()
-    return torch is not None and isinstance(x, torch.Tensor) and x.device.type != "cpu"
+    return torch is not None and isinstance(x, torch.Tensor) and not x.is_cpu
 
 
+@lru_cache(maxsize=64)
 def code_dtype(bits: int) -> str:
     """Return the name of the unsigned dtype that holds codes of that many bits."""
     return f"uint{next(width for width in (8, 16, 32, 64) if bits <= width)}"
+
+
+@lru_cache(maxsize=256)
+def dtype_name(dtype: Any) -> str:
+    """Return what NumPy and torch both call a dtype; kept, as NumPy looks long for the name of one of its own."""
+    return dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
 
 
 def opened(x: Any) -> Opened:
@@ -89,22 +97,25 @@ def opened(x: Any) -> Opened:
     torch = torch_loaded()
     if torch is not None and isinstance(x, torch.Tensor):
         own = x.dtype
-        dtype = str(own).removeprefix("torch.")
-        x = x.detach()
+        dtype = dtype_name(own)
         if x.layout is not torch.strided:
             raise FormatError(f"a tensor of layout {x.layout}", next_step="give x.to_dense()")
         if dtype in CODED:
             return Opened(
-                x.view(getattr(torch, code_dtype(8 * x.element_size()))).numpy(), dtype, CODED[dtype], True, own
+                x.detach().view(getattr(torch, code_dtype(8 * x.element_size()))).numpy(),
+                dtype,
+                CODED[dtype],
+                True,
+                own,
             )
         if dtype not in (*FLOATS, *WHOLE):
             raise refused(dtype)
-        return Opened(_numbers(x.resolve_neg().numpy(), dtype), dtype, None, True, own)
+        return Opened(_numbers(x.numpy(force=True), dtype), dtype, None, True, own)
     try:
         array = np.asarray(x)  # what is no number, or whole and too large, shows in the dtype that NumPy gives it
     except (TypeError, ValueError) as error:
         raise FormatError(f"{type(x).__name__} is no array of numbers: {error}", allowed=_allowed()) from None
-    dtype = array.dtype.name
+    dtype = dtype_name(array.dtype)
     if dtype in CODED:
         return Opened(array.view(code_dtype(8 * array.itemsize)), dtype, CODED[dtype], False, array.dtype)
     return Opened(_numbers(array, dtype), dtype, None, False, array.dtype)
@@ -118,7 +129,7 @@ def opened_codes(codes: Any, bits: int, last: int) -> Opened:
     """
     torch = torch_loaded()
     is_tensor = torch is not None and isinstance(codes, torch.Tensor)
-    array = codes.detach().numpy() if is_tensor else np.asarray(codes)
+    array = codes.numpy(force=True) if is_tensor else np.asarray(codes)
     if array.dtype.kind not in "iu":
         raise FormatError(
             f"codes of dtype {array.dtype.name}", allowed="whole numbers", next_step="decode takes what encode gave"

@@ -18,7 +18,17 @@ import numpy as np
 
 from narrowcast.errors import FormatError
 from narrowcast.formats import bits, fast
-from narrowcast.formats.arrays import CODED, EXACT_WHOLE, FLOATS, WHOLE, Opened, code_dtype, refused, torch_loaded
+from narrowcast.formats.arrays import (
+    CODED,
+    EXACT_WHOLE,
+    FLOATS,
+    WHOLE,
+    Opened,
+    code_dtype,
+    dtype_name,
+    refused,
+    torch_loaded,
+)
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format
 from narrowcast.formats.rows import Rows
 from narrowcast.formats.rules import NanInput, Rounding, Rules
@@ -142,7 +152,7 @@ def encode_exactly(x: Tensor, format: ElementFormat, rules: Rules, seed: int) ->
 def decode_exactly(codes: Tensor, format: ElementFormat, dtype: str) -> Tensor:
     """As :func:`decode`, without kernels."""
     torch, codes = torch_loaded(), codes.detach()
-    name = _dtype_name(codes)
+    name = dtype_name(codes.dtype)
     if name not in WHOLE or name == "bool":
         raise FormatError(f"codes of dtype {name}", allowed="whole numbers", next_step="decode takes what encode gave")
     _check_codes(codes, name, format.bits)
@@ -173,7 +183,7 @@ def cast_exactly(x: Tensor, format: ElementFormat, rules: Rules, seed: int) -> T
 
 def _opened(x: Tensor) -> Opened:
     """Return a tensor as :func:`narrowcast.formats.arrays.opened` does, but whole numbers as they are."""
-    torch, own, dtype = torch_loaded(), x.dtype, _dtype_name(x)
+    torch, own, dtype = torch_loaded(), x.dtype, dtype_name(x.dtype)
     x = x.detach()
     if x.layout is not torch.strided:
         raise FormatError(f"a tensor of layout {x.layout}", next_step="give x.to_dense()")
@@ -186,10 +196,6 @@ def _opened(x: Tensor) -> Opened:
         if max(high, -low) > EXACT_WHOLE:
             raise FormatError(f"the whole number {max(high, -low)}", allowed="up to 2**53, which float64 holds exactly")
     return Opened(x.resolve_neg(), dtype, None, True, own)
-
-
-def _dtype_name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
 
 
 def _empty(like: Tensor, dtype: str) -> Tensor:
@@ -207,7 +213,7 @@ def _parts(x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
 def _unsigned(x: Tensor) -> Tensor:
     """Return whole numbers as int64; unsigned ones through their signed twin, which every torch operation takes."""
     torch = torch_loaded()
-    name = _dtype_name(x)
+    name = dtype_name(x.dtype)
     if name in ("uint16", "uint32", "uint64"):
         signed = x.view(getattr(torch, name[1:])).to(torch.int64)
         return signed if name == "uint64" else signed & ((1 << 8 * x.element_size()) - 1)
@@ -248,7 +254,7 @@ def _words(x: Tensor, coded: str | None) -> Tensor:
     torch = torch_loaded()
     if coded is not None:
         return torch.take(_table(ELEMENTS[coded], "float64", str(x.device)), _unsigned(x)).view(torch.int64)
-    name = _dtype_name(x)
+    name = dtype_name(x.dtype)
     if name == "float64":
         return x.view(torch.int64)
     if name not in FLOATS:

@@ -5,7 +5,8 @@ Arrays are cut so that what is worked on stays in the processor's cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import numpy as np
 
@@ -39,8 +40,13 @@ def encode(source: Opened, format: ElementFormat, rules: Rules, seed: int) -> np
     """Return the codes of ``source``, in its shape."""
     x = source.array
     codes = np.empty(x.shape, code_dtype(format.bits))
-    one_pass = source.coded is None and _in_one_pass(x.dtype, format, rules)
-    for part, out, start in _parts(x, codes, one_pass=one_pass):
+    by_arithmetic = None if source.coded is not None else _arithmetic(x.dtype, format, rules)
+    if by_arithmetic is not None:
+        for part, out, start in _parts(x, codes, one_pass=True):
+            _check_nan(part, format, rules, start)
+            by_arithmetic(part, out)
+        return codes
+    for part, out, start in _parts(x, codes):
         numbers = part if source.coded is None else decode(part, ELEMENTS[source.coded], "float32")
         encode_part(numbers, format, rules, out, start, seed)
     return codes
@@ -64,16 +70,24 @@ def encode_part(x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndar
         out[...] = codebook_codes(_without_nan(x, format, rules), format, rules, start, seed)
     elif isinstance(format, Integer) and by_rint(format, rules):
         _encode_by_rint(x, format, out)
-    elif isinstance(format, Format) and _in_one_pass(x.dtype, format, rules):
-        _encode_by_arithmetic(x, format, special_codes(format, rules), out)
+    elif by_arithmetic := _arithmetic(x.dtype, format, rules):
+        by_arithmetic(x, out)
     elif x.dtype == np.float32 and by_table(format, rules):
         engine().codes_by_half(x, encoding_table(format, rules), out)
     else:
         out[...] = encode_exactly(x, format, rules, start, seed)
 
 
-def _in_one_pass(dtype: np.dtype, format: ElementFormat, rules: Rules) -> bool:
-    return dtype == np.float32 and rules.rounding is Rounding.NEAREST_EVEN and by_arithmetic(format)
+@lru_cache(maxsize=64)
+def _arithmetic(
+    dtype: np.dtype, format: ElementFormat, rules: Rules
+) -> Callable[[np.ndarray, np.ndarray], None] | None:
+    """Return the loop that writes the codes of numbers of a dtype in one pass, where the rules are those of arithmetic."""
+    fits = dtype == np.float32 and rules.rounding is Rounding.NEAREST_EVEN and by_arithmetic(format)
+    if not fits or not isinstance(format, Format):
+        return None
+    special = special_codes(format, rules)
+    return lambda x, out: _encode_by_arithmetic(x, format, special, out)
 
 
 def _check_nan(x: np.ndarray, format: ElementFormat, rules: Rules, start: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from narrowcast.errors import FormatError, choices
 from narrowcast.formats.blocks import BlockFormat
@@ -134,6 +135,11 @@ def get(name: str | ElementFormat | BlockFormat) -> ElementFormat | BlockFormat:
         raise FormatError(
             f"{name!r} is no number format", allowed="a name such as 'bf16', or a format object", next_step=_NEXT
         )
+    return _named(name)
+
+
+@lru_cache(maxsize=256)
+def _named(name: str) -> ElementFormat | BlockFormat:
     plain = re.sub("[_-]", "", name.strip().lower()).removeprefix("torch.").removeprefix("np.").removeprefix("numpy.")
     known = _PLAIN.get(plain) or ALIASES.get(plain)
     if known is None:

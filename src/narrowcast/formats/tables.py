@@ -34,6 +34,7 @@ _LOWEST_OF_A_TABLE = -131  # exponent of the smallest step: its half is the last
 _DIGITS_OF_A_TABLE = 7  # significant bits of the upper half of a float32, less one for "something follows"
 
 
+@lru_cache(maxsize=64)
 def exact_in_float32(format: ElementFormat) -> bool:
     """Return whether float32 holds every value of the format."""
     match format:
@@ -79,6 +80,7 @@ def by_table(format: Format | Integer, rules: Rules) -> bool:
     )
 
 
+@lru_cache(maxsize=64)
 def by_arithmetic(format: ElementFormat) -> bool:
     """Return whether a few operations on the bits of float32 lead to the format and back.
 
