@@ -202,3 +202,133 @@ def test_a_scale_that_is_too_high_to_begin_with_is_named_in_the_backward_pass():
     event = the_fault(doctor, EventKind.NONFINITE)
     assert event.cause.part is Part.BACKWARD
     mended_by(event.cause, "scale")
+
+
+class Small(nn.Module):
+    """Two linear layers side by side; what comes from the first is so small that FP16 loses its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost, self.kept = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.kept(x) + self.lost(x) * 1e-9
+
+
+class Adapted(nn.Module):
+    """Layers that have no gradient by design: an adapter that begins at zero, and a branch that is switched off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(2, 8)
+        nn.init.zeros_(self.up.weight)
+        self.up.requires_grad_(False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x)) * 0.0
+
+
+@pytest.mark.parametrize("level", ["cheap", "deep"])
+def test_one_layer_whose_gradients_vanish_is_told_from_those_without(level):
+    model = nn.Sequential(nn.Linear(8, 8), Adapted(), Small(), nn.Linear(8, 2))
+    policy = precision("fp16-mixed", loss_scale=1.0)
+    trainer, doctor = watched(model, squares, policy=policy, level=level, every=24)
+    for _ in range(75):
+        trainer.step((torch.randn(4, 8), torch.randn(4, 2)))
+    (event,) = [event for event in doctor.events if not event.normal]
+    assert event.kind is EventKind.VANISHED
+    assert (event.cause.part, event.cause.layer, event.cause.operator) == (Part.BACKWARD, "2.lost", "aten.mul")
+    assert "2.lost.bias, 2.lost.weight get no gradient" in event.sentence
+    mended_by(event.cause, "scale")
+
+
+class Laundered(nn.Module):
+    """Infinities that are replaced, so that no loss or gradient shows them."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.factor = factor
+
+    def forward(self, x):
+        return torch.nan_to_num(self.linear(x) * self.factor * self.factor) / self.factor / self.factor
+
+
+@pytest.mark.parametrize(("policy", "factor", "end"), [("fp16-mixed", 1e3, "float16"), ("fp32", 1e20, "float32")])
+def test_infinities_that_are_replaced_are_followed_to_where_they_came_from(policy, factor, end):
+    model = nn.Sequential(nn.Linear(8, 8), Laundered(factor), nn.Linear(8, 2))
+    policy = precision(policy, loss_scale=8.0) if policy == "fp16-mixed" else policy
+    trainer, doctor = watched(model, squares, policy=policy, level="deep", every=2)
+    for _ in range(3):
+        assert trainer.step((torch.randn(4, 8), torch.randn(4, 2))).updated
+    event = the_fault(doctor, EventKind.SATURATION)
+    cause = named(event, layer="1", part=Part.FORWARD, step=0)
+    assert cause.operator == "aten.nan_to_num"
+    assert f"the end of {end}" in event.sentence
+    assert "the infinities come from aten.mul in layer '1'" in event.sentence
+    assert not cause.remedies  # no scale brings back what is infinite
+
+
+class Masked(nn.Module):
+    """Infinities that the program itself writes, and replaces."""
+
+    def forward(self, x):
+        hidden = torch.nan_to_num(x.masked_fill(x > 1, -torch.inf), neginf=-1e4)
+        return torch.softmax(hidden.masked_fill(x < -1, -torch.inf).clamp(min=torch.finfo(torch.float16).min), -1)
+
+
+def test_infinities_of_masks_hide_nothing():
+    model = nn.Sequential(nn.Linear(8, 8), Masked(), nn.Linear(8, 2))
+    trainer, doctor = watched(model, squares, level="deep", every=1)
+    for _ in range(4):
+        trainer.step((torch.randn(4, 8) * 4, torch.randn(4, 2)))
+    assert doctor.close().verdict.healthy
+
+
+def test_of_several_faults_the_first_is_named():
+    model = nn.Sequential(nn.Linear(8, 8), Stretched(1e6), nn.Linear(2, 8), Logarithm())
+    policy = precision("fp16-mixed", loss_scale=1.0)
+    trainer, doctor = watched(model, lambda outputs, targets: outputs.mean(), policy=policy)
+    assert trainer.step((torch.randn(4, 8), None)).skipped
+    event = the_fault(doctor, EventKind.NONFINITE)
+    cause = named(event, layer="1", part=Part.FORWARD, step=0)
+    assert cause.operator == "aten.mul"
+    assert not cause.mends  # the logarithm breaks, whatever is done to the layer before
+
+
+def test_a_product_of_nested_blocks_that_overflows_fp32_asks_for_smaller_weights():
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(8) * 50)
+
+        def forward(self, x):
+            for _ in range(60):
+                x = x @ self.weight
+            return x
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({"inner": Repeated()})["inner"], nn.Linear(8, 2))
+    trainer, doctor = watched(model, squares)
+    with pytest.raises(TrainingError):
+        trainer.step((torch.randn(4, 8), torch.randn(4, 2)))
+    cause = named(the_fault(doctor, EventKind.NONFINITE), layer="1", part=Part.FORWARD, step=0)
+    assert cause.call > 0
+    mended_by(cause, "initialisation")
+
+
+@pytest.mark.parametrize(("rate", "kahan"), [(1e-4, True), (1e-6, False)])
+def test_kahan_sums_mend_updates_that_16_bits_beside_the_weights_can_hold(rate, kahan):
+    model = nn.Linear(64, 64)
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    policy = precision("bf16-true", update="plain")
+    trainer, doctor = watched(model, squares, policy=policy, optimizer=optimizer, every=4)
+    for _ in range(8):
+        trainer.step((torch.randn(4, 64), torch.randn(4, 64)))
+    cause = the_fault(doctor, EventKind.STAGNATION).cause
+    assert {remedy.setting.split()[0]: remedy.mended for remedy in cause.remedies} == {
+        "stochastic": True,
+        "Kahan": kahan,
+        "FP32": True,
+        "round-to-nearest": False,
+    }

@@ -11,13 +11,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrowcast.training.doctor.paths import Paths, Place, wrapped
-from narrowcast.training.doctor.sentinel import dtype_name, range_of
+from narrowcast.training.doctor.sentinel import Fault, Sentinel, dtype_name, range_of
 from narrowcast.training.doctor.values import Range
 
 __all__ = ["CastCounter", "Found", "Probe", "Probed"]
 
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-_LIMITS = {torch.finfo(dtype).max: dtype_name(dtype) for dtype in (*_EIGHT_BITS, torch.float16, torch.bfloat16)}
+_NARROW = (*reversed(_EIGHT_BITS), torch.float16, torch.bfloat16)
+#: Formats by the magnitude where they end; e5m2fnuz ends where e5m2 does, which is the usual one.
+_ENDS = {torch.finfo(dtype).max: dtype for dtype in (*_NARROW, torch.float32, torch.float64)}
+#: Ends that a clamp has for their format's sake; masks are clamped to those of wider ones.
+_CLAMPED = {torch.finfo(dtype).max for dtype in _NARROW}
 #: Share of the numbers beyond the limit, and how far beyond, from which a cast counts as saturating.
 _SHARE, _BEYOND = 1e-3, 1.125
 
@@ -42,7 +46,7 @@ class Found:
     @property
     def format(self) -> str:
         """The format that ends at the limit."""
-        return _LIMITS[self.limit].removeprefix("float8_")
+        return dtype_name(_ENDS[self.limit]).removeprefix("float8_")
 
 
 class CastCounter(TorchDispatchMode):
@@ -105,7 +109,7 @@ def _limit(func: Any, args: Any, kwargs: Any) -> float | None:
         return torch.finfo(dtype).max if dtype in _EIGHT_BITS and args[0].is_floating_point() else None
     if name in ("clamp", "clamp_", "hardtanh", "clamp_max", "clamp_max_", "clip"):
         ends = [one for one in (*args[1:], *kwargs.values()) if isinstance(one, int | float)]
-        return next((float(one) for one in ends if float(one) in _LIMITS), None)
+        return next((float(one) for one in ends if float(one) in _CLAMPED), None)
     if name in ("nan_to_num", "nan_to_num_"):
         return torch.finfo(args[0].dtype).max
     return None
@@ -135,6 +139,7 @@ class Probed:
         snr: Signal to noise of the cast as it is, in dB.
         fresh_snr: The same with the largest power of two that overflows nothing.
         fresh: That power of two, relative to the scale in use.
+        origin: Where infinities among what went in come from, if that was seen.
     """
 
     call: int
@@ -142,6 +147,7 @@ class Probed:
     snr: float
     fresh_snr: float
     fresh: float
+    origin: Fault | None
 
 
 class Probe(TorchDispatchMode):
@@ -150,10 +156,12 @@ class Probe(TorchDispatchMode):
     Args:
         paths: Where operators run.
         found: The cast to look at.
+        sentinel: What follows infinities in the same replay, entered before.
     """
 
-    def __init__(self, paths: Paths, found: Found) -> None:
+    def __init__(self, paths: Paths, found: Found, sentinel: Sentinel) -> None:
         super().__init__()
+        self._sentinel = sentinel
         self.probed: Probed | None = None
         self._paths = paths
         self._wanted = found
@@ -169,19 +177,21 @@ class Probe(TorchDispatchMode):
         if at and self.probed is None and _limit(func, args, kwargs) == wanted.limit:
             numbers = args[0].detach().double()
             if bool((numbers.abs() > wanted.limit).any()):
-                self.probed = _probed(self._calls, args[0], numbers, wanted)
+                origin = self._sentinel.origin([args[0]])
+                self.probed = _probed(self._calls, args[0], numbers, wanted, origin)
             self._calls += 1
         return func(*args, **kwargs)
 
 
-def _probed(call: int, given: Tensor, numbers: Tensor, found: Found) -> Probed:
-    dtype = next(one for one in (*_EIGHT_BITS, torch.float16, torch.bfloat16) if torch.finfo(one).max == found.limit)
+def _probed(call: int, given: Tensor, numbers: Tensor, found: Found, origin: Fault | None) -> Probed:
+    dtype = _ENDS[found.limit]
     finite = numbers[numbers.isfinite()]
-    fresh = 2.0 ** math.floor(math.log2(found.limit / float(finite.abs().max())))
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    fresh = 2.0 ** math.floor(math.log2(found.limit / largest)) if largest else 1.0
 
     def noise(scale: float) -> float:
         cast = (finite * scale).clamp(-found.limit, found.limit).float().to(dtype).double() / scale
-        error = float((cast - finite).square().sum())
+        error = float((cast - finite).square().sum())  # 0 without finite numbers
         return 10 * math.log10(float(finite.square().sum()) / error) if error else math.inf
 
-    return Probed(call, range_of("input 0", given), noise(1.0), noise(fresh), fresh)
+    return Probed(call, range_of("input 0", given), noise(1.0), noise(fresh), fresh, origin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,15 +84,23 @@ def agreed_cause(scene: Scene) -> Cause | None:
     return _agreed(scene, _find(scene), _fitting)
 
 
-def explain_vanishing(scene: Scene) -> Cause | None:
-    """Return where a scene's gradients become zero, all of them; None if some do not.
+def explain_vanishing(scene: Scene, names: Collection[str] = ()) -> Cause | None:
+    """Return where the gradients of some parameters become zero, all of them; None if some do not.
 
     Where the scene runs on all ranks together every one has to call it, and all get the same answer.
+
+    Args:
+        scene: The step.
+        names: The parameters; all unless given.
     """
-    found = _find_zeros(scene)
+
+    def raised(scene: Scene, found: _Finding) -> Iterator[Trial]:
+        yield raise_scale(scene, names)
+
+    found = _find_zeros(scene, names)
     if scene.together:
-        return _agreed(scene, found, _raised)
-    return None if found is None else _with_remedies(found, try_all(_raised(scene, found)))
+        return _agreed(scene, found, raised)
+    return None if found is None else _with_remedies(found, try_all(raised(scene, found)))
 
 
 def agreed(cause: Cause | None, device: torch.device) -> Cause | None:
@@ -129,11 +137,6 @@ def _fitting(scene: Scene, found: _Finding) -> Iterator[Trial]:
         yield replace_samples(scene, samples, size, here=scene.rank == found.cause.rank)
 
 
-def _raised(scene: Scene, found: _Finding) -> Iterator[Trial]:
-    """Yield what may mend gradients that are zero."""
-    yield raise_scale(scene)
-
-
 # Looking --------------------------------------------------------------------------------------------------------------
 
 
@@ -165,21 +168,26 @@ def _replayed(scene: Scene) -> _Finding | None:
     return _Finding(cause=_cause(scene, fault, _sentence(fault)), fault=fault)
 
 
-def _find_zeros(scene: Scene) -> _Finding | None:
-    """Return where a scene's gradients become zero on this rank; None if some do not."""
+def _find_zeros(scene: Scene, names: Collection[str]) -> _Finding | None:
+    """Return where gradients become zero on this rank; None if some do not."""
     paths = Paths(scene.model)
     sentinel = Sentinel(paths, zeros=True)
     outcome = replay.run(scene, paths.following(), sentinel)
-    if outcome.nonzero or not sentinel.faults:
+    zero = [outcome.gradients[name] for name in reversed([*outcome.gradients]) if not names or name in names]
+    if not zero or any(outcome.filled[name] for name in names or outcome.filled):
         return None
-    fault = sentinel.faults[0]
+    fault = sentinel.origin(zero[:1])
+    if fault is None and not names and sentinel.faults:
+        fault = sentinel.faults[0]  # sums over ranks lead to nowhere
+    if fault is None:
+        return _Finding(cause=_unseen_zeros(scene, names))
     given = max((_size(one) for one in fault.inputs[:-1]), default=0.0)
     kind = _SHORT.get(fault.result.dtype, fault.result.dtype)
     smallest = torch.finfo(fault.dtype).smallest_normal * torch.finfo(fault.dtype).eps
     seen = (
         f"{fault.operator} in {fault.place.node} made all {_count(fault.result)} numbers of a gradient zero: what came in "
         f"reaches {given:.3g} at a loss scale of {scene.scale:g}, and half of {kind}'s smallest number is {smallest / 2:.3g}; "
-        "no parameter gets a gradient"
+        + _without(names)
     )
     return _Finding(cause=_cause(scene, fault, seen, layer=fault.place.towards), fault=fault)
 
@@ -243,6 +251,23 @@ def _unseen(scene: Scene, broken: tuple[str, ...], why: str) -> Cause:
     )
 
 
+def _unseen_zeros(scene: Scene, names: Collection[str]) -> Cause:
+    return Cause(
+        step=scene.step,
+        rank=scene.rank,
+        part=Part.BACKWARD,
+        layer=max(names, default="").rpartition(".")[0],
+        operator=_UNKNOWN,
+        kind="zero",
+        seen=f"no operator that PyTorch dispatches made them zero; {_without(names)}",
+    )
+
+
+def _without(names: Collection[str]) -> str:
+    """Say which parameters get no gradient."""
+    return f"{', '.join(sorted(names))} get no gradient" if names else "no parameter gets a gradient"
+
+
 def _cause(scene: Scene, fault: Fault, seen: str, layer: str | None = None) -> Cause:
     return Cause(
         step=scene.step,
@@ -266,8 +291,13 @@ def _sentence(fault: Fault) -> str:
     inputs = [one for one in fault.inputs[:-1] if one.low is not None]
     if inputs:
         text += "; its inputs lie in " + ", ".join(f"[{one.low:.4g}, {one.high:.4g}]" for one in inputs)
+    broken = sum(one.infinite for one in fault.inputs[:-1])
+    if broken:
+        text += f"{', and' if inputs else '; of its inputs'} {broken} are infinite"
     if fault.kind == "inf" and fault.overflows and fault.wide:
         text += f", and float64 gives up to {fault.wide:.4g}, beyond the {torch.finfo(fault.dtype).max:.5g} of {kind}"
+    elif fault.kind == "nan" and fault.overflows:
+        text += f", and float64 gives finite numbers: {kind} is too narrow for what is computed on the way"
     elif fault.kind == "inf" and fault.wide is None:
         text += "; it does not run in float64, so whether a wider format would hold the result is not known"
     lost = lost_epsilon(fault)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from narrowcast.training.doctor import replay
 from narrowcast.training.doctor.casts import CastCounter, Found, Probe, Probed
 from narrowcast.training.doctor.cause import agreed, agreed_cause, explain_vanishing
 from narrowcast.training.doctor.exchange import gather
-from narrowcast.training.doctor.paths import Paths
+from narrowcast.training.doctor.paths import Paths, bare, in_words
 from narrowcast.training.doctor.replay import Scene
 from narrowcast.training.doctor.sampling import Target
+from narrowcast.training.doctor.sentinel import Sentinel
 from narrowcast.training.doctor.updates import explain_stagnation
 from narrowcast.training.doctor.values import Cause, Event, EventKind, Part, Remedy
 from narrowcast.training.doctor.verdict import cause_sentence
@@ -29,6 +32,7 @@ _REPLAYS = 8  # causes that are looked for in a run
 _GROWN = 64  # updates after which left-out steps are judged by how many they are
 _OFTEN = 0.2  # share of the latest steps that a healthy dynamic scale leaves out at most
 _ZERO_STEPS = 3  # steps without any gradient in a row
+_ZERO_SAMPLES = 2  # samples without any gradient of one layer in a row
 _STUCK = 0.9  # share of the numbers with a gradient that do not move
 _SAMPLES = 2000  # numbers with a gradient that have to be seen first
 
@@ -49,6 +53,8 @@ class Diagnosis:
         self._replays = 0
         self._skips: list[int] = []  # updates done before each left-out step
         self._zero_steps = 0
+        self._zero_samples: Counter[int] = Counter()  # by target, in a row
+        self._faint: list[int] = []  # targets without a gradient that wait to be looked at
         self._stuck: Tensor | None = None
         self._suspect: int | None = None
         self._cast: Found | None = None
@@ -61,7 +67,8 @@ class Diagnosis:
 
     def _waiting(self) -> set[EventKind]:
         waiting = {
-            EventKind.VANISHED: self._zero_steps >= _ZERO_STEPS and EventKind.VANISHED not in self._told,
+            EventKind.VANISHED: bool(self._zero_steps >= _ZERO_STEPS or self._faint)
+            and EventKind.VANISHED not in self._told,
             EventKind.STAGNATION: self._suspect is not None,
             EventKind.SATURATION: self._cast is not None,
         }
@@ -114,6 +121,12 @@ class Diagnosis:
         """Read the norm of a step's gradients."""
         self._zero_steps = self._zero_steps + 1 if norm == 0 else 0
 
+    def read_gradient(self, target: int, *, zero: bool) -> None:
+        """Read whether all numbers of a target's gradients in a sample are zero; it is looked at once, then."""
+        self._zero_samples[target] = self._zero_samples[target] + 1 if zero else 0
+        if self._precision.mixed and self._zero_samples[target] == _ZERO_SAMPLES:
+            self._faint.append(target)
+
     def read_stuck(self, stuck: Tensor) -> None:
         """Read, for each target, how many numbers have a gradient and did not move, and how many have one; shape [T, 2]."""
         self._stuck = stuck.clone() if self._stuck is None else self._stuck + stuck
@@ -145,21 +158,37 @@ class Diagnosis:
             waiting = {EventKind(kind) for text in said for kind in json.loads(text)}
         found: list[tuple[EventKind, Cause | None]] = []
         if EventKind.VANISHED in waiting:
-            found.append((EventKind.VANISHED, (scene and explain_vanishing(scene)) or self._vanished(step)))
+            found.append((EventKind.VANISHED, self._vanished(targets, scene, step)))
         if self._suspect is not None:
             found.append((EventKind.STAGNATION, self._stagnant(targets[self._suspect], step)))
             self._suspect = None
         if EventKind.SATURATION in waiting:
             found.append((EventKind.SATURATION, self._saturated(scene, step)))
             self._cast = None
-        self._told |= {kind for kind, _ in found}
+        self._told |= {kind for kind, cause in found if cause is not None}
         return [
             Event(kind=kind, step=step, rank=cause.rank, normal=False, sentence=cause_sentence(cause), cause=cause)
             for kind, cause in found
             if cause is not None
         ]
 
-    def _vanished(self, step: int) -> Cause:
+    def _vanished(self, targets: Sequence[Target], scene: Scene | None, step: int) -> Cause | None:
+        """Return where gradients vanish: all of them, or those of one layer if a larger scale brings them back."""
+        if self._zero_steps >= _ZERO_STEPS:
+            return (scene and explain_vanishing(scene)) or self._all_zero(step)
+        if scene is None:
+            return None
+        waiting = self._faint
+        if scene.together:
+            waiting = [one for text in gather(json.dumps(waiting), scene.device) for one in json.loads(text)]
+        nearest = max(waiting)  # to the loss: what makes its gradient zero does so for those before it
+        self._faint = [one for one in self._faint if one != nearest]
+        own = {id(one) for _, one in targets[nearest].parameters}
+        names = [name for name, one in bare(scene.model).named_parameters() if id(one) in own]
+        cause = explain_vanishing(scene, names)
+        return cause if cause is not None and cause.mends else None  # some layers have none by design
+
+    def _all_zero(self, step: int) -> Cause:
         return Cause(
             step=step,
             rank=self._rank,
@@ -196,9 +225,10 @@ class Diagnosis:
         probe = None
         if scene is not None:
             paths = Paths(scene.model)
-            probe = None if cast is None else Probe(paths, cast)
-            replay.run(scene, paths.following(), *(() if probe is None else (probe,)))
-        cause = None if cast is None else self._cut_off(cast, probe, step)
+            sentinel = Sentinel(paths)
+            probe = None if cast is None else Probe(paths, cast, sentinel)
+            replay.run(scene, paths.following(), sentinel, nullcontext() if probe is None else probe)
+        cause = None if cast is None or _asked_for(cast, probe) else self._cut_off(cast, probe, step)
         return agreed(cause, scene.device) if scene is not None and scene.together else cause
 
     def _cut_off(self, cast: Found, probe: Probe | None, step: int) -> Cause:
@@ -206,9 +236,14 @@ class Diagnosis:
         hidden = f", {cast.infinite} infinities among them" if cast.infinite else ""
         seen = (
             f"{cast.operator} cut off {share:.2%} of {cast.numbers} numbers at ±{cast.limit:g}, the end of {cast.format}"
-            f"{hidden}: they reach {cast.largest:.4g}, which what comes out does not show"
+            f"{hidden}: {'finite ones' if cast.infinite else 'they'} reach {cast.largest:.4g}, which what comes out does not "
+            "show"
         )
         probed = None if probe is None else probe.probed
+        if probed is not None and probed.origin is not None:
+            origin = probed.origin
+            seen += f"; the infinities come from {origin.operator} in {in_words(origin.place.layer)}"
+        stale = probed is not None and not probed.inputs.infinite  # no scale brings back what is infinite already
         return Cause(
             step=step,
             rank=self._rank,
@@ -220,8 +255,14 @@ class Diagnosis:
             inputs=() if probed is None else (probed.inputs,),
             seen=seen,
             reproduced=probed is not None or probe is None,
-            remedies=() if probed is None else (_fresh_scale(probed),),
+            remedies=(_fresh_scale(probed),) if probed is not None and stale else (),
         )
+
+
+def _asked_for(cast: Found, probe: Probe | None) -> bool:
+    """Return whether a cast hides nothing but infinities that the program itself wrote, such as those of masks."""
+    probed = None if probe is None else probe.probed
+    return probed is not None and not cast.beyond and probed.origin is None
 
 
 def _fresh_scale(probed: Probed) -> Remedy:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from narrowcast.training.doctor.values import Part
 
-__all__ = ["OUTSIDE", "Paths", "Place", "bare", "layer_names", "unseen", "wrapped"]
+__all__ = ["OUTSIDE", "Paths", "Place", "bare", "in_words", "layer_names", "unseen", "wrapped"]
 
 #: What runs outside the model: the loss function.
 OUTSIDE = "loss"
@@ -51,6 +51,13 @@ def layer_names(model: nn.Module) -> dict[int, str]:
 
 def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
+
+
+def in_words(layer: str) -> str:
+    """Return what people call a layer."""
+    if layer == OUTSIDE:
+        return "the loss function"
+    return f"layer {layer!r}" if layer else "the model's own code"
 
 
 class Paths:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from narrowcast.training.doctor.interventions import (
     with_epsilon,
     without_maximum,
 )
-from narrowcast.training.doctor.paths import OUTSIDE, Paths, bare, layer_names
+from narrowcast.training.doctor.paths import OUTSIDE, Paths, bare, in_words, layer_names
 from narrowcast.training.doctor.replay import Outcome, Scene
 from narrowcast.training.doctor.sentinel import Fault
 from narrowcast.training.doctor.values import Part, Remedy
@@ -91,7 +91,6 @@ def _remedy(trial: Trial, mended: bool, evidence: str) -> Remedy:
 def trials(scene: Scene, fault: Fault) -> Iterator[Trial]:
     """Yield the remedies that fit a fault, the least invasive first."""
     function = fault.operator.split(".")[-1].rstrip("_")
-    narrow = fault.dtype in (torch.float16, torch.bfloat16) or fault.dtype.itemsize == 1
     backward = fault.place.part is Part.BACKWARD
     if function in ("exp", "exp2"):
         yield _rewritten(scene, fault, "maximum", "subtract the maximum before the exponential", without_maximum())
@@ -99,12 +98,9 @@ def trials(scene: Scene, fault: Fault) -> Iterator[Trial]:
         yield from _epsilons(scene, fault)
     if backward and scene.scale != 1.0:
         yield lower_scale(scene)
-    if narrow:
-        yield from _formats(scene, fault)
-        if fault.overflows and not backward:
-            yield from _smaller(scene, fault)
-    elif scene.precision.mixed:
-        yield from _formats(scene, fault)
+    yield from _formats(scene, fault)
+    if fault.overflows and not backward:
+        yield from _smaller(scene, fault)
 
 
 def _formats(scene: Scene, fault: Fault) -> Iterator[Trial]:
@@ -172,8 +168,7 @@ def _rewritten(scene: Scene, fault: Fault, kind: str, setting: str, change: Chan
             outcome = replay.run(scene, paths.following(), rewriting(bare(scene.model), rewrite, layer))
         return outcome, f"{rewrite.changed} calls changed" if rewrite.changed else "no call of this layer fits"
 
-    where = "the loss function" if layer == OUTSIDE else f"layer {layer!r}"
-    return Trial(kind, f"in {where}, {setting}", run)
+    return Trial(kind, f"in {in_words(layer)}, {setting}", run)
 
 
 def _smaller(scene: Scene, fault: Fault) -> Iterator[Trial]:
@@ -188,7 +183,7 @@ def _smaller(scene: Scene, fault: Fault) -> Iterator[Trial]:
     if weight is not None and excess > 1 and (spread := _spread(weight)) > _WIDE_WEIGHTS:
         factor = power_of_two_below(1 / excess)
         setting = (
-            f"start layer {layer!r} with weights {1 / factor:g} times smaller "
+            f"start {in_words(layer)} with weights {1 / factor:g} times smaller "
             f"(their spread times sqrt(fan-in) is {spread:.3g})"
         )
         yield _within(scene, "initialisation", setting, lambda: shrink_weights(model, layer, factor))
@@ -200,7 +195,7 @@ def _smaller(scene: Scene, fault: Fault) -> Iterator[Trial]:
         yield _within(
             scene,
             "clipping",
-            f"clip the inputs of layer {layer!r} to ±{limit:g}",
+            f"clip the inputs of {in_words(layer)} to ±{limit:g}",
             lambda: clamp_inputs(model, layer, limit),
         )
 
@@ -229,8 +224,13 @@ def lower_scale(scene: Scene) -> Trial:
     return Trial("scale", f"lower the loss scale (now {scene.scale:g})", run)
 
 
-def raise_scale(scene: Scene) -> Trial:
-    """Return the trial of the smallest larger loss scale, by factors of 16, with which most gradients are not zero."""
+def raise_scale(scene: Scene, names: Collection[str] = ()) -> Trial:
+    """Return the trial of the smallest larger loss scale, by factors of 16, with which most gradients are not zero.
+
+    Args:
+        scene: The step.
+        names: Parameters that have to get one; any unless given.
+    """
 
     def run() -> tuple[Outcome, str]:
         scale, best, note = (
@@ -248,9 +248,10 @@ def raise_scale(scene: Scene) -> Trial:
                 note = f"at a loss scale of {scale:g}, {outcome.nonzero:.1%} of the gradients' numbers are not zero"
         return best, note
 
-    return Trial(
-        "scale", f"raise the loss scale (now {scene.scale:g})", run, sound=lambda one: one.finite and one.nonzero > 0
-    )
+    def sound(outcome: Outcome) -> bool:
+        return outcome.finite and any(outcome.filled.get(name) for name in names or outcome.filled)
+
+    return Trial("scale", f"raise the loss scale (now {scene.scale:g})", run, sound=sound)
 
 
 def replace_samples(scene: Scene, samples: tuple[int, ...], size: int, *, here: bool) -> Trial:

@@ -63,25 +63,32 @@ class Scene:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a replay came to on this rank; ``loss_finite``, ``finite`` and ``nonzero`` are of all ranks that ran it together.
+    """What a replay came to on this rank; its last four are of all ranks that ran it together.
 
     Attributes:
         loss: The mean loss.
         loss_tensor: The tensor it was read from.
-        broken: Gradients that are not finite, in the order of the backward pass.
-        broken_tensors: These gradients.
+        broken: Parameters whose gradients are not finite, in the order of the backward pass.
+        gradients: Gradients by parameter.
         loss_finite: Whether the loss is finite.
         finite: Whether loss and gradients are.
+        filled: How many numbers of each gradient are not zero.
         nonzero: Share of the gradients' numbers that are not zero.
     """
 
     loss: float
     loss_tensor: Tensor
     broken: tuple[str, ...]
-    broken_tensors: tuple[Tensor, ...]
+    gradients: Mapping[str, Tensor]
     loss_finite: bool
     finite: bool
+    filled: Mapping[str, int]
     nonzero: float
+
+    @property
+    def broken_tensors(self) -> tuple[Tensor, ...]:
+        """The gradients that are not finite."""
+        return tuple(self.gradients[name] for name in self.broken)
 
 
 def spread(model: nn.Module) -> bool:
@@ -118,23 +125,25 @@ def _run(scene: Scene) -> Outcome:
         mean = value.total / value.weight if isinstance(value, Loss) else value
         if mean.requires_grad:
             (mean.float() * scene.scale).backward()
-    gradients = [(name, one.grad) for name, one in model.named_parameters() if one.grad is not None]
-    broken = [(name, grad) for name, grad in reversed(gradients) if not bool(local(grad).isfinite().all())]
-    numbers = sum(local(grad).numel() for _, grad in gradients)
-    filled = sum(int(torch.count_nonzero(local(grad))) for _, grad in gradients)
+    gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    broken = tuple(name for name in reversed(gradients) if not bool(local(gradients[name]).isfinite().all()))
+    filled = {name: int(torch.count_nonzero(local(grad))) for name, grad in gradients.items()}
+    numbers = sum(local(grad).numel() for grad in gradients.values())
     loss_finite = bool(torch.isfinite(mean.detach()).all())
     said = [(loss_finite, not broken, filled, numbers)]
     if scene.together:
         said = [json.loads(text) for text in gather(json.dumps(said[0]), scene.device)]
     losses, sound, filled_on, numbers_on = zip(*said, strict=True)
+    filled = {name: sum(one[name] for one in filled_on) for name in filled}
     return Outcome(
         loss=float(mean.detach()),
         loss_tensor=mean.detach(),
-        broken=tuple(name for name, _ in broken),
-        broken_tensors=tuple(grad for _, grad in broken),
+        broken=broken,
+        gradients=gradients,
         loss_finite=all(losses),
         finite=all(losses) and all(sound),
-        nonzero=sum(filled_on) / max(sum(numbers_on), 1),
+        filled=filled,
+        nonzero=sum(filled.values()) / max(sum(numbers_on), 1),
     )
 
 

@@ -185,12 +185,17 @@ class Sentinel(TorchDispatchMode):
                 self._bear("nan" if nan else "inf", call, result)
 
     def _look_for_zeros(self, call: _Call, results: list[Tensor]) -> None:
-        """Note an operator of the backward pass whose result is all zero though each of its inputs holds something else."""
-        given = call.before
-        if not call.place.node or not given or any(not one.numel() or not bool(one.any()) for one in given):
+        """Note an operator of the backward pass whose result is all zero though its inputs are not, and its offspring."""
+        empty = [result for result in results if result.numel() and not bool(result.any())]
+        if not call.place.node or not call.before or not empty:
             return
-        for result in results:
-            if result.numel() and not bool(result.any()):
+        pairs = zip(_floats(call.arguments), call.before, strict=True)
+        parents = [now for now, before in pairs if not before.numel() or not bool(before.any())]
+        known = [number for one in parents if (number := self._origins.get(_storage(one))) is not None]
+        for result in empty:
+            if known:
+                self._origins[_storage(result)] = min(known)
+            elif not parents:
                 self._bear("zero", call, result)
 
     def _bear(self, kind: str, call: _Call, result: Tensor) -> None:

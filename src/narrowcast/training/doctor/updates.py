@@ -17,7 +17,8 @@ from narrowcast.training.doctor.values import Cause, Part, Remedy
 __all__ = ["explain_stagnation", "intended_update", "ratios", "thinned"]
 
 _NUMBERS = 1 << 16  # of a parameter that are looked at
-_REPEATS = 64  # updates that a remedy has to carry
+_REPEATS = 1024  # updates that a remedy has to carry: sums in bf16 stop at 256 times what is added
+_TRIED = 1 << 12  # numbers that carry them
 _MENDED = 0.5  # share of their sum that has to arrive
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -110,6 +111,8 @@ def explain_stagnation(
 
 
 def _tried(weights: Tensor, updates: Tensor, format: str) -> tuple[Remedy, ...]:
+    """Return the ways to round or to keep weights, with what arrives of many updates in a row."""
+    weights, updates = thinned(weights, _TRIED), thinned(updates, _TRIED)
     ways = (
         ("stochastic rounding of the weights (bf16-true's own update)", _stochastic),
         ("Kahan sums of the updates (update='kahan')", _kahan),
@@ -132,13 +135,14 @@ def _stochastic(weights: Tensor, updates: Tensor, format: str) -> Tensor:
 
 
 def _kahan(weights: Tensor, updates: Tensor, format: str) -> Tensor:
+    """Return the weights with what is kept beside them and will be added when it is large enough."""
     rest = torch.zeros_like(weights)
     for _ in range(_REPEATS):
         wanted = updates + rest
         moved = _cast(weights + wanted, format)
         rest = _cast(wanted - (moved - weights), format)
         weights = moved
-    return weights
+    return weights + rest
 
 
 def _master(weights: Tensor, updates: Tensor, format: str) -> Tensor:

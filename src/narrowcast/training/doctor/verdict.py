@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from narrowcast.training.doctor.paths import OUTSIDE
+from narrowcast.training.doctor.paths import in_words
 from narrowcast.training.doctor.values import Cause, Event, EventKind, Part, Remedy, Verdict
 
 __all__ = ["cause_sentence", "verdict"]
@@ -14,7 +14,7 @@ _PASSES = {Part.FORWARD: "forward pass", Part.BACKWARD: "backward pass", Part.UP
 _KINDS = {
     "inf": "the first infinity came",
     "nan": "the first NaN came",
-    "zero": "all gradients became zero",
+    "zero": "gradients became zero",
     "saturated": "numbers were cut off",
     "stagnant": "weights stopped moving",
 }
@@ -28,7 +28,7 @@ def cause_sentence(cause: Cause) -> str:
     else:
         where = (
             f"Step {cause.step}, rank {cause.rank}: {_KINDS[cause.kind]} in the {_PASSES[cause.part]} of "
-            f"{_layer(cause.layer)}: {cause.seen}"
+            f"{in_words(cause.layer)}: {cause.seen}"
         )
     if not cause.reproduced:
         where += " (seen in the run; the replay was sound)"
@@ -71,12 +71,6 @@ def _first_of_each(faults: Sequence[Event]) -> list[Event]:
 
 def _unexplained(event: Event) -> bool:
     return event.kind is EventKind.NONFINITE and event.cause is None
-
-
-def _layer(name: str) -> str:
-    if name == OUTSIDE:
-        return "the loss function"
-    return f"layer {name!r}" if name else "the model's own code"
 
 
 def _mends(remedies: Sequence[Remedy]) -> str:

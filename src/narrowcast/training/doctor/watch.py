@@ -320,6 +320,8 @@ class Watch:
                 found = shifted(found, -math.log2(wrong)) if wrong != 1.0 else found
                 sample = Sample(one.step, scale, found, most / wrong, one.numbers)
                 journal.histories.add(sampler.targets[one.target].name, one.part, sample)
+                if one.part is Part.GRADIENT:
+                    self._diagnosis.read_gradient(one.target, zero=int(found[0]) == int(found.sum()))
             self._diagnosis.read_stuck(copies[2])
             self._diagnosis.read_casts(places, copies[3].tolist())
 
