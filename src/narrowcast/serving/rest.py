@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -15,6 +14,7 @@ from urllib.parse import unquote_to_bytes
 import orjson
 
 from narrowcast.errors import NarrowcastError
+from narrowcast.serving.administration import check_administrator, check_load_parameters
 from narrowcast.serving.catalogue import Catalogue, Change, ServedVersion
 from narrowcast.serving.hosting import ColdError
 from narrowcast.serving.http.message import Request, Response, json_response
@@ -242,31 +242,24 @@ class RestApi:
 
     # administration ---------------------------------------------------------------------------------------------------
 
-    def _authorise(self, request: Request) -> None:
-        if self._token is None:
-            raise Refusal(403, "administration is off; start the server with a token to turn it on")
-        given = request.headers.get(b"authorization", b"")
-        if not hmac.compare_digest(given, b"Bearer " + self._token.encode()):
-            raise Refusal(401, "administration needs the header 'Authorization: Bearer TOKEN' with the server's token")
-
     def _administer(
         self, request: Request, change: Callable[[], Coroutine[Any, Any, Change]]
     ) -> asyncio.Future[Response]:
-        self._authorise(request)
+        check_administrator(self._token, request.headers.get(b"authorization", b""))
         return asyncio.ensure_future(_changed(change()))
 
     def _load(self, request: Request, route: _Route) -> asyncio.Future[Response]:
-        if cast(dict[str, Any], _json_object(request).get("parameters") or {}):
-            raise Refusal(501, "a load takes no parameters here: how models are served is set when the server starts")
-        return self._administer(request, lambda: self._catalogue.load(route.name))
+        def change() -> Coroutine[Any, Any, Change]:
+            check_load_parameters(_json_object(request).get("parameters"))
+            return self._catalogue.load(route.name)
+
+        return self._administer(request, change)
 
     def _unload(self, request: Request, route: _Route) -> asyncio.Future[Response]:
         return self._administer(request, lambda: self._catalogue.unload(route.name))
 
     def _promote(self, request: Request, route: _Route) -> asyncio.Future[Response]:
-        if not _is_version(route.version):
-            raise Refusal(400, f"version {route.version[:40]!r} is no positive integer")
-        return self._administer(request, lambda: self._catalogue.promote(route.name, int(route.version)))
+        return self._administer(request, lambda: self._catalogue.promote(route.name, _version(route.version)))
 
     def _rollback(self, request: Request, route: _Route) -> asyncio.Future[Response]:
         return self._administer(request, lambda: self._catalogue.rollback(route.name))
@@ -325,9 +318,9 @@ def _weights(document: dict[str, Any]) -> dict[int, float]:
         raise Refusal(400, form)
     found: dict[int, float] = {}
     for version, weight in cast(dict[str, Any], weights).items():
-        if not _is_version(version) or type(weight) not in (int, float):
+        if type(weight) not in (int, float):
             raise Refusal(400, form)
-        found[int(version)] = weight
+        found[_version(version)] = weight
     return found
 
 
@@ -341,6 +334,12 @@ async def _changed(change: Awaitable[Change]) -> Response:
     return json_response(document | {"reason": done.forgotten} if done.forgotten else document)
 
 
-def _is_version(text: str) -> bool:
-    """Whether a text is the number of a version."""
-    return text.isascii() and text.isdecimal() and len(text) < 19
+def _version(text: str) -> int:
+    """Return the number of a version.
+
+    Raises:
+        Refusal: The text is none (400).
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) < 19):
+        raise Refusal(400, f"version {text[:40]!r} is no positive integer")
+    return int(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import math
 import time
@@ -16,6 +15,7 @@ from google.protobuf.json_format import ParseDict
 
 from narrowcast.errors import NarrowcastError
 from narrowcast.oip.messages import INFERENCE
+from narrowcast.serving.administration import check_administrator, check_load_parameters
 from narrowcast.serving.catalogue import Catalogue
 from narrowcast.serving.hosting import ColdError
 from narrowcast.serving.limits import Limits
@@ -233,18 +233,12 @@ class InferenceService:
     # administration ---------------------------------------------------------------------------------------------------
 
     def _authorise(self, context: Context) -> None:
-        if self._token is None:
-            raise Refusal(403, "administration is off; start the server with a token to turn it on")
         given = dict(context.invocation_metadata() or ()).get("authorization", "")
-        if not hmac.compare_digest(str(given).encode(), b"Bearer " + self._token.encode()):
-            raise Refusal(
-                401, "administration needs the metadata 'authorization: Bearer TOKEN' with the server's token"
-            )
+        check_administrator(self._token, str(given).encode())
 
     async def _load(self, request: Any, context: Context) -> Any:
         self._authorise(context)
-        if request.parameters:
-            raise Refusal(501, "a load takes no parameters here: how models are served is set when the server starts")
+        check_load_parameters(request.parameters)
         await self._catalogue.load(request.model_name)
         return INFERENCE["RepositoryModelLoadResponse"]()
 
