@@ -37,6 +37,9 @@ from narrowcast.training.window import Loss
 __all__ = ["Assembled", "assemble", "device_of", "factor", "policy_of"]
 
 
+_FEW = 8  # samples from which shapes and sizes of features are read
+
+
 @dataclass(frozen=True)
 class Assembled:
     """What a run consists of, before anything is written.
@@ -82,8 +85,8 @@ class Assembled:
         return (steps if self.config.steps is not None else steps + skipped) >= self.windows
 
     def example(self) -> Any:
-        """Return the inputs of two samples, on the device."""
-        return _example(self.parts.train, self.names, self.config.data.targets, self.ranks.device)
+        """Return the inputs of a few samples, on the device."""
+        return _example(self.parts.train, self.names, self.config.data.targets, self.ranks.device, _FEW)
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of what is learnt from and measured on: each part of the data, and the teacher's weights."""
@@ -198,15 +201,16 @@ def _matching(parts: Parts, network: nn.Module, names: list[str], config: Config
     """
     targets = config.data.targets
     with evaluating(network), torch.no_grad():
-        classes = classes_of(config.loss, called(network, _example(parts.train, names, targets, device)))
+        classes = classes_of(config.loss, called(network, _example(parts.train, names, targets, device, 2)))
     if classes is None:
         return parts
     return parts._make(None if part is None else classes.checked(part, targets) for part in parts)
 
 
-def _example(data: Dataset, names: list[str], targets: str, device: torch.device) -> Any:
-    """Return the inputs of two samples."""
-    return next(in_order(data.take(np.arange(min(2, data.size))), names, targets, size=2, device=device)).inputs
+def _example(data: Dataset, names: list[str], targets: str, device: torch.device, size: int) -> Any:
+    """Return the inputs of the first samples."""
+    few = data.take(np.arange(min(size, data.size)))
+    return next(in_order(few, names, targets, size=few.size, device=device)).inputs
 
 
 def device_of(name: str) -> str:
@@ -320,4 +324,8 @@ def _altered(config: Config) -> str:
 
 
 def _mean(value: Tensor | Loss) -> Tensor:
-    return value.total / value.weight if isinstance(value, Loss) else value
+    """Return a loss as a mean; 0 where nothing counts, as the teacher teaches that too."""
+    if not isinstance(value, Loss):
+        return value
+    weight = torch.as_tensor(value.weight, dtype=torch.float32, device=value.total.device)
+    return value.total / weight.clamp(min=torch.finfo(torch.float32).tiny)

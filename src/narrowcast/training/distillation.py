@@ -15,8 +15,10 @@ The loss is ``(1 - alpha) * hard + alpha * soft + sum(weight * feature)``. ``har
 ``soft`` with the teacher: ``T**2`` times the Kullback-Leibler divergence of the outputs softened by the temperature T
 (G. Hinton, O. Vinyals, J. Dean: Distilling the knowledge in a neural network, 2015, section 2; the factor keeps gradients as
 large as those of ``hard``), or the mean squared difference of the logits, which is its limit at a high temperature
-(section 2.1). A feature term is the mean squared difference of two features over the teacher's mean square, the student's
-projected by a learned linear layer where the widths differ (A. Romero et al.: FitNets, 2015, equation 3).
+(section 2.1). A feature term is the mean squared difference of two features over the teacher's mean square in the example
+that ``student`` is given, the student's projected by a learned linear layer where the widths differ (A. Romero et al.:
+FitNets, 2015, equation 3). All terms are means over samples: what a batch comes to does not depend on how it is shared among
+micro-batches or processes.
 
 Classes lie where channels lie: see `narrowcast.training.features`.
 """
@@ -44,6 +46,7 @@ from narrowcast.training.features import (
     distance,
     first,
     matching,
+    mean_square,
 )
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
@@ -144,6 +147,7 @@ class Distillation:
         self.parts: Parts | None = None
         self._matched = tuple(matching(self.teacher, item.teacher, "the teacher") for item in self.features)
         self._taps = Taps(self.teacher, [name for names in self._matched for name in names])
+        self._sizes: tuple[Tensor, ...] = ()  # mean squares of the teacher's features
 
     # The batch --------------------------------------------------------------------------------------------------------
 
@@ -189,7 +193,8 @@ class Distillation:
 
         Args:
             network: The network that learns.
-            example: A few samples, on the device of both networks: the features' shapes are read from them.
+            example: A few samples, on the device of both networks: the features' shapes are read from them, and how large
+                the teacher's are.
 
         Raises:
             TrainingError: A pattern matches no module, another number of modules than the teacher's, or features whose
@@ -208,6 +213,7 @@ class Distillation:
                 )
             names += mine
         wanted = self.teach(example).features
+        self._sizes = tuple(map(mean_square, wanted))
         return Student(network, names, example, wanted)
 
     # The loss ---------------------------------------------------------------------------------------------------------
@@ -224,14 +230,15 @@ class Distillation:
         """
         mine = outputs.features if isinstance(outputs, StudentOutputs) else ()
         outputs = outputs.outputs if isinstance(outputs, StudentOutputs) else outputs
-        if len(mine) != len(taught.features):
+        if not len(mine) == len(taught.features) == len(self._sizes):
             raise TrainingError(
                 f"the teacher gave {len(taught.features)} features, the student {len(mine)}",
                 next_step="train what distillation.student(network, example) returns, in training mode",
             )
         soft = None if self.alpha == 0 else self._soft(outputs, taught.logits)
         hard = None if taught.labels is None or self.alpha == 1 else self.hard(outputs, taught.labels)
-        distances = tuple(map(distance, mine, taught.features))
+        pairs = zip(mine, taught.features, self._sizes, strict=True)
+        distances = tuple(distance(student, teacher) / size for student, teacher, size in pairs)
         if hard is None and soft is None and not distances:
             raise TrainingError(
                 "a batch without labels, and alpha is 0", next_step="give labels, or an alpha above 0 for the teacher"
@@ -239,7 +246,7 @@ class Distillation:
         self.parts = Parts(
             None if hard is None else (hard.total / hard.weight if isinstance(hard, Loss) else hard).detach(),
             None if soft is None else soft.detach(),
-            tuple(distance.detach() for distance in distances),
+            tuple(one.detach() for one in distances),
         )
         from_teacher = torch.zeros((), device=taught.logits.device) if soft is None else self.alpha * soft
         for weight, term in zip(self._weights(), distances, strict=True):

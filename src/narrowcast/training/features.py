@@ -28,6 +28,7 @@ __all__ = [
     "evaluating",
     "first",
     "matching",
+    "mean_square",
     "tensors",
 ]
 
@@ -171,13 +172,18 @@ def channels(tensor: Tensor) -> int:
     return 1 if tensor.ndim > 3 else tensor.ndim - 1
 
 
+def mean_square(feature: Tensor) -> Tensor:
+    """Return the mean square of a feature, above 0: FP32, 0-d."""
+    return feature.float().square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared difference of two features over the teacher's mean square; the larger map is averaged down."""
+    """Return the mean squared difference of two features, FP32, 0-d; the larger map is averaged down."""
     student, teacher = student.float(), teacher.float()
     if student.ndim > 3:
         sizes = torch.Size(min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True))
         student, teacher = _pooled(student, sizes), _pooled(teacher, sizes)
-    return F.mse_loss(student, teacher) / teacher.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return F.mse_loss(student, teacher)
 
 
 def _pooled(feature: Tensor, sizes: torch.Size) -> Tensor:

@@ -213,6 +213,21 @@ def test_features_are_pulled_towards_the_teachers(images: Tensor):
     assert float(distillation.parts.features[0]) < 0.25 * float(found.detach())
 
 
+@pytest.mark.parametrize("setting", [{"match": "kl"}, {"match": "mse", "alpha": 0.3}], ids=["kl", "mse"])
+def test_a_batch_comes_to_the_same_however_it_is_shared(images: Tensor, setting: dict[str, Any]):
+    teacher = network(4)
+    distillation = Distillation(teacher, features=[("0", "0", 2.0), ("3", "3")], **setting)
+    student = distillation.student(network(2, seed=1), images[:2]).train()
+    labels = torch.arange(len(images)) % 5
+    images = images * torch.linspace(0.1, 3, len(images))[:, None, None, None]  # features of very different sizes
+
+    def loss(part: slice) -> Tensor:
+        return mean(distillation(student(images[part]), distillation.batch(images[part], labels[part])[1]))
+
+    half = len(images) // 2
+    torch.testing.assert_close((loss(slice(half)) + loss(slice(half, 2 * half))) / 2, loss(slice(2 * half)))
+
+
 def test_equal_widths_need_no_projection_and_larger_maps_are_averaged(images: Tensor):
     teacher = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Flatten(), nn.Linear(192, 5))
     student = nn.Sequential(nn.Conv2d(1, 3, 1, stride=2), nn.Flatten(), nn.Linear(48, 5))
@@ -221,7 +236,7 @@ def test_equal_widths_need_no_projection_and_larger_maps_are_averaged(images: Te
     assert [type(one) for one in wrapped.projections] == [nn.Identity]
     outputs = wrapped.train()(images)
     theirs = F.avg_pool2d(teacher[0](images), 2)
-    expected = F.mse_loss(student[0](images), theirs) / theirs.square().mean()
+    expected = F.mse_loss(student[0](images), theirs) / teacher[0](images).square().mean()
     torch.testing.assert_close(mean(distillation(outputs, distillation.batch(images)[1])), expected)
 
 

@@ -276,6 +276,16 @@ def test_a_student_learns_from_a_run() -> None:
     assert not Path("other").exists()
 
 
+def test_a_student_learns_without_labels() -> None:
+    fit(config_of("epochs=1"), Path("teacher"))
+    with np.load("data.npz") as data:
+        np.savez("data.npz", input=data["input"], labels=np.full(len(data["input"]), 9))
+    result = fit(config_of("distill.teacher=teacher", "loss.ignore=9", "epochs=1"), Path("student"))
+    assert result.steps == 5
+    assert result.loss is not None
+    assert 0 < result.loss < 100
+
+
 @pytest.mark.parametrize("cache", ["true", "false"])
 def test_a_student_does_not_go_on_with_another_teacher_behind_the_same_name(cache: str) -> None:
     settings = (f"distill={{teacher: teacher, cache: {cache}}}", "data.augment.noise=0")

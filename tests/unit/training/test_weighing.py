@@ -1,4 +1,4 @@
-"""The unit that losses are weighed in: it stays where micro-batches weigh alike, and follows their average where they do not."""
+"""The unit that losses are weighed in: it stays where micro-batches weigh alike, and follows their average elsewhere."""
 
 from __future__ import annotations
 
