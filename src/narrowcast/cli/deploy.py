@@ -8,6 +8,7 @@ import typer
 
 from narrowcast.cli.console import console, print_json
 from narrowcast.cli.files import check_file, write_file
+from narrowcast.cli.given import given
 from narrowcast.serving.hosting import Hosting
 from narrowcast.serving.render import Deployment, Given, check_kind, render
 from narrowcast.serving.server import ServerOptions
@@ -21,19 +22,16 @@ _LEFT_OUT = {"places", "host", "token", "render", "render_to", "engine", "json",
 def given_options(context: typer.Context) -> tuple[Given, ...]:
     """Return the options that were typed, with the values that were understood."""
     found: list[Given] = []
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        if name in _LEFT_OUT or source is None or source.name != "COMMANDLINE":
+    for name, how in given(context).items():
+        if name in _LEFT_OUT:
             continue
         value = context.params[name]
         if isinstance(value, bool):
-            names = parameter.opts if value else parameter.secondary_opts
-            found.append(Given(names[0]))
+            found.append(Given(how.name if value else how.off))
             continue
         values = value if isinstance(value, (list, tuple)) else [value]
         is_path = any(isinstance(item, Path) for item in values)
-        found.append(Given(parameter.opts[0], tuple(str(item) for item in values), is_path))
+        found.append(Given(how.name, tuple(str(item) for item in values), is_path))
     return tuple(found)
 
 

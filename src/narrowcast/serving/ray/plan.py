@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from narrowcast.artifacts import load_artifact
-from narrowcast.errors import ArtifactError, ConfigError
+from narrowcast.errors import ArtifactError, ConfigError, choices
 from narrowcast.serving.hosting import Hosting
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.repository import Repository
@@ -16,7 +16,7 @@ from narrowcast.serving.state import read_state
 from narrowcast.serving.traffic import Traffic
 from narrowcast.serving.workers.sources import ArtifactSource, Placement
 
-__all__ = ["PlannedModel", "PlannedVersion", "Scale", "plan"]
+__all__ = ["PlannedModel", "PlannedVersion", "Scale", "check_engine", "plan"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,16 @@ class PlannedModel:
     name: str
     versions: tuple[PlannedVersion, ...]
     traffic: Traffic
+
+
+def check_engine(name: str) -> None:
+    """Make sure that an engine is this one.
+
+    Raises:
+        ConfigError: There is no such engine.
+    """
+    if name != "ray":
+        raise ConfigError(f"engine {name!r} is unknown", allowed=choices(name, ["local", "ray"]))
 
 
 def plan(places: Sequence[Path], hosting: Hosting, limits: Limits, grace: float) -> tuple[PlannedModel, ...]:

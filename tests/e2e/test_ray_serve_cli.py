@@ -1,0 +1,232 @@
+"""``narrowcast serve --engine ray``: what it refuses, and a cluster of two nodes that serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from test_serve_cli import artifact
+
+from e2e.command import Cli
+from narrowcast.artifacts.manifest import Manifest
+
+ManifestOf = Callable[..., Manifest]
+#: Nothing is reported, no token is written to the user's folder, and each node's proxy has ports of its own.
+QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+
+
+@pytest.fixture
+def models(tmp_path: Path, manifest_of: ManifestOf) -> Path:
+    """Model ``scale``: version 1 doubles, version 2 triples."""
+    for version, factor in ((1, 2.0), (2, 3.0)):
+        artifact(tmp_path / "models" / "scale" / str(version) / "artifact", manifest_of(), factor)
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--engine", "rya"], "engine 'rya' is unknown Allowed: local, ray (did you mean ray?)"),
+        (["--engine", "ray", "--placement", "inline"], "--placement means nothing with --engine ray: Ray places"),
+        (["--engine", "ray", "--metrics-port", "9000"], "--metrics-port means nothing with --engine ray"),
+        (["--engine", "ray", "--shared-memory"], "--shared-memory means nothing with --engine ray"),
+        (["--engine", "ray", "--admin-token", "x"], "--admin-token means nothing with --engine ray"),
+        (["--engine", "ray", "--batch-timeout", "5"], "--batch-timeout means nothing with --engine ray"),
+        (["--engine", "ray", "--render", "compose"], "--render means nothing with --engine ray"),
+        (["--engine", "ray", "--port", "0"], "Ray cannot choose a port"),
+        (["--engine", "ray", "--versions", "=9"], "none of the versions that the policy names"),
+        (["--max-workers", "3"], "--max-workers and --ray-address are for Ray"),
+    ],
+)
+def test_what_means_nothing_with_ray_is_refused_by_name(
+    models: Path, cli: Cli, arguments: list[str], said: str
+) -> None:
+    done = cli("serve", models, *arguments)
+    assert done.code == 2
+    assert said in done.words
+
+
+def test_a_token_of_the_environment_is_refused_too(models: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NARROWCAST_ADMIN_TOKEN", "x")
+    done = cli("serve", models, "--engine", "ray")
+    assert done.code == 2
+    assert "leave it out, and NARROWCAST_ADMIN_TOKEN too" in done.words
+
+
+def test_without_ray_the_way_to_install_it_is_said(models: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "narrowcast.serving.ray.engine", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = cli("serve", models, "--engine", "ray")
+    assert done.code == 2
+    assert "pip install 'narrowcast[ray]'" in done.words
+
+
+# a cluster ------------------------------------------------------------------------------------------------------------
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [int(item.getsockname()[1]) for item in sockets]
+    for item in sockets:
+        item.close()
+    return ports
+
+
+class Nodes:
+    """Two nodes of one CPU each on this machine; what Ray makes of them is a cluster of two machines.
+
+    Attributes:
+        address: Where the cluster is.
+        ports: HTTP and gRPC of the first node's proxy, then of the second's.
+    """
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.ports = free_ports(4)
+        worker = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(self.ports[2])}
+        worker["RAY_SERVE_WORKER_PROXY_GRPC_PORT"] = str(self.ports[3])
+        os.environ.update(worker)
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        self.second = self._cluster.add_node(num_cpus=1)
+        self.address = self._cluster.address
+
+    def lose_second(self) -> None:
+        self._cluster.remove_node(self.second, allow_graceful=False)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    for name in ("HTTP", "GRPC"):
+        monkeypatch.setenv(f"RAY_SERVE_WORKER_PROXY_{name}_PORT", "0")  # so that it is taken back at the end
+    cluster = Nodes()
+    yield cluster
+    cluster.close()
+
+
+class Program:
+    """``narrowcast serve --engine ray``, running."""
+
+    def __init__(self, *arguments: object) -> None:
+        command = [sys.executable, "-m", "narrowcast", "serve", *map(str, arguments), "--engine", "ray", "--json"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.errors: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.errors.extend(self.process.stderr or ()), daemon=True)
+        self._reader.start()
+        text = ""
+        for line in self.process.stdout:
+            text += line
+            if line == "}\n":
+                break
+        assert text, "".join(self.errors)
+        self.said = json.loads(text)
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(120)
+        self._reader.join(10)
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        return code
+
+
+def get(port: int, target: str) -> tuple[int, Any]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{target}", timeout=30) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def answered(port: int) -> bool:
+    """Whether a server behind a port says what it is."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2", timeout=30) as response:
+            return response.status == 200
+    except (OSError, urllib.error.HTTPError):
+        return False
+
+
+def infer(client: Any, module: Any, rows: int = 1, version: str = "") -> float:
+    x = np.ones((rows, 4), np.float32)
+    item = module.InferInput("x", list(x.shape), "FP32")
+    item.set_data_from_numpy(x)
+    return float(client.infer("scale", [item], model_version=version).as_numpy("y")[0, 0])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "it never came to pass"
+        time.sleep(0.2)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_two_nodes_serve_the_protocol_and_one_of_them_may_go(models: Path, nodes: Nodes) -> None:
+    http, grpc = nodes.ports[:2]
+    program = Program(
+        *(models, "--ray-address", nodes.address, "--port", http, "--grpc-port", grpc),
+        *("--workers", 2, "--delay", 50, "--max-batch", 4),
+    )
+    try:
+        assert program.said["models"] == ["scale"]
+        for port in (http, nodes.ports[2]):  # through the proxy of each node
+            assert get(port, "/v2/health/ready") == (200, {"ready": True})
+            with tritonclient.http.InferenceServerClient(f"127.0.0.1:{port}") as client:
+                assert infer(client, tritonclient.http) == 3.0
+        with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}") as client:
+            assert client.is_model_ready("scale")
+            assert infer(client, tritonclient.grpc) == 3.0
+            with pytest.raises(tritonclient.grpc.InferenceServerException, match="has no version '1' loaded"):
+                infer(client, tritonclient.grpc, version="1")
+        with tritonclient.http.InferenceServerClient(f"127.0.0.1:{http}", concurrency=16) as client:
+            item = tritonclient.http.InferInput("x", [1, 4], "FP32")
+            item.set_data_from_numpy(np.ones((1, 4), np.float32))
+            waiting = [client.async_infer("scale", [item]) for _ in range(40)]
+            assert all(answer.get_result().as_numpy("y")[0, 0] == 3.0 for answer in waiting)
+        (counted,) = get(http, "/v2/models/scale/stats")[1]["model_stats"]
+        assert counted["inference_count"] == 43
+        assert counted["execution_count"] < 43, "requests that came together ran together"
+        assert get(http, "/v2/models/none/infer")[0] == 404
+        nodes.lose_second()
+        with tritonclient.http.InferenceServerClient(f"127.0.0.1:{http}") as client:
+
+            def answers() -> bool:
+                try:
+                    return infer(client, tritonclient.http) == 3.0
+                except tritonclient.http.InferenceServerException:
+                    return False
+
+            wait_for(answers)
+            wait_for(lambda: all(answers() for _ in range(10)))
+        assert get(http, "/v2/health/ready")[0] == 200
+    finally:
+        code = program.end()
+    assert code == 0
+    assert not any("Traceback" in line for line in program.errors), "".join(program.errors)
+    assert not answered(http), "the application is taken down, and the cluster stays"
