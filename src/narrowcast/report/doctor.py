@@ -26,7 +26,7 @@ from narrowcast.report.doctor_words import (
     scale_words,
     scaled_words,
 )
-from narrowcast.report.page import template
+from narrowcast.report.page import Key, template
 from narrowcast.report.weights import breakable
 from narrowcast.training.doctor.values import Cause, Part
 
@@ -37,13 +37,6 @@ MOST_ROWS = 120
 MOST_EVENTS = 40
 #: Share of lost numbers from which on a cell is marked.
 _MARKED = 1e-3
-
-
-@dataclass(frozen=True)
-class _Key:
-    name: str
-    value: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -144,25 +137,25 @@ def render_doctor(run: Run) -> str:
     return template("doctor.html.j2", text.label, text.tail, text.integer, breakable, format_title).render(context)
 
 
-def _keys(run: Run) -> list[_Key]:
+def _keys(run: Run) -> list[Key]:
     setting = run.record.setting
     readings = run.readings
     keys = [
-        _Key("Precision", setting.precision, f"computes in {setting.compute}"),
-        _Key(
+        Key("Precision", setting.precision, f"computes in {setting.compute}"),
+        Key(
             "Steps seen",
             text.integer(run.steps),
             f"{setting.level} level, sampled each {setting.every} steps",
         ),
-        _Key("Left out", text.integer(len(run.skipped)), "updates with a gradient that is not finite"),
+        Key("Left out", text.integer(len(run.skipped)), "updates with a gradient that is not finite"),
     ]
     count, numbers = run.counted
     if count < numbers:
         keys.append(
-            _Key("Numbers counted", text.integer(count), f"shares are of this sample of {text.integer(numbers)}")
+            Key("Numbers counted", text.integer(count), f"shares are of this sample of {text.integer(numbers)}")
         )
     if any(reading.scale != 1 for reading in readings):
-        keys.append(_Key("Loss scale", scale_words(run.scale), "of the last update"))
+        keys.append(Key("Loss scale", scale_words(run.scale), "of the last update"))
     return keys
 
 

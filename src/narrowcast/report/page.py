@@ -1,15 +1,25 @@
-"""The templates that pages are rendered from."""
+"""What pages have in common: the templates that they are rendered from, and the figures at their heads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-__all__ = ["template"]
+__all__ = ["Key", "template"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A figure at the head of a page: what it is, its value, and what there is to say of it."""
+
+    name: str
+    value: str
+    detail: str
 
 
 @cache

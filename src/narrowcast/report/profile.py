@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,7 +16,7 @@ from narrowcast.accounting.kinds import Kind
 from narrowcast.accounting.policies import POLICIES
 from narrowcast.report import text
 from narrowcast.report.bars import Segment
-from narrowcast.report.page import template
+from narrowcast.report.page import Key, template
 from narrowcast.report.profile_costs import (
     BATCHES,
     CacheRow,
@@ -31,14 +31,25 @@ from narrowcast.report.profile_costs import (
     title,
 )
 from narrowcast.report.profile_plots import COLOURS, Dot, Roof, Roofs, phase_colours, roofline, timeline
-from narrowcast.report.profile_tree import ITSELF, Node, leaves
+from narrowcast.report.profile_rows import (
+    MOST_OPERATORS,
+    Bar,
+    Branch,
+    Operator,
+    Share,
+    bars,
+    branch,
+    by_weight,
+    operators,
+    seconds,
+    shares,
+)
 from narrowcast.report.weights import breakable
 
 __all__ = ["render_profile"]
 
-#: Modules that get bars, and operators that get a row.
+#: Modules that get bars.
 MOST_BARS = 30
-MOST_OPERATORS = 120
 
 _BOUND_COLOURS = {"compute": "blue", "memory": "orange", "overhead": "purple"}
 _MOST_ROOFS = 4
@@ -57,69 +68,9 @@ _PART_COLOURS = {
 
 
 @dataclass(frozen=True)
-class _Key:
-    name: str
-    value: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class _Track:
-    """A bar of one measure: width in percent, and what is written under it."""
-
-    width: float
-    share: str
-    value: str
-
-
-@dataclass(frozen=True)
-class _Bar:
-    name: str
-    kind: str
-    tracks: list[_Track]
-
-
-@dataclass(frozen=True)
-class _Branch:
-    """A line of the tree: its texts, its bar's width in percent, and the lines under it."""
-
-    label: str
-    kind: str
-    count: int
-    cells: list[str]
-    width: float
-    share: str
-    open: bool
-    children: list[_Branch]
-
-
-@dataclass(frozen=True)
-class _Operator:
-    name: str
-    kind: str
-    colour: str
-    where: str
-    shapes: str
-    cells: list[str]
-    bound: str
-    ranks: str
-
-
-@dataclass(frozen=True)
 class _Legend:
     name: str
     colour: str
-    share: str
-
-
-@dataclass(frozen=True)
-class _Share:
-    """One sort of thing with its count and its share of the whole, in percent."""
-
-    name: str
-    value: str
-    exact: str
-    width: float
     share: str
 
 
@@ -142,7 +93,7 @@ class _Model:
     mark: str
     title: str
     name: str
-    keys: list[_Key]
+    keys: list[Key]
     rows: list[Row]
     roofline_wide: Markup
     roofline_narrow: Markup
@@ -151,17 +102,17 @@ class _Model:
     estimate: str
     memory: _Memory | None
     measures: list[str]
-    bars: list[_Bar]
+    bars: list[Bar]
     more_bars: int
     columns: list[str]
-    tree: _Branch
+    tree: Branch
     headings: list[tuple[str, str]]
-    operators: list[_Operator]
+    operators: list[Operator]
     more_operators: int
     cache: list[list[str]]
     cache_format: str
     fits: bool
-    kinds: list[_Share]
+    kinds: list[Share]
     tied: dict[str, str]
     uncounted: dict[str, int]
 
@@ -193,7 +144,7 @@ def _headline(costs: Sequence[Costs]) -> str:
             for name, a, b in (
                 ("parameters", first.profile.parameters.total, second.profile.parameters.total),
                 ("MACs", first.profile.macs, second.profile.macs),
-                ("time", _seconds(first.tree), _seconds(second.tree)),
+                ("time", seconds(first.tree), seconds(second.tree)),
             )
             if a and b
         ]
@@ -210,7 +161,7 @@ def _headline(costs: Sequence[Costs]) -> str:
 def _model(costs: Costs, mark: str) -> _Model:
     found = costs.profile
     alike = groups(costs)
-    heavy = _by_weight(costs)
+    heavy = by_weight(costs)
     drawn = _rooflines(costs, alike, mark)
     timed = costs.estimate is not None
     cached = cache_rows(costs)
@@ -227,48 +178,44 @@ def _model(costs: Costs, mark: str) -> _Model:
         estimate=_band(costs),
         memory=_memory(costs, mark),
         measures=[*(["Time"] if timed else []), "MACs", "Bytes moved"],
-        bars=_bars(heavy[:MOST_BARS], costs),
+        bars=bars(heavy[:MOST_BARS], costs),
         more_bars=max(len(heavy) - MOST_BARS, 0),
         columns=["Parameters", "MACs", "Moved", *(["Time"] if timed else [])],
-        tree=_branch(costs.tree, costs, level=0),
+        tree=branch(costs.tree, costs, level=0),
         headings=[
             ("macs", "MACs"),
             ("bytes", "Moved"),
             ("intensity", "FLOP/B"),
             *([("time", "Time")] if timed else []),
         ],
-        operators=_operators(alike, timed),
+        operators=operators(alike, timed),
         more_operators=max(len(alike) - MOST_OPERATORS, 0),
         cache=_cache(cached),
         cache_format="" if costs.cache is None else costs.cache.format.name,
         fits=any(row.fit is not None for row in cached),
-        kinds=_kinds(found.parameters.by_kind, found.parameters.total),
+        kinds=shares(found.parameters.by_kind, found.parameters.total),
         tied=found.parameters.tied,
         uncounted=found.uncounted,
     )
 
 
-def _seconds(node: Node) -> float:
-    return node.seconds or 0.0
-
-
-def _keys(costs: Costs) -> list[_Key]:
+def _keys(costs: Costs) -> list[Key]:
     found = costs.profile
     parameters = found.parameters
     idle = parameters.active != parameters.total
     keys = [
-        _Key(
+        Key(
             "Parameters",
             text.count(parameters.total),
             f"{text.count(parameters.active)} met by one token" if idle else text.integer(parameters.total),
         ),
-        _Key("MACs", text.count(found.macs), f"{text.count(found.flops)} FLOPs, biases and the rest apart"),
+        Key("MACs", text.count(found.macs), f"{text.count(found.flops)} FLOPs, biases and the rest apart"),
     ]
     if costs.memory is not None:
         held = f"{'training' if costs.memory.mode == 'train' else 'inference'} in {costs.policy.name}"
-        keys.append(_Key("Peak memory", text.quantity(costs.memory.peak, "bytes"), held))
+        keys.append(Key("Peak memory", text.quantity(costs.memory.peak, "bytes"), held))
     if costs.estimate is not None:
-        keys.append(_Key("Time", text.quantity(costs.estimate.seconds, "s"), _band(costs)))
+        keys.append(Key("Time", text.quantity(costs.estimate.seconds, "s"), _band(costs)))
     return keys
 
 
@@ -379,100 +326,4 @@ def _cache(cached: Sequence[CacheRow]) -> list[list[str]]:
             *([] if row.fit is None else [text.integer(row.fit)]),
         ]
         for row in cached
-    ]
-
-
-# Modules --------------------------------------------------------------------------------------------------------------
-
-
-def _by_weight(costs: Costs) -> list[tuple[str, Node]]:
-    """Return what does the work with its path, the most expensive first."""
-    found = [(path, node) for path, node in leaves(costs.tree) if node.operators]
-    return sorted(found, key=lambda item: (-_seconds(item[1]), -item[1].macs, -item[1].bytes_moved))
-
-
-def _bars(heavy: Sequence[tuple[str, Node]], costs: Costs) -> list[_Bar]:
-    """Return bars that are as long as their share of the longest, and say their share of the whole."""
-    timed = costs.estimate is not None
-    measures: list[tuple[Callable[[Node], float], Callable[[float], str]]] = [
-        *([(_seconds, lambda value: text.quantity(value, "s"))] if timed else []),
-        (lambda node: node.macs, text.count),
-        (lambda node: node.bytes_moved, lambda value: text.quantity(value, "bytes")),
-    ]
-    most = [max((measure(node) for _, node in heavy), default=0.0) for measure, _ in measures]
-    made: list[_Bar] = []
-    for path, node in heavy:
-        tracks = [
-            _track(measure(node), longest, measure(costs.tree), words)
-            for (measure, words), longest in zip(measures, most, strict=True)
-        ]
-        kind = f"{node.count} × {node.kind}" if node.count > 1 else node.kind
-        made.append(_Bar(path, f"{kind}, {node.label}" if node.label == ITSELF else kind, tracks))
-    return made
-
-
-def _track(value: float, longest: float, whole: float, words: Callable[[float], str]) -> _Track:
-    if not value:
-        return _Track(0.0, "", "")
-    return _Track(100 * value / longest, text.portion(value / whole), words(value))
-
-
-def _branch(node: Node, costs: Costs, *, level: int) -> _Branch:
-    part, whole = (_seconds(node), _seconds(costs.tree)) if costs.estimate else (node.macs, costs.tree.macs)
-    share = part / whole if whole else 0.0
-    cells = [
-        text.count(node.parameters) if node.parameters else "",
-        text.count(node.macs) if node.macs else "",
-        text.quantity(node.bytes_moved, "bytes") if node.bytes_moved else "",
-    ]
-    if costs.estimate is not None:
-        cells.append(text.quantity(node.seconds, "s") if node.seconds else "")
-    inside = [*node.children, *([node.own] if node.own is not None else [])]
-    children = [_branch(child, costs, level=level + 1) for child in inside]
-    # The way to what is expensive lies open.
-    opened = level == 0 or (level < 3 and share > 0.3)
-    return _Branch(
-        node.label, node.kind, node.count, cells, 100 * share, text.portion(share) if share else "", opened, children
-    )
-
-
-# Operators and parameters ---------------------------------------------------------------------------------------------
-
-
-def _operators(alike: Sequence[Group], timed: bool) -> list[_Operator]:
-    """Return the most expensive operators by any measure, with their ranks in each: the style sheet sorts by them."""
-    measures = {
-        "macs": lambda group: group.macs,
-        "bytes": lambda group: group.bytes,
-        "intensity": lambda group: group.intensity,
-        "time": lambda group: group.seconds or 0.0,
-    }
-    shown = alike[:MOST_OPERATORS]
-    ranks: dict[int, list[str]] = defaultdict(list)
-    for name, measure in measures.items():
-        for rank, place in enumerate(sorted(range(len(shown)), key=lambda place: -measure(shown[place]))):
-            ranks[place].append(f"--{name}:{rank}")
-    return [_operator(group, ";".join(ranks[place]), timed) for place, group in enumerate(shown)]
-
-
-def _operator(group: Group, ranks: str, timed: bool) -> _Operator:
-    cells = [
-        text.count(group.macs) if group.macs else "",
-        text.quantity(group.bytes, "bytes"),
-        text.number(group.intensity, 2),
-    ]
-    if timed:
-        cells.append(text.quantity(group.seconds, "s") if group.seconds else "fused")
-    calls = f"{group.count} × " if group.count > 1 else ""
-    where = group.where or "the model"
-    return _Operator(
-        f"{calls}{group.name}", group.kind, COLOURS[group.kind], where, group.shapes, cells, group.bound, ranks
-    )
-
-
-def _kinds(by_kind: dict[str, int], total: int) -> list[_Share]:
-    return [
-        _Share(name, text.count(count), text.integer(count), 100 * count / total, text.portion(count / total))
-        for name, count in by_kind.items()
-        if count
     ]
