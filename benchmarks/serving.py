@@ -9,7 +9,7 @@ asked in turn, so that what else the machine does meets all of them alike; quote
 the ratios within a round. The load is a closed loop: each connection sends its next request when the answer is there. On a
 machine with other work the ratios and the processor time of each request guide, the rates do not.
 
-The servers are described in `serving_programs.py`, the peers in `peers/serving.py`, the models in `serving_models.py`.
+The servers are described in `serving_programs.py`, the peers in `peers/serving/`, the models in `serving_models.py`.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def peers(arguments: argparse.Namespace) -> dict[str, object]:
             failed[peer.name] = python
             print(f"{peer.name} cannot be installed here: {python}", flush=True)
             continue
-        commands[peer.name] = [python, HERE / "peers" / "serving.py", peer.name, core]
+        commands[peer.name] = [python, HERE / "peers" / "serving" / "start.py", peer.name, core]
         for connections in CONNECTIONS:
             small = over_http(post(peer.target, peer.body), contains(peer.answer), connections)
             cases.append(Case(peer.name, f"JSON {connections}", small, "inline"))
