@@ -94,11 +94,13 @@ def find_largest(run: Callable[[float, int], Trial], first: float, rules: Rules,
     """
     search = _Search(run, rules, seed)
     low, high = search.bracket(first)
-    while low is not None and high is not None and high / low > 1 + rules.tolerance:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if search.holds(middle) else (low, middle)
-    while low is not None and not search.confirmed(low):
-        low = search.below(low)
+    while low is not None:
+        while high is not None and high / low > 1 + rules.tolerance:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if search.holds(middle) else (low, middle)
+        if search.confirmed(low):
+            break
+        low, high = search.below(low), low
     return Found(tuple(search.probes), search.crossing(), low, search.limit)
 
 

@@ -25,7 +25,6 @@ from narrowcast.report.page import template
 
 __all__ = ["render_load"]
 
-_BADGES = {True: "✓ holds", False: "✗ missed", None: ""}
 _WIDE, _NARROW = 860, 400
 
 Facts = list[tuple[str, str]]
@@ -51,7 +50,7 @@ def render_load(result: LoadResult) -> str:
         "result": result,
         "headline": headline(result),
         "holds": holds(result),
-        "badge": "✗ void" if run.void else _BADGES[holds(result)],
+        "badge": _badge(result),
         "findings": run.findings,
         "keys": keys(result),
         "names": list(runs) if result.others else ["Value"],
@@ -75,6 +74,13 @@ def render_load(result: LoadResult) -> str:
     else:
         context |= {"course_wide": Markup(), "course_narrow": Markup()}
     return template("load.html.j2", text.label, capitalize_first).render(context)
+
+
+def _badge(result: LoadResult) -> str:
+    if result.run.void:
+        return "✗ void"
+    good, bad = ("recovered", "not recovered") if result.recovery is not None else ("holds", "missed")
+    return {True: f"✓ {good}", False: f"✗ {bad}", None: ""}[holds(result)]
 
 
 def capitalize_first(words: str) -> str:

@@ -139,7 +139,9 @@ def percentiles(runs: dict[str, Run], slo: Slo | None, *, name: str, width: int 
         return ""
     points = [point for curve in curves.values() for point in curve]
     slowest = max(point.q for point in points)
-    across = Axis(1.0, 1.25 * 100 / (100 - slowest), _LEFT, width - _RIGHT, log=True)
+    fastest = min(point.q for point in points)
+    rarest = max(slowest, slo.percentile if slo is not None else 0.0)
+    across = Axis(100 / (100 - fastest) / 1.1, 1.25 * 100 / (100 - rarest), _LEFT, width - _RIGHT, log=True)
     low = min(point.estimate.low for point in points if point.estimate)
     high = max(point.estimate.high for point in points if point.estimate)
     bound = slo is not None and low / 30 < slo.seconds < high * 30
@@ -149,7 +151,7 @@ def percentiles(runs: dict[str, Run], slo: Slo | None, *, name: str, width: int 
     parts = ['<text x="8" y="16" class="b">Latency (log scale)</text>']
     parts += _levels(up, across, lambda value: text.quantity(value, "s"), most=8)
     for share in _MARKED:
-        if 1 / share < across.high:
+        if across.low < 1 / share < across.high:
             x = across.place(1 / share)
             parts.append(f'<path class="g" d="M{x:.1f} {up.stop:.1f}V{up.start:.1f}"/>')
             parts.append(f'<text x="{x:.1f}" y="{up.start + 18:.1f}" class="m">p{100 * (1 - share):g}</text>')

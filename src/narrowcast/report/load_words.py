@@ -32,11 +32,13 @@ _OUTCOMES = {
 
 
 def holds(result: LoadResult) -> bool | None:
-    """Return whether the bound holds; None where there is none, or noise leaves it open."""
+    """Return whether the bound holds, or the server recovered; None where there is none, or noise leaves it open."""
     if result.run.void:
         return False
     if result.workload.scenario == "server":
         return result.confirmed is not None
+    if result.recovery is not None:
+        return result.recovery.seconds is not None
     if result.slo is None or result.run.within is None:
         return None
     wanted = result.slo.percentile / 100
@@ -76,6 +78,8 @@ def _largest(result: LoadResult) -> str:
     assert result.slo is not None
     if result.confirmed is None:
         return f"{_bound(result.slo)} holds at no rate that was tried."
+    if result.largest is None:
+        return f"{_bound(result.slo)} holds at {_rate(result.confirmed)} at the least; more could not be tried."
     return f"{_bound(result.slo)} holds up to {_rate(result.confirmed)}."
 
 

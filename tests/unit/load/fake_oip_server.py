@@ -1,8 +1,8 @@
 """A server of the Open Inference Protocol that answers after times that a test plants.
 
 It runs one queue, first come, first served: a request that arrives at ``t`` begins at the later of ``t`` and the end of the
-one before, and is answered when it ends. The times are computed and not slept, so that a busy machine delays an answer but never the queue
-behind it.
+one before, and is answered when it ends. The times are computed and not slept, so that a busy machine delays an answer but
+never the queue behind it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from narrowcast.measure.load.estimates import inflation
+from narrowcast.measure.load.estimates import worth
 from narrowcast.measure.load.values import Finding, Run, Slo
 from narrowcast.measure.statistics import drift
 
@@ -110,11 +110,10 @@ def _support(run: Run, latencies: Floats, slo: Slo | None) -> Iterator[Finding]:
         return
     found = next(one for one in run.percentiles if one.q == slo.percentile)
     if found.estimate is None:
-        below = (latencies <= np.quantile(latencies, slo.percentile / 100)).astype(np.float64)
-        worth = len(latencies) / inflation(below)
+        count = worth(latencies, slo.percentile)
         need = 100 * _SLOWER / (100 - slo.percentile)
-        words = f"{len(latencies)} good answers are worth about {worth:.0f} independent ones, and p{slo.percentile:g} needs "
-        longer = f"{need:.0f}: --seconds {math.ceil(run.seconds * need / worth * 1.2)} should do"
+        words = f"{len(latencies)} good answers are worth about {count:.0f} independent ones, and p{slo.percentile:g} needs "
+        longer = f"{need:.0f}: a run of {math.ceil(run.seconds * need / count * 1.2)} s should do"
         yield Finding(kind="unsupported", void=False, words=words + longer)
 
 

@@ -15,7 +15,7 @@ from scipy import stats
 
 from narrowcast.measure.statistics import CONFIDENCE, Estimate, percentile
 
-__all__ = ["BLOCKS", "block_means", "inflation", "mean", "quantile", "share"]
+__all__ = ["BLOCKS", "block_means", "inflation", "mean", "quantile", "share", "worth"]
 
 Floats = NDArray[np.float64]
 
@@ -65,10 +65,10 @@ def share(values: Floats) -> Estimate:
     if not len(values):
         return Estimate(0.0, 0.0, 1.0, 0)
     found = float(values.mean())
-    worth = len(values) / inflation(values)
-    ones, tail = found * worth, (1 - CONFIDENCE) / 2
-    low = float(stats.beta.ppf(tail, ones, worth - ones + 1)) if ones else 0.0
-    high = float(stats.beta.ppf(1 - tail, ones + 1, worth - ones)) if found < 1 else 1.0
+    count = len(values) / inflation(values)
+    ones, tail = found * count, (1 - CONFIDENCE) / 2
+    low = float(stats.beta.ppf(tail, ones, count - ones + 1)) if ones else 0.0
+    high = float(stats.beta.ppf(1 - tail, ones + 1, count - ones)) if found < 1 else 1.0
     return Estimate(found, low, high, len(values))
 
 
@@ -81,7 +81,16 @@ def quantile(values: Floats, q: float) -> Estimate | None:
         values: In the order of time, shape [n].
         q: Between 0 and 100.
     """
-    if not len(values):
-        return None
-    below = (values <= np.quantile(values, q / 100)).astype(np.float64)
-    return percentile(values, q, worth=len(values) / inflation(below))
+    return percentile(values, q, worth=worth(values, q)) if len(values) else None
+
+
+def worth(values: Floats, q: float) -> float:
+    """Return how many independent values a series is worth for one of its percentiles.
+
+    Args:
+        values: In the order of time, shape [n], at least one.
+        q: Between 0 and 100.
+    """
+    level = np.quantile(values, q / 100)
+    below = ((values < level).astype(np.float64) + (values <= level)) / 2  # where many are equal, in the middle of them
+    return len(values) / inflation(below)

@@ -91,9 +91,10 @@ def window(records: Records, span: Span) -> Records:
 
 
 def query_latencies(good: Records) -> Floats:
-    """Return a latency per query, from when it was due to its last answer, in the order in which queries were due."""
+    """Return a latency per query, from when it was due to its last good answer, in the order in which queries were due."""
     if not len(good):
         return np.empty(0)
+    good = good[np.argsort(good["query"], kind="stable")]
     starts = np.flatnonzero(np.diff(good["query"], prepend=good["query"][0] - 1))
     return np.maximum.reduceat(good["done"], starts) - good["intended"][starts]
 
