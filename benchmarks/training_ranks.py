@@ -74,7 +74,7 @@ class Ours:
         else:
             gather = "compute" if held.endswith("traffic") else "stored"
             self.model = shard(model, ranks, precision, gather=gather)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=ranks.device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         together = ranks if ranks.world > 1 else None
         self.trainer = Trainer(
             self.model, self.optimizer, loss_itself, precision=precision, clip_norm=CLIP, ranks=together
@@ -94,18 +94,20 @@ def built(kind, workload, held, precision, ranks):
 # How fast a step is
 
 
-def compare(found, workload, held, precision, ranks, rounds):
+def compare(found, workload, held, precision, ranks, options):
     batches = itertools.cycle([workload.batch(ranks.device) for _ in range(4)])
     loops = {"plain": built(Plain, workload, held, precision, ranks)}
     loops["ours"] = built(Ours, workload, held, precision, ranks)
     device = ranks.device.type
     for loop in loops.values():
         timed(loop, batches, 3, device)
-    steps = torch.tensor(max(2, min(50, round(0.5 / timed(loops["plain"], batches, 2, device)))), device=ranks.device)
+    steps = torch.tensor(
+        max(2, min(50, round(options.seconds / timed(loops["plain"], batches, 2, device)))), device=ranks.device
+    )
     dist.broadcast(steps, 0)
     steps = int(steps)
     seconds = {name: [] for name in loops}
-    for turn in range(rounds):
+    for turn in range(options.rounds):
         for name in list(loops)[:: 1 if turn % 2 else -1]:
             dist.barrier()
             seconds[name].append(timed(loops[name], batches, steps, device))
@@ -170,6 +172,8 @@ def shared_folder(ranks):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of one loop in a round, about")
+    parser.add_argument("--only", default="", help="run the cases whose names have this in them")
     parser.add_argument("--batch", type=int, help="samples of each process")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda")
@@ -181,22 +185,25 @@ def main():
         report = Report(
             "ranks",
             options,
-            f"{ranks.world} processes, {dist.get_backend()}. Checks: losses of {STEPS} steps from those of one process with all "
-            "samples, saved halfway and loaded into other weights. Speed: rounds of about 0.5 s, both loops in each, in "
-            "turns first; a ratio is taken within a round, on rank 0.",
+            f"{ranks.world} processes, {dist.get_backend()}. Checks: losses of {STEPS} steps from those of one process with "
+            f"all samples, saved halfway and loaded into other weights. Speed: rounds of about {options.seconds} s, both loops "
+            "in each, in turns first; a ratio is taken within a round, on rank 0.",
         )
         small = text_workload(2, 64, 4, 32, 256, 4) if options.tiny else text_workload(4, 256, 4, 128, 512, 8)
-        for held, precision in itertools.product(HELD[:2], APART):
-            with report.case(f"check {held} {precision}") as found:
-                set_tf32(False)
-                check(found, small, held, precision, ranks)
         large = workloads(options.tiny, options.batch)["gpt"]
         report.content["workload"] = {**large.about, "processes": ranks.world}
-        cases = [*itertools.product(HELD[:2], ("tf32", "bf16-mixed", "fp16-mixed")), (HELD[2], "bf16-mixed")]
-        for held, precision in cases:
-            with report.case(f"speed {held} {precision}") as found:
-                set_tf32(precision == "tf32")
-                compare(found, large, held, precision, ranks, options.rounds)
+        speeds = [*itertools.product(HELD[:2], ("tf32", "bf16-mixed", "fp16-mixed")), (HELD[2], "bf16-mixed")]
+        cases = [("check", *one) for one in itertools.product(HELD[:2], APART)] + [("speed", *one) for one in speeds]
+        for what, held, precision in cases:
+            name = f"{what} {held} {precision}"
+            if options.only not in name:
+                continue
+            with report.case(name) as found:
+                set_tf32(what == "speed" and precision == "tf32")
+                if what == "check":
+                    check(found, small, held, precision, ranks)
+                else:
+                    compare(found, large, held, precision, ranks, options)
         failed = [name for name, case in report.content["cases"].items() if "error" in case]
         print(f"{report.path}; failed: {', '.join(failed) or 'none'}", flush=True)
 
