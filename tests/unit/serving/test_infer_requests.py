@@ -125,6 +125,7 @@ def test_outputs_are_as_they_were_asked_for() -> None:
         (described(shape=[1, -4]), "no tensor has shape"),
         (described(shape=[10**18, 10**18]), "no tensor has shape"),
         (described(shape=[2**62, 4]), "no tensor has shape"),
+        (described(shape=[0, 2**63], data=[]), "no tensor has shape"),
         (described(shape=[1] * 7), "more than 6 axes"),
         (described(shape=[10**9, 4]), "has 4 values"),
         (described(shape=[4]), "has shape [4]"),

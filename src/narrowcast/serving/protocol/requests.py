@@ -230,7 +230,7 @@ def _read_shape(name: str, value: object, limits: Limits) -> Sequence[int]:
             raise Refusal(400, f"input {name!r} needs a 'shape' of integers")
         if size < 0:
             raise Refusal(400, f"input {name!r}: no tensor has shape {shape}")
-        count *= size
+        count *= size or 1  # an axis of length 0 makes no other axis smaller
     if count > _MOST_ELEMENTS:
         raise Refusal(400, f"input {name!r}: no tensor has shape {shape}")
     return shape
