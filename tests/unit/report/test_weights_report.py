@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from pages import Page, alone, chromium
 from PIL import Image
 from safetensors.numpy import save_file
-from test_html import Page, chromium
 
 from narrowcast.measure.comparison import Comparison
 from narrowcast.measure.treatments import DEFAULT_FORMATS, treatments
@@ -61,19 +61,8 @@ def found(request: pytest.FixtureRequest, tmp_path: Path) -> Comparison:
 
 def test_the_page_is_sound_and_needs_nothing_else(found: Comparison):
     source = render_weights(found)
-    page = Page(source)
-    assert not {"script", "link", "iframe", "img", "object", "embed", "b"} & {tag for tag, _ in page.tags}
-    for tag, attributes in page.tags:
-        assert not any(name.startswith("on") for name in attributes), tag
-        assert not {"src", "href"} & set(attributes), tag
-    assert "://" not in source
-    assert "@import" not in source
-    assert "Content-Security-Policy" in source
+    alone(source)
     assert not re.search(r"\bnan\b|\binf\b|None", re.sub(r"NaN|<style>.*?</style>", "", source, flags=re.DOTALL))
-    identities = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(identities) == len(set(identities))
-    for svg in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
-        ElementTree.fromstring(svg)
 
 
 def test_names_cannot_become_markup(tmp_path: Path):
