@@ -21,7 +21,7 @@ from narrowcast.load.frames import pack, read
 from narrowcast.load.http import HttpClient
 from narrowcast.load.sender import ClosedJob, OpenJob, Sender, new_loop
 from narrowcast.load.target import Target
-from narrowcast.measure.load.values import Progress
+from narrowcast.measure.load.progress import Progress
 
 __all__ = ["main"]
 

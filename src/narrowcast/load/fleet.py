@@ -20,8 +20,9 @@ from narrowcast.load.encoding import Request
 from narrowcast.load.frames import Frame, pack, receive
 from narrowcast.load.sender import ClosedJob, OpenJob
 from narrowcast.load.target import Target
+from narrowcast.measure.load.progress import Progress
 from narrowcast.measure.load.records import RECORD, Records, in_order
-from narrowcast.measure.load.values import Client, Progress
+from narrowcast.measure.load.values import Client
 
 __all__ = ["Fleet", "FleetRun", "Options", "Report"]
 

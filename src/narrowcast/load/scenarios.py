@@ -18,8 +18,9 @@ from narrowcast.load.fleet import Report
 from narrowcast.load.search import Rules, Trial, find_largest
 from narrowcast.load.session import Asked, Measured, Session, Watch
 from narrowcast.load.stress import stress
+from narrowcast.measure.load.progress import Progress
 from narrowcast.measure.load.summary import missed
-from narrowcast.measure.load.values import Probe, Progress, Recovery
+from narrowcast.measure.load.values import Probe, Recovery
 from narrowcast.measure.statistics import Estimate
 
 __all__ = ["Answer", "Scenario", "Settings", "measure"]

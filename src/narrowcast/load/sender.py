@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from narrowcast.load.client import Client
 from narrowcast.load.log import Log
+from narrowcast.measure.load.progress import Progress
 from narrowcast.measure.load.records import Outcome, Records
-from narrowcast.measure.load.values import Progress
 
 __all__ = ["ClosedJob", "OpenJob", "Sender", "Sent", "new_loop"]
 

@@ -18,9 +18,10 @@ from narrowcast.load.introduction import Introduction, introduce, try_once
 from narrowcast.load.sender import ClosedJob, OpenJob
 from narrowcast.load.target import Target
 from narrowcast.measure.load.energy import open_meter
+from narrowcast.measure.load.progress import Progress
 from narrowcast.measure.load.records import Outcome, Records
 from narrowcast.measure.load.summary import Span, summarise, window
-from narrowcast.measure.load.values import Progress, Run, ServerRecord, Slo
+from narrowcast.measure.load.values import Run, ServerRecord, Slo
 
 __all__ = ["Asked", "Content", "Measured", "Session", "Watch"]
 

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 
-from narrowcast.measure.load.values import Progress
+from narrowcast.measure.load.progress import Progress
 from narrowcast.report import text
 from narrowcast.report.screen import QUIET, sayer
 

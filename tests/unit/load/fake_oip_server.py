@@ -39,7 +39,7 @@ class Plan:
     Attributes:
         service: From the number of a request to the seconds that it takes.
         places: Requests that may wait; more are answered 503 at once.
-        stall: Seconds after the first request, and how long the queue then stands still.
+        stall: Seconds after the second request, and how long the queue then stands still.
         status: From the number of a request to the status of its answer.
         answers: Whether it answers at all, by number.
         metadata: Of the model.
@@ -106,6 +106,14 @@ class FakeServer:
         self._loop.close()
         asyncio.set_event_loop(None)
 
+    def call(self, action: Callable[[], object]) -> None:
+        """Do something in the server's thread."""
+        self._loop.call_soon_threadsafe(action)
+
+    def forget(self) -> None:
+        """Empty the queue."""
+        self._free = 0.0
+
     def answer(self, connection: _Connection, path: str, body: bytes) -> None:
         """Answer a request, now or when it has been served."""
         documents: dict[str, Any] = {
@@ -126,12 +134,13 @@ class FakeServer:
         self.requests += 1
         self.bodies.append(body)
         plan = self.plan
-        self._first = self._first or now
+        if number == 1:  # the one before only asks whether all is well
+            self._first = now
         if self._waiting >= plan.places:
             connection.send(503, b'{"error":"full"}')
             return
         start = max(now, self._free)
-        if plan.stall is not None and start >= self._first + plan.stall[0]:
+        if plan.stall is not None and self._first is not None and start >= self._first + plan.stall[0]:
             start = max(start, self._first + sum(plan.stall))
         self._free = start + plan.service(number)
         self._waiting += 1

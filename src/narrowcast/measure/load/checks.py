@@ -24,6 +24,8 @@ BUSY = 0.9
 _OWN_WORK = 0.7
 #: Change of the median latency over a run, as a share of it, from which on it is said.
 _DRIFT = 0.1
+#: Share of the offered rate that a server that keeps up answers well.
+_KEPT_UP = 0.95
 #: Stretches that a trend is looked for in.
 _STRETCHES = 40
 #: Independent values that a percentile needs for each one that is slower: 368 for p99.
@@ -82,7 +84,7 @@ def _answers(run: Run) -> Iterator[Finding]:
 
 
 def _steadiness(run: Run, latencies: Floats) -> Iterator[Finding]:
-    if run.open and run.rate is not None and run.rate.high < run.offered - _noise(run) and run.counts.ok:
+    if run.open and run.rate is not None and run.rate.high < _KEPT_UP * run.offered and run.counts.ok:
         words = f"the server fell behind: {run.offered:.4g} requests/s were offered, {run.rate.value:.4g} answered well"
         yield Finding(kind="behind", void=False, words=words)
     if len(latencies) >= 8 * 4:
@@ -97,12 +99,6 @@ def _steadiness(run: Run, latencies: Floats) -> Iterator[Finding]:
             yield Finding(
                 kind="drift", void=False, words=f"{words}; {hint if run.open or change < 0 else 'run it longer'}"
             )
-
-
-def _noise(run: Run) -> float:
-    """Return by how much answers fall short of requests by chance alone: those under way at the end."""
-    waiting = run.mean.high * run.offered if run.mean is not None else 0.0
-    return (waiting + 3 * math.sqrt(max(waiting, 1.0))) / run.seconds
 
 
 def _support(run: Run, latencies: Floats, slo: Slo | None) -> Iterator[Finding]:

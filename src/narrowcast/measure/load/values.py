@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -20,7 +19,6 @@ __all__ = [
     "LoadResult",
     "Percentile",
     "Probe",
-    "Progress",
     "Recovery",
     "Run",
     "ServerRecord",
@@ -31,17 +29,6 @@ __all__ = [
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: seconds after its start, requests due, good answers, others, and latencies since the last report."""
-
-    seconds: float
-    due: int
-    ok: int
-    failed: int
-    latencies: tuple[float, ...]
 
 
 class Slo(_Value):
