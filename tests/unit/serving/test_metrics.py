@@ -15,6 +15,7 @@ from serving_models import doubled, function, request
 
 from narrowcast.errors import DataError
 from narrowcast.serving.catalogue import Hosting
+from narrowcast.serving.loader import MemoryUse
 from narrowcast.serving.scheduling.queue import Batching
 from narrowcast.serving.scheduling.scheduler import Settings
 from narrowcast.serving.watching import metrics
@@ -113,7 +114,14 @@ def test_numbers_are_those_of_the_requests(families: dict[str, Metric]) -> None:
     assert 0 < of("nv_inference_compute_infer_duration_us") <= of("nv_inference_request_duration_us")
     refused = value(families["narrowcast_requests_refused"], model="scale", reason="queue_full")
     assert refused == 1
-    assert of("narrowcast_workers") == 1
+    assert of("narrowcast_workers") == of("narrowcast_workers_wanted") == 1
+    assert of("narrowcast_model_memory_bytes") >= 0
+    assert value(families["narrowcast_padding_rows"], model="scale") == 0
+    assert value(families["narrowcast_batch_overruns"], model="scale") == 0
+    assert value(families["narrowcast_model_loads"]) == 2
+    assert value(families["narrowcast_model_evictions"]) == 0
+    assert value(families["narrowcast_memory_used_bytes"]) >= 0
+    assert "narrowcast_memory_budget_bytes" not in families, "there is none"
     assert of("narrowcast_traffic_share") == 1
     assert value(families["narrowcast_ready"]) == 1
 
@@ -143,6 +151,16 @@ def test_the_machine_is_this_one(families: dict[str, Metric]) -> None:
     assert value(families["process_cpu_seconds"]) > 0
     assert value(families["process_open_fds"]) > 3
     assert abs(value(families["process_start_time_seconds"]) - psutil.Process().create_time()) < 1
+
+
+def test_the_memory_of_models_has_a_budget_where_there_is_one() -> None:
+    found = parsed(exposition(metrics.memory_families(MemoryUse(used=3, budget=7, loads=5, evictions=2))))
+    assert {name: value(family) for name, family in found.items()} == {
+        "narrowcast_memory_used_bytes": 3,
+        "narrowcast_memory_budget_bytes": 7,
+        "narrowcast_model_loads": 5,
+        "narrowcast_model_evictions": 2,
+    }
 
 
 def test_utilisation_is_that_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:

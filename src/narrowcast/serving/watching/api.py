@@ -87,6 +87,7 @@ class MetricsApi:
     def _metrics(self, gpus: list[Gpu]) -> Response:
         families = (
             *metrics.model_families(self._catalogue),
+            *metrics.memory_families(self._catalogue.memory),
             *metrics.gpu_families(gpus),
             *metrics.host_families(self._host.read()),
             *metrics.server_families(ready=self._state() == "ready"),

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 from narrowcast._version import __version__
-from narrowcast.serving.catalogue import Catalogue, ServedVersion
+from narrowcast.serving.catalogue import Catalogue
+from narrowcast.serving.hosting import ServedVersion
+from narrowcast.serving.loader import MemoryUse
 from narrowcast.serving.scheduling.statistics import BUCKETS, Statistics
 from narrowcast.serving.watching.exposition import Family, Labels, Sample, histogram
 from narrowcast.serving.watching.gpus import Gpu
 from narrowcast.serving.watching.host import Host
 
-__all__ = ["gpu_families", "host_families", "model_families", "server_families"]
+__all__ = ["gpu_families", "host_families", "memory_families", "model_families", "server_families"]
 
 Source = TypeVar("Source")
 
@@ -75,12 +77,21 @@ _OF_STATISTICS: tuple[_Metric[Statistics], ...] = (
         "Microseconds of moving outputs",
         lambda s: s.output_ns // 1000,
     ),
+    _Metric("narrowcast_padding_rows_total", "counter", "Rows that batches were filled up with", lambda s: s.padding),
+    _Metric(
+        "narrowcast_batch_overruns_total",
+        "counter",
+        "Batches that were ended for taking too long",
+        lambda s: s.overruns,
+    ),
 )
 
 _OF_VERSIONS: tuple[_Metric[ServedVersion], ...] = (
     _Metric("nv_inference_pending_request_count", "gauge", "Requests that wait", lambda v: v.scheduler.pending),
     _Metric("narrowcast_running_batches", "gauge", "Batches that workers run now", lambda v: v.scheduler.running),
     _Metric("narrowcast_workers", "gauge", "Workers that are alive", lambda v: v.scheduler.workers_alive),
+    _Metric("narrowcast_workers_wanted", "gauge", "Workers that there should be", lambda v: v.hosting.workers),
+    _Metric("narrowcast_model_memory_bytes", "gauge", "Memory that the version takes", lambda v: v.holding.size),
 )
 
 
@@ -191,6 +202,25 @@ def gpu_families(gpus: Sequence[Gpu]) -> Iterator[Family]:
     """Yield the families of GPUs; empty ones where there is no GPU, or none that says a number."""
     for metric in _OF_GPUS:
         yield metric.family([({"gpu_uuid": gpu.uuid}, gpu) for gpu in gpus])
+
+
+_OF_MEMORY: tuple[_Metric[MemoryUse], ...] = (
+    _Metric("narrowcast_memory_used_bytes", "gauge", "Memory that loaded versions take", lambda m: m.used),
+    _Metric("narrowcast_memory_budget_bytes", "gauge", "Memory that they may take", lambda m: m.budget),
+    _Metric("narrowcast_model_loads_total", "counter", "Versions that were loaded", lambda m: m.loads),
+    _Metric(
+        "narrowcast_model_evictions_total",
+        "counter",
+        "Versions that were unloaded so that others fitted",
+        lambda m: m.evictions,
+    ),
+)
+
+
+def memory_families(memory: MemoryUse) -> Iterator[Family]:
+    """Yield the families of the memory that models take; no budget where there is none."""
+    for metric in _OF_MEMORY:
+        yield metric.family([({}, memory)])
 
 
 def server_families(*, ready: bool) -> Iterator[Family]:

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from narrowcast._version import __version__
-from narrowcast.serving.catalogue import Catalogue, IndexEntry, ServedVersion
+from narrowcast.serving.catalogue import Catalogue, IndexEntry
+from narrowcast.serving.hosting import ServedVersion
 from narrowcast.serving.scheduling.statistics import BUCKETS, Statistics
 from narrowcast.serving.watching.gpus import Gpu
 from narrowcast.serving.watching.host import Host
@@ -41,6 +42,7 @@ def status(catalogue: Catalogue, state: str, now: float, host: Host, gpus: Seque
         "placement": catalogue.hosting.placement.value,
         "bounds": BUCKETS,
         "models": [{"name": name, "versions": versions} for name, versions in models.items()],
+        "memory": asdict(catalogue.memory),
         "host": asdict(host),
         "gpus": [asdict(gpu) for gpu in gpus],
     }
@@ -54,6 +56,8 @@ def _version(entry: IndexEntry, served: ServedVersion | None, catalogue: Catalog
         document["loaded"] = {
             "share": catalogue.traffic(entry.name).get(entry.version, 0.0),
             "workers": scheduler.workers_alive,
+            "workers_wanted": served.hosting.workers,
+            "memory": served.holding.size,
             "pending": scheduler.pending,
             "queue": scheduler.settings.queue,
             "running": scheduler.running,
@@ -71,6 +75,8 @@ def _counted(statistics: Statistics) -> Document:
         "cancelled": statistics.cancelled,
         "rows": statistics.inferences,
         "executions": statistics.executions,
+        "padding": statistics.padding,
+        "overruns": statistics.overruns,
         "seconds": {
             "total": statistics.success.ns * 1e-9,
             "queue": statistics.queue_ns * 1e-9,

@@ -213,10 +213,10 @@ function row(model, version, bounds) {
   const count = load.counted;
   const shown = window_({ ...load, key });
   const bad = count.failed + refusals(count) + count.cancelled;
-  const why = Object.entries({ failed: count.failed, ...count.refused, cancelled: count.cancelled }).filter(([, times]) => times).map(([word, times]) => `${word.replace("_", " ")} ${number(times)}`);
+  const why = Object.entries({ failed: count.failed, overran: count.overruns, ...count.refused, cancelled: count.cancelled }).filter(([, times]) => times).map(([word, times]) => `${word.replace("_", " ")} ${number(times)}`);
   return el("tr", {}, name,
     cell("Traffic", percent(load.share)),
-    cell("Workers", number(load.workers)),
+    cell("Workers", load.workers === load.workers_wanted ? number(load.workers) : `${number(load.workers)} of ${number(load.workers_wanted)}`, load.memory ? bytes(load.memory) : null),
     cell("Waiting", number(load.pending), `of ${number(load.queue)}`),
     cell("Requests/s", number(rate(key, (now) => now.succeeded)), `${number(count.succeeded)} in all`),
     cell("No result", number(bad), why.join(", ")),
@@ -275,7 +275,7 @@ function figures(model, version, bounds) {
   const alone = model.versions.filter((each) => each.loaded).length === 1;
   return el("div", { class: "panels" }, alone ? null : el("h4", {}, `Version ${version.version}`),
     bars("Time to answer", many(sum(shown.buckets), "request"), latency(shown, bounds)),
-    bars("Batch sizes", many(shown.executions, "batch", "batches"), sizes(shown.batches)),
+    bars("Batch sizes", `${many(shown.executions, "batch", "batches")}${shown.padding ? `, ${percent(shown.padding / (shown.rows + shown.padding))} padding` : ""}`, sizes(shown.batches)),
     times(shown));
 }
 
@@ -302,9 +302,13 @@ function part(words, used, total, write) {
   return meter(words, used / total, `${write(used)} of ${write(total)}`);
 }
 
+function table(name, note, rows) {
+  return el("figure", { class: "card" }, el("figcaption", {}, el("strong", {}, name), el("span", { class: "name" }, note)),
+    el("table", { class: "counts" }, el("caption", { class: "sr" }, name), el("tbody", {}, rows)));
+}
+
 function machine(look) {
   const host = look.host;
-  const table = (name, note, rows) => el("figure", { class: "card" }, el("figcaption", {}, el("strong", {}, name), el("span", { class: "name" }, note)), el("table", { class: "counts" }, el("caption", { class: "sr" }, name), el("tbody", {}, rows)));
   const gpus = look.gpus.map((gpu) => table(gpu.name || "GPU", gpu.uuid, [
     meter("Busy", gpu.utilization, percent(gpu.utilization)),
     part("Memory", gpu.memory_used, gpu.memory_total, bytes),
@@ -316,7 +320,16 @@ function machine(look) {
       meter("Processors", host.utilization, percent(host.utilization)),
       part("Memory", host.memory_used, host.memory_total, bytes),
       part("Server", host.process_memory, host.memory_total, bytes),
-    ]), gpus));
+    ]), cache(look.memory), gpus));
+}
+
+// The memory that models take, and what was moved for it.
+function cache(memory) {
+  return table("Loaded models", "", [
+    part("Memory", memory.used, memory.budget, bytes),
+    meter("Loads", null, number(memory.loads)),
+    meter("Evictions", null, number(memory.evictions)),
+  ]);
 }
 
 function draw() {
