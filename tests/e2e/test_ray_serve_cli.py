@@ -76,6 +76,25 @@ def test_without_ray_the_way_to_install_it_is_said(models: Path, cli: Cli, monke
     assert "pip install 'narrowcast[ray]'" in done.words
 
 
+@pytest.mark.filterwarnings("default")  # Ray's own, at its import
+def test_a_cluster_that_is_not_there_and_a_port_that_is_taken_are_told_at_once(
+    models: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        taken = cli("serve", models, "--engine", "ray", "--port", port)
+    assert taken.code == 2
+    assert f"127.0.0.1:{port} cannot be listened on" in taken.words
+    nobody = cli("serve", models, "--engine", "ray", "--ray-address", f"127.0.0.1:{port}")
+    assert nobody.code == 2
+    assert f"no Ray cluster answers at 127.0.0.1:{port}" in nobody.words
+    mistake = cli("serve", models, "--engine", "ray", "--ray-address", "here:x")
+    assert mistake.code == 2
+    assert "Ray address 'here:x' is none" in mistake.words
+
+
 # a cluster ------------------------------------------------------------------------------------------------------------
 
 

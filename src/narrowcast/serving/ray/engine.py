@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,6 @@ from narrowcast.serving.ray.rpc import METHODS, RawMessage
 from narrowcast.serving.ray.wire import Call, CallAnswer, Remote
 from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.server import ServerOptions
-
-# Nothing is reported to anybody, and no token is written into the user's folder, unless the environment says so.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 try:
     import ray
@@ -48,6 +46,9 @@ _log = logging.getLogger(__name__)
 APPLICATION = "narrowcast"
 #: How long replicas have to answer a question that goes to all of them.
 _ALL_SECONDS = 5.0
+#: How long a cluster has to take a connection.
+_REACH_SECONDS = 5.0
+_START = "start one with ray start --head, or leave --ray-address out"
 
 
 class _Replica:
@@ -220,7 +221,7 @@ def run(
             serve.run(application(models, scale, options), name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
             raise RuntimeFailedError(
-                f"Ray cannot deploy the models: {error}", next_step="the logs of Ray say more"
+                f"Ray cannot deploy the models: {_brief(error)}", next_step="the logs of Ray say more"
             ) from error
         ports = {"http": options.port, "grpc": options.grpc_port}
         listening({name: port for name, port in ports.items() if port is not None})
@@ -249,6 +250,8 @@ class _Cluster:
 
     def __enter__(self) -> None:
         options = self._options
+        self._check_reachable()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody without being asked for
         try:
             ray.init(
                 address=self._address,
@@ -258,8 +261,7 @@ class _Cluster:
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RuntimeFailedError(
-                f"no Ray cluster can be had at {self._address or 'this machine'}: {error}",
-                next_step="start one with ray start --head, or leave --ray-address out",
+                f"no Ray cluster can be had at {self._address or 'this machine'}: {_brief(error)}", next_step=_START
             ) from error
         try:
             serve.start(
@@ -273,10 +275,48 @@ class _Cluster:
         except Exception as error:  # what comes from the proxies has many types
             self.__exit__()
             raise OutputError(
-                f"Ray cannot listen on {options.host}:{options.port}: {error}", next_step="name another port"
+                f"Ray cannot listen on {options.host}:{options.port}: {_brief(error)}", next_step="name another port"
             ) from error
+
+    def _check_reachable(self) -> None:
+        """Find out at once what Ray would find out after minutes: nobody at the address, or somebody on a port.
+
+        Raises:
+            RuntimeFailedError: Nobody answers at the address.
+            OutputError: A port is taken.
+        """
+        if self._address is None:
+            for port in (self._options.port, self._options.grpc_port):
+                _check_free(self._options.host, port)
+            return
+        host, separator, port = self._address.removeprefix("ray://").rpartition(":")
+        if not separator:
+            return  # auto, which Ray looks up
+        if not port.isdecimal():
+            raise ConfigError(f"Ray address {self._address!r} is none", allowed="HOST:PORT, or auto")
+        try:
+            socket.create_connection((host, int(port)), _REACH_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise RuntimeFailedError(f"no Ray cluster answers at {self._address}: {error}", next_step=_START) from error
 
     def __exit__(self, *_: object) -> None:
         if self._address is None:
             serve.shutdown()
         ray.shutdown()
+
+
+def _check_free(host: str, port: int | None) -> None:
+    if port is None:
+        return
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise OutputError(
+            f"{host}:{port} cannot be listened on: {error.strerror or error}", next_step="name another port"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    """Return the last line of what Ray says, which stands below the tracebacks of other processes."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else type(error).__name__
