@@ -200,3 +200,8 @@ def test_a_reload_reads_the_file_again_and_a_mistake_in_it_changes_nothing(model
     file.unlink()
     assert running.admin("scale/load").status == 200
     assert running.ask("GET", "/v2/models/scale/config").json["max_batch_size"] == 8
+
+
+def test_the_documentation_has_every_option() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "serving-models.md").read_text()
+    assert [name for name in ModelOptions.model_fields if f"| `{name}` |" not in page] == []
