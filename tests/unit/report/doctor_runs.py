@@ -68,6 +68,11 @@ def _series(layer: str, part: Part, centre: float, spread: float, rng: np.random
     )
 
 
+def _range(name: str, shape: tuple[int, ...], low: float, high: float, smallest: float, **counts: int) -> Range:
+    values = {"zeros": 0, "infinite": 0, "nan": 0, **counts}
+    return Range(name=name, dtype="float16", shape=shape, low=low, high=high, smallest=smallest, **values)
+
+
 def _cause() -> Cause:
     return Cause(
         step=118,
@@ -78,39 +83,9 @@ def _cause() -> Cause:
         call=0,
         kind="inf",
         inputs=(
-            Range(
-                name="input 0",
-                dtype="float16",
-                shape=(64, 128),
-                low=-311.0,
-                high=402.5,
-                smallest=6e-8,
-                zeros=3,
-                infinite=0,
-                nan=0,
-            ),
-            Range(
-                name="weight",
-                dtype="float16",
-                shape=(512, 128),
-                low=-9.1,
-                high=8.75,
-                smallest=1e-5,
-                zeros=0,
-                infinite=0,
-                nan=0,
-            ),
-            Range(
-                name="result",
-                dtype="float16",
-                shape=(64, 512),
-                low=-65504.0,
-                high=65472.0,
-                smallest=0.25,
-                zeros=0,
-                infinite=17,
-                nan=0,
-            ),
+            _range("input 0", (64, 128), -311.0, 402.5, 6e-8, zeros=3),
+            _range("weight", (512, 128), -9.1, 8.75, 1e-5),
+            _range("result", (64, 512), -65504.0, 65472.0, 0.25, infinite=17),
         ),
         seen="The result of aten.addmm holds 17 infinities; its inputs are finite, the largest 402.5.",
         remedies=(
@@ -134,21 +109,27 @@ def _cause() -> Cause:
     )
 
 
-def write_run(folder: Path, *, healthy: bool = False, scaled: bool = True) -> Path:
-    """Write a run's folder and return it: FP16 with a loss scale, and unless it is healthy an overflow in the forward pass."""
-    rng = np.random.default_rng(0)
-    record = folder / "doctor"
-    layers = tuple(Layer(name=name, kind="Conv2d" if "conv" in name else "Linear", parameters=4096) for name in LAYERS)
-    setting = Setting(
+def _event(kind: EventKind, step: int, sentence: str, cause: Cause | None = None) -> Event:
+    normal = kind is EventKind.BACKOFF
+    return Event(kind=kind, step=step, rank=0, normal=normal, sentence=sentence, cause=cause)
+
+
+def _setting(scaled: bool) -> Setting:
+    compute = "fp16" if scaled else "bf16"
+    kinds = {name: "Conv2d" if "conv" in name else "Linear" for name in LAYERS}
+    return Setting(
         level="deep",
         every=EVERY,
-        precision="fp16-mixed" if scaled else "bf16-mixed",
-        compute="fp16" if scaled else "bf16",
+        precision=f"{compute}-mixed",
+        compute=compute,
         formats=("fp16", "e4m3fn", "e5m2"),
-        layers=layers,
+        layers=tuple(Layer(name=name, kind=kind, parameters=4096) for name, kind in kinds.items()),
     )
+
+
+def _readings(rng: np.random.Generator, healthy: bool, scaled: bool) -> list[Reading]:
     losses = 2.3 * np.exp(-np.arange(STEPS) / 90) + 0.05 * rng.random(STEPS)
-    readings = [
+    return [
         Reading(
             step=step,
             loss=math.inf if step == 118 and not healthy else float(losses[step]),
@@ -157,68 +138,46 @@ def write_run(folder: Path, *, healthy: bool = False, scaled: bool = True) -> Pa
         )
         for step in range(STEPS)
     ]
-    events = [
-        Event(
-            kind=EventKind.BACKOFF,
-            step=2,
-            rank=0,
-            normal=True,
-            sentence="The loss scale went from 2^17 to 2^16: it was too large at the start.",
-        )
+
+
+def _events(healthy: bool) -> list[Event]:
+    normal = [_event(EventKind.BACKOFF, 2, "The loss scale went from 2^17 to 2^16: it was too large at the start.")]
+    faults = [
+        _event(EventKind.NONFINITE, 118, "The loss became infinite: blocks.1.mlp.up overflowed FP16.", _cause()),
+        _event(EventKind.VANISHED, 180, "61% of the gradients of stem.conv became zero."),
     ]
-    if not healthy:
-        events.append(
-            Event(
-                kind=EventKind.NONFINITE,
-                step=118,
-                rank=0,
-                normal=False,
-                sentence="The loss became infinite: blocks.1.mlp.up overflowed FP16.",
-                cause=_cause(),
-            )
-        )
-        events.append(
-            Event(
-                kind=EventKind.VANISHED,
-                step=180,
-                rank=0,
-                normal=False,
-                sentence="61% of the gradients of stem.conv became zero.",
-            )
-        )
-    summary = Summary(
-        verdict=Verdict(
-            healthy=healthy,
-            sentences=("All numbers fit their formats.",)
-            if healthy
-            else (
-                "blocks.1.mlp.up overflows FP16 in the forward pass from step 118 on; keep it in fp32.",
-                "61% of the gradients of stem.conv become zero.",
-            ),
-        ),
-        scale=ScaleAdvice(
-            scale=2.0**14,
-            format="fp16",
-            margin=8.0,
-            lost=0.31,
-            lost_scaled=0.002,
-            evidence="The largest gradient is 0.42; with this scale 0.2% become zero instead of 31%.",
-        )
-        if scaled
-        else None,
-        formats=tuple(
-            FormatAdvice(
-                layer=name,
-                part=part,
-                format="fp32" if name == LAYERS[4] and part is Part.FORWARD else "e5m2",
-                scale=1.0,
-                evidence="0.01% become zero",
-            )
-            for name in LAYERS
-            for part in (Part.FORWARD, Part.BACKWARD)
-        ),
+    return normal if healthy else normal + faults
+
+
+def _summary(healthy: bool, scaled: bool) -> Summary:
+    faults = (
+        "blocks.1.mlp.up overflows FP16 in the forward pass from step 118 on; keep it in fp32.",
+        "61% of the gradients of stem.conv become zero.",
     )
-    append(record, [setting, *readings, *events, summary])
+    scale = ScaleAdvice(
+        scale=2.0**14,
+        format="fp16",
+        margin=8.0,
+        lost=0.31,
+        lost_scaled=0.002,
+        evidence="The largest gradient is 0.42; with this scale 0.2% become zero instead of 31%.",
+    )
+    formats = tuple(
+        FormatAdvice(
+            layer=name,
+            part=part,
+            format="fp32" if name == LAYERS[4] and part is Part.FORWARD else "e5m2",
+            scale=1.0,
+            evidence="0.01% become zero",
+        )
+        for name in LAYERS
+        for part in (Part.FORWARD, Part.BACKWARD)
+    )
+    verdict = Verdict(healthy=healthy, sentences=("All numbers fit their formats.",) if healthy else faults)
+    return Summary(verdict=verdict, scale=scale if scaled else None, formats=formats)
+
+
+def _histograms(rng: np.random.Generator, healthy: bool) -> list[Series]:
     centres = {
         Part.FORWARD: (0.0, 2.0),
         Part.BACKWARD: (-22.0, 4.0),
@@ -226,18 +185,21 @@ def write_run(folder: Path, *, healthy: bool = False, scaled: bool = True) -> Pa
         Part.UPDATE: (-14.0, 2.0),
         Part.RATIO: (-9.0, 2.0),
     }
-    series = [
-        _series(
-            name,
-            part,
-            centre + (7.0 if name == LAYERS[4] and part is Part.FORWARD and not healthy else 0.3 * place),
-            spread,
-            rng,
-        )
+    moved = {(LAYERS[4], Part.FORWARD): 7.0} if not healthy else {}
+    return [
+        _series(name, part, centre + moved.get((name, part), 0.3 * place), spread, rng)
         for place, name in enumerate(LAYERS)
         for part, (centre, spread) in centres.items()
     ]
-    write_series(record, series)
+
+
+def write_run(folder: Path, *, healthy: bool = False, scaled: bool = True) -> Path:
+    """Write a run's folder and return it: FP16 with a loss scale, and unless it is healthy an overflow in the forward pass."""
+    rng = np.random.default_rng(0)
+    record = folder / "doctor"
+    readings = _readings(rng, healthy, scaled)
+    append(record, [_setting(scaled), *readings, *_events(healthy), _summary(healthy, scaled)])
+    write_series(record, _histograms(rng, healthy))
     lines = [
         {
             "step": one.step + 1,

@@ -117,6 +117,32 @@ class SmallRecurrent(nn.Module):
         return self.head(self.cells(x)[0][:, -1])
 
 
+class LargeEmbedding(nn.Module):
+    """An embedding of which a batch meets a few rows; the others have a gradient of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5000, 16, padding_idx=0)
+        self.drop = nn.Dropout(0.1)
+        self.head = nn.Linear(5 * 16, 4)
+
+    def forward(self, tokens):
+        return self.head(self.drop(self.embedding(tokens).flatten(1)))
+
+
+class SomeExperts(nn.Module):
+    """Four experts of which the last is never asked, so that it has no gradient but zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.route, self.head = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        shares = self.route(x).softmax(-1) * torch.tensor([1.0, 1.0, 1.0, 0.0])
+        return self.head(sum(expert(x) * shares[:, place, None] for place, expert in enumerate(self.experts)))
+
+
 def tokens_loss(outputs, targets):
     return F.cross_entropy(outputs.float().flatten(0, 1), targets.flatten())
 
@@ -128,4 +154,8 @@ def healthy(name: str):
     if name == "transformer":
         tokens = torch.randint(0, 32, (4, 13))
         return SmallTransformer(), tokens_loss, (tokens[:, :-1], tokens[:, 1:])
+    if name == "embedding":
+        return LargeEmbedding(), F.cross_entropy, (torch.randint(0, 50, (8, 5)), torch.randint(0, 4, (8,)))
+    if name == "experts":
+        return SomeExperts(), F.cross_entropy, (torch.randn(16, 8), torch.randint(0, 4, (16,)))
     return SmallRecurrent(), F.cross_entropy, (torch.randn(16, 10, 8), torch.randint(0, 4, (16,)))

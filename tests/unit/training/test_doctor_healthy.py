@@ -36,6 +36,21 @@ def test_a_healthy_run_is_called_healthy(name, policy, level):
     assert all(series.total.sum() for series in doctor.record().series)
 
 
+@pytest.mark.parametrize("level", ["cheap", "deep"])
+@pytest.mark.parametrize("name", ["cnn", "transformer", "lstm", "embedding", "experts"])
+def test_a_scale_that_grows_and_falls_in_turn_is_healthy(name, level):
+    model, loss, batch = healthy(name)
+    overrides = {"cells": "fp32"} if name == "lstm" else {}
+    policy = precision("fp16-mixed", loss_scale=DynamicScale(initial=2.0**20, interval=7), overrides=overrides)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainer, doctor = watched(model, loss, policy=policy, optimizer=optimizer, level=level, every=10, clip_norm=1.0)
+    skips = sum(trainer.step(batch).skipped for _ in range(60))
+    assert skips > 4
+    assert [event.kind for event in doctor.events] == [EventKind.BACKOFF] * skips
+    summary = doctor.close()
+    assert summary.verdict.healthy, summary.verdict.sentences
+
+
 @pytest.mark.slow
 def test_fp8_products_of_torchao_are_healthy():
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
