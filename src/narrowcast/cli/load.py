@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,12 @@ _INTERRUPTED = 130
 
 def load(
     url: Annotated[
-        str, typer.Argument(help="The server: http://HOST:PORT or grpc://HOST:PORT.", metavar="URL", show_default=False)
+        str,
+        typer.Argument(
+            help="The server: http://HOST:PORT or grpc://HOST:PORT; with --compare-batching an artifact or a folder of models.",
+            metavar="URL",
+            show_default=False,
+        ),
     ],
     model: Annotated[str, typer.Option(help="Model to ask.", metavar="NAME", show_default=False)],
     version: Annotated[str, typer.Option(help="Its version; the server chooses unless given.", metavar="NUMBER")] = "",
@@ -81,6 +87,24 @@ def load(
         float | None,
         typer.Option(help="Rate of the stress, as a multiple of capacity (2).", rich_help_panel=_ASKED),
     ] = None,
+    compare_batching: Annotated[
+        bool,
+        typer.Option(
+            "--compare-batching",
+            help="Start two servers of a place, one that batches dynamically and one statically, and compare their goodput "
+            "under --slo.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = False,
+    serve_options: Annotated[
+        str,
+        typer.Option(
+            "--serve",
+            help='Options of narrowcast serve for both of them, as in "--max-batch 8 --delay 5".',
+            metavar="OPTIONS",
+            rich_help_panel=_ASKED,
+        ),
+    ] = "",
     batch: Annotated[
         str,
         typer.Option(
@@ -149,6 +173,7 @@ def load(
     """
     try:
         from narrowcast.load.asking import Wishes, read_duration, settings_of
+        from narrowcast.load.batching import compare_batching as compare
         from narrowcast.load.fleet import Options
         from narrowcast.load.inputs import read_batches
         from narrowcast.load.running import Load, Subject, run_load
@@ -164,12 +189,23 @@ def load(
             check_file(file, force)
     if encoding not in ("binary", "json"):
         raise UserError(f"encoding {encoding!r} is unknown", allowed="binary, json")
+    if serve_options and not compare_batching:
+        raise UserError("--serve says something about servers that are started", allowed="--compare-batching with it")
+    if compare_batching and scenario not in (None, "server"):
+        raise UserError(
+            f"--compare-batching and --scenario {scenario} contradict each other", allowed="server, or none"
+        )
+    scenario = "server" if compare_batching else scenario
     wishes = Wishes(scenario, rate, arrivals, concurrency, seconds, warmup, slo, overload, lateness, seed)
     content = Content(data, inputs or (), read_batches(batch), encoding)
     options = Options(processes, connections, read_duration(timeout))
-    subject = Subject(read_target(url), model, version)
+    asked = Load(settings_of(wishes), content, options)
+    target = None if compare_batching else read_target(url)
     with _watching(quiet=json) as watch:
-        result, kept = run_load(subject, Load(settings_of(wishes), content, options), watch)
+        if target is None:
+            result, kept = compare(Path(url), model, shlex.split(serve_options), asked, watch)
+        else:
+            result, kept = run_load(Subject(target, model, version), asked, watch)
     if records is not None and write_records is not None:
         write_records(records, kept)
     _show(result, html, records, json=json)

@@ -13,7 +13,7 @@ from narrowcast.measure.environment import environment
 from narrowcast.measure.load.records import Records
 from narrowcast.measure.load.values import Finding, LoadResult, Workload
 
-__all__ = ["Load", "Subject", "run_load"]
+__all__ = ["Load", "Subject", "run_load", "workload_of"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def run_load(subject: Subject, load: Load, watch: Watch) -> tuple[LoadResult, Re
         result = LoadResult(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             server=session.server(),
-            workload=_workload(session, load, answer),
+            workload=workload_of(session, load, answer.arrivals),
             slo=asked.slo,
             run=measured.run.model_copy(update={"findings": (*measured.run.findings, *_findings(answer))}),
             probes=answer.probes,
@@ -77,10 +77,11 @@ def _findings(answer: Answer) -> list[Finding]:
     return found
 
 
-def _workload(session: Session, load: Load, answer: Answer) -> Workload:
+def workload_of(session: Session, load: Load, arrivals: str) -> Workload:
+    """Return what was sent, and how, as a value."""
     return Workload(
         scenario=load.settings.scenario,
-        arrivals=answer.arrivals,
+        arrivals=arrivals,
         encoding="grpc" if session.target.scheme == "grpc" else load.content.encoding,
         data=load.content.data,
         batches=load.content.batches,

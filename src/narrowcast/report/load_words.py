@@ -35,6 +35,8 @@ def holds(result: LoadResult) -> bool | None:
     """Return whether the bound holds, or the server recovered; None where there is none, or noise leaves it open."""
     if result.run.void:
         return False
+    if result.gain is not None:
+        return None
     if result.workload.scenario == "server":
         return result.confirmed is not None
     if result.recovery is not None:
@@ -50,6 +52,8 @@ def headline(result: LoadResult) -> str:
     run, slo = result.run, result.slo
     if run.void:
         return f"Void: {next(finding.words for finding in run.findings if finding.void)}."
+    if result.gain is not None:
+        return _gain(result)
     if result.workload.scenario == "server":
         return _largest(result)
     if result.recovery is not None:
@@ -81,6 +85,19 @@ def _largest(result: LoadResult) -> str:
     if result.largest is None:
         return f"{_bound(result.slo)} holds at {_rate(result.confirmed)} at the least; more could not be tried."
     return f"{_bound(result.slo)} holds up to {_rate(result.confirmed)}."
+
+
+def _gain(result: LoadResult) -> str:
+    assert result.gain is not None
+    assert result.slo is not None
+    first, second = result.others
+    rates = " against ".join(_rate(run.goodput.value) for run in result.others.values() if run.goodput is not None)
+    if text.tie(result.gain.low, result.gain.high):
+        return f"No difference beyond noise between {first} and {second} batching under {_bound(result.slo)}: {rates}."
+    return (
+        f"{first.capitalize()} batching has {text.ratio(result.gain.value)} the goodput of {second} batching under "
+        f"{_bound(result.slo)}: {rates}."
+    )
 
 
 def _bound(slo: Slo) -> str:
@@ -127,7 +144,12 @@ def about(result: LoadResult) -> str:
 def keys(result: LoadResult) -> list[Key]:
     """Return the numbers that matter most."""
     run, found = result.run, list[Key]()
-    if result.largest is not None:
+    if result.gain is not None:
+        span = text.interval(result.gain.low, result.gain.high, text.ratio)
+        found.append(
+            ("Goodput, gained", text.ratio(result.gain.value), f"{span}; {' over '.join(result.others)} batching")
+        )
+    elif result.largest is not None:
         value, span = estimate_words(result.largest, "/s")
         found.append(("Largest rate", value, f"{span}, where an isotonic fit of all tries crosses the bound"))
     elif run.rate is not None:

@@ -279,6 +279,7 @@ class LoadResult(_Value):
         largest: The largest rate that held the bound, per second, with its interval; None if none did or it was not sought.
         confirmed: Rate at which the bound was confirmed to hold.
         recovery: Of a stress test.
+        gain: How many times more goodput the first of the other runs has than the second; None unless two are compared.
         protocol: How the numbers were found, for people.
         environment: Of the load generator; it is the server's too where that is on this machine.
         interrupted: Whether somebody ended it early.
@@ -294,6 +295,7 @@ class LoadResult(_Value):
     largest: Estimate | None = None
     confirmed: float | None = None
     recovery: Recovery | None = None
+    gain: Estimate | None = None
     protocol: str
     environment: Environment
     interrupted: bool = False
