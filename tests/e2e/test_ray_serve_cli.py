@@ -76,7 +76,7 @@ def test_without_ray_the_way_to_install_it_is_said(models: Path, cli: Cli, monke
     assert "pip install 'narrowcast[ray]'" in done.words
 
 
-@pytest.mark.filterwarnings("default")  # Ray's own, at its import
+@pytest.mark.filterwarnings("ignore")  # Ray's own, at its import
 def test_a_cluster_that_is_not_there_and_a_port_that_is_taken_are_told_at_once(
     models: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +205,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.filterwarnings("default")  # Ray's own
+@pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_two_nodes_serve_the_protocol_and_one_of_them_may_go(models: Path, nodes: Nodes) -> None:
     http, grpc = nodes.ports[:2]
     program = Program(

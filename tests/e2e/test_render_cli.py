@@ -215,6 +215,13 @@ def test_kubernetes_accepts_the_manifest_which_follows_the_command(models: Path,
     assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
 
 
+def test_a_model_with_workers_of_its_own_is_counted_with_them(models: Path, rendered: Callable[..., str]) -> None:
+    (models / "other" / "serving.json").write_text('{"workers": 1}')
+    deployment, _ = yaml.safe_load_all(rendered("kubernetes", models, *GIVEN))
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["requests"] == {"cpu": "8", "memory": str(4 * 50_000_000)}
+
+
 def test_memory_that_was_not_measured_is_not_asked_for(
     tmp_path: Path, manifest_of: ManifestOf, rendered: Callable[..., str]
 ) -> None:

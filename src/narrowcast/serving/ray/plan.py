@@ -133,5 +133,5 @@ def plan(places: Sequence[Path], hosting: Hosting, limits: Limits, grace: float)
 
 def _planned(name: str, version: int, folder: Path, own: Hosting, limits: Limits, grace: float) -> PlannedVersion:
     threads = load_artifact(folder).manifest.target.threads
-    alone = replace(own, placement=Placement.THREAD, workers=1)
+    alone = replace(own, placement=Placement.THREAD, workers=1, on_demand=False)
     return PlannedVersion(name, version, str(folder), alone, limits, threads, own.workers, grace)

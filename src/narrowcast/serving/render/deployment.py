@@ -15,6 +15,7 @@ from narrowcast.errors import ConfigError
 from narrowcast.serving.hosting import Hosting
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.server import ServerOptions
+from narrowcast.serving.settings import read_model_options
 from narrowcast.serving.workers.sources import ArtifactSource
 
 __all__ = ["Deployment", "Given"]
@@ -81,36 +82,38 @@ class Deployment:
     @property
     def extras(self) -> tuple[str, ...]:
         """Extras of the package that this server needs."""
-        runtimes = {manifest.target.runtime for manifest in self._manifests}
+        runtimes = {manifest.target.runtime for manifest, _ in self._loaded}
         return ("openvino", "serve") if "openvino" in runtimes else ("serve",)
 
     @cached_property
-    def _manifests(self) -> list[Manifest]:
-        """What the versions say of themselves that are loaded now."""
+    def _loaded(self) -> list[tuple[Manifest, int]]:
+        """What the versions that are loaded now say of themselves, and how many workers each has."""
         repository = Repository(self.places)
-        found: list[Manifest] = []
+        found: list[tuple[Manifest, int]] = []
         for name in repository.names():
+            root = repository.root(name)
+            own = self.hosting if root is None else read_model_options(root / name, self.hosting)
             versions = repository.versions(name)
-            for version in self.hosting.policy.select(sorted(versions)):
+            for version in own.policy.select(sorted(versions)):
                 source = versions[version]
                 assert isinstance(source, ArtifactSource)
-                found.append(load_artifact(source.folder, check=False).manifest)
+                found.append((load_artifact(source.folder, check=False).manifest, own.workers))
         return found
 
     @property
     def cores(self) -> int:
         """Threads that compute when all workers of all models do."""
-        return max(1, self.hosting.workers * sum(manifest.target.threads for manifest in self._manifests))
+        return max(1, sum(manifest.target.threads * workers for manifest, workers in self._loaded))
 
     @property
     def memory_bytes(self) -> int | None:
         """Memory of all workers by what was measured when the artifacts were built; None where one was not measured."""
         total = 0.0
-        for manifest in self._manifests:
+        for manifest, workers in self._loaded:
             measured = [m for m in manifest.measurements if (m.measure, m.subject) == ("peak_memory", "artifact")]
             if not measured:
                 return None
-            total += measured[0].value * self.hosting.workers
+            total += measured[0].value * workers
         return math.ceil(total) or None
 
     # commands ---------------------------------------------------------------------------------------------------------
