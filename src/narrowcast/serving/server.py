@@ -78,9 +78,10 @@ class InferenceServer:
         shared = SharedMemory(allowed=options.shared_memory)
         self._api = RestApi(self.catalogue, options.limits, shared, token=options.token)
         self._service = InferenceService(self.catalogue, options.limits, shared, options.token, observers)
-        self._handler: Handler = Watched(self._api.handle, observers) if observers else self._api.handle
+        watched = Watched(self._api.handle, observers) if observers else None
+        self._handler: Handler = watched or self._api.handle
         self._grpc = GrpcServer(self._service, self._probe, options.limits)
-        self._http = HttpServer(self._handler, options.limits)
+        self._http = HttpServer(self._handler, options.limits, watched.refused if watched else None)
         self._watch = MetricsApi(self.catalogue, lambda: self.state)
         self._metrics = HttpServer(self._watch.handle, options.limits)
 

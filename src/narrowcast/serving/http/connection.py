@@ -41,6 +41,10 @@ class Owner(Protocol):
         """Take note of the end of a connection."""
         ...
 
+    def refused(self, refusal: Refusal) -> None:
+        """Take note of a request that could not be read as far as the handler."""
+        ...
+
     def failed(self, error: BaseException) -> None:
         """Take note of an error that nobody meant."""
         ...
@@ -215,6 +219,7 @@ class Connection(asyncio.Protocol):
                 request.body = decompress(encoding, request.body, self._limits.decompressed_bytes)
             return self._owner.handler(request)
         except Refusal as refusal:
+            self._owner.refused(refusal)
             return refused(refusal)
         except Exception as error:
             return self._unmeant(error)
@@ -275,6 +280,7 @@ class Connection(asyncio.Protocol):
         if self._ended:
             return
         refusal.close = True
+        self._owner.refused(refusal)
         self._ended = True
         self._reading = False
         request, response = Request(b"GET", b"", {}, b""), refused(refusal)

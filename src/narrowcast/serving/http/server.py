@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 
 from narrowcast.serving.http.connection import Connection, Handler
 from narrowcast.serving.limits import Limits
+from narrowcast.serving.refusals import Refusal
 
 __all__ = ["HttpServer"]
 
@@ -22,11 +24,15 @@ class HttpServer:
     Args:
         handler: Answers requests.
         limits: What clients may ask.
+        on_refused: Called with what is refused before the handler sees it, or by the handler.
     """
 
-    def __init__(self, handler: Handler, limits: Limits) -> None:
+    def __init__(
+        self, handler: Handler, limits: Limits, on_refused: Callable[[Refusal], None] | None = None
+    ) -> None:
         self.handler = handler
         self.limits = limits
+        self._on_refused = on_refused
         self.loop = asyncio.get_running_loop()
         self._connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
@@ -51,6 +57,10 @@ class HttpServer:
 
     def closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
+
+    def refused(self, refusal: Refusal) -> None:
+        if self._on_refused is not None:
+            self._on_refused(refusal)
 
     def failed(self, error: BaseException) -> None:
         _log.error("a request failed", exc_info=error)

@@ -36,7 +36,7 @@ class RequestRecord:
 
     Attributes:
         protocol: ``http`` or ``grpc``.
-        method: HTTP method, or the name of the call.
+        method: HTTP method, or the name of the call; empty where the request could not be read.
         target: HTTP target, or the full name of the call.
         request_id: What the request is called in logs: what the client calls it if that can be printed, or a new name.
         trace_id: The trace that it belongs to, 32 hexadecimal digits, or empty.
@@ -140,6 +140,10 @@ class Watched:
         except Exception as error:
             return self._failed(record, error)
         return self._finish(record, outcome) if isinstance(outcome, Response) else self._later(record, outcome)
+
+    def refused(self, refusal: Refusal) -> None:
+        """Tell of a request that could not be read as far as the handler; of what it was nothing is known."""
+        self._finish(RequestRecord("http", "", "", {}), Response(refusal.status), refusal.message)
 
     def _finish(self, record: RequestRecord, response: Response, reason: str = "") -> Response:
         record.end(response.status, reason)

@@ -45,8 +45,8 @@ class Tracing:
         self._tracer = provider.get_tracer("narrowcast.serving", __version__)
 
     def ended(self, record: RequestRecord) -> None:
-        """Make the spans of a request; reading calls that succeed have none: probes come every second."""
-        if record.routine:
+        """Make the spans of a request; probes that succeed, and what could not be read, have none."""
+        if record.routine or not record.method:
             return
         epoch = time.time_ns() - time.monotonic_ns()
         span = self._tracer.start_span(
