@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
-from narrowcast.accounting.memory import Buildable, memory
+from narrowcast.accounting.memory import Buildable, MemoryOptions, memory
 from narrowcast.errors import ModelError
 
 __all__ = ["largest_batch"]
@@ -14,7 +14,7 @@ _FIRST = 2  # normalisation over a batch of one cannot be trained
 _MOST = 1 << 20
 
 
-def largest_batch(source_of: Callable[[int], Buildable], device_bytes: int, **setting: Any) -> int:
+def largest_batch(source_of: Callable[[int], Buildable], device_bytes: int, **options: Unpack[MemoryOptions]) -> int:
     """Return the most samples that a device holds at a time.
 
     Memory grows with the batch almost like a line, so that two traced runs tell where to look; the answer fits, and one
@@ -23,7 +23,7 @@ def largest_batch(source_of: Callable[[int], Buildable], device_bytes: int, **se
     Args:
         source_of: Gives the model with inputs of so many samples.
         device_bytes: Bytes that the run may take. What the driver and fragmentation take is not part of it.
-        setting: What :func:`narrowcast.accounting.memory.memory` takes.
+        options: As :func:`narrowcast.accounting.memory.memory` takes them.
 
     Returns:
         The batch; 0 if not even one sample fits.
@@ -35,7 +35,7 @@ def largest_batch(source_of: Callable[[int], Buildable], device_bytes: int, **se
 
     def peak(batch: int) -> int:
         if batch not in found:
-            found[batch] = memory(source_of(batch), **setting).peak
+            found[batch] = memory(source_of(batch), **options).peak
         return found[batch]
 
     if peak(_FIRST) > device_bytes:

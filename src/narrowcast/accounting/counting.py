@@ -134,6 +134,15 @@ def _euclidean(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
     return Work(out.numel() * (args[0].shape[-1] + 2), 0, norms + 2 * out.numel(), out.numel())
 
 
+def _triangular(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    """Return substitution: each unknown is a sum over those before it, and a quotient unless the diagonal is of ones.
+
+    Source: Golub and Van Loan, Matrix Computations, section 3.1.
+    """
+    terms = out.numel() * (args[0].shape[-1] - 1) // 2
+    return Work(terms, 0, 0 if kwargs.get("unitriangular") else out.numel(), out.numel())
+
+
 def _distances(operations: int) -> Rule:
     """Return the rule of distances pair by pair: operations for each number of a pair, and one for each pair."""
 
@@ -193,6 +202,7 @@ _BY_HAND: dict[str, Rule] = {
     "_deform_conv2d_backward": _deformed_backward,
     "linear_dynamic": _linear_dynamic,
     "_euclidean_dist": _euclidean,
+    "linalg_solve_triangular": _triangular,
     "_cdist_forward": _distances(3),
     "_pdist_forward": _distances(3),
     "flex_attention": _attention,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from narrowcast.accounting.sources import GraphSource
 from narrowcast.accounting.step import DTYPES, Setting, inference, placed, training
 from narrowcast.errors import ModelError
 
-__all__ = ["PARTS", "Buildable", "Memory", "memory", "memory_of_module"]
+__all__ = ["PARTS", "Buildable", "Memory", "MemoryOptions", "memory", "memory_of_module"]
 
 #: What bytes hold, in the order of reports.
 PARTS = ("data", "weights", "master", "gradients", "optimizer_state", "activations", "temporary")
@@ -114,36 +116,98 @@ class Buildable(Protocol):
     def named(self) -> Callable[[], dict[str, Any]]: ...
 
 
-def memory(
-    source: Buildable,
-    *,
-    policy: str = "fp32",
-    mode: Literal["infer", "train"] = "infer",
-    optimizer: str = "adamw",
-    accumulate: int = 1,
-    checkpoint: bool | str = False,
-    devices: int = 1,
-    sharding: str = "replicated",
-    device: Literal["cpu", "cuda"] = "cpu",
-    capability: tuple[int, int] = (8, 0),
-    kv_cache: int = 0,
-    loss: Callable[[Any], torch.Tensor] | None = None,
-) -> Memory:
+class MemoryOptions(TypedDict, total=False):
+    """What memory depends on beside the model and its inputs; in brackets what holds unless given.
+
+    Args:
+        policy: Number formats, see :mod:`narrowcast.accounting.policies` (``fp32``).
+        mode: ``infer`` for one run without gradients, ``train`` for a training step (``infer``).
+        optimizer: One of :data:`narrowcast.accounting.optimizers.OPTIMIZERS` (``adamw``).
+        accumulate: Backward passes for each step of the optimizer, of the source's batch each (1).
+        checkpoint: Whether repeated blocks are computed again in backward; or a pattern of module names (not).
+        devices: Devices that the work is spread over; the source's batch is that of one (1).
+        sharding: One of :data:`narrowcast.accounting.sharding.SHARDINGS` (``replicated``).
+        device: Whose kernels and allocator are followed: ``cpu`` or ``cuda`` (``cpu``).
+        capability: CUDA's compute capability (8.0).
+        kv_cache: Bytes of keys and values of past tokens that are held beside (0).
+        loss: What backward starts from (the model's own loss, or the sum of its outputs).
+    """
+
+    policy: str
+    mode: Literal["infer", "train"]
+    optimizer: str
+    accumulate: int
+    checkpoint: bool | str
+    devices: int
+    sharding: str
+    device: Literal["cpu", "cuda"]
+    capability: tuple[int, int]
+    kv_cache: int
+    loss: Callable[[Any], torch.Tensor] | None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The options, all of them, and what they name; refuses names and numbers that cannot be used."""
+
+    policy: str = "fp32"
+    mode: Literal["infer", "train"] = "infer"
+    optimizer: str = "adamw"
+    accumulate: int = 1
+    checkpoint: bool | str = False
+    devices: int = 1
+    sharding: str = "replicated"
+    device: Literal["cpu", "cuda"] = "cpu"
+    capability: tuple[int, int] = (8, 0)
+    kv_cache: int = 0
+    loss: Callable[[Any], torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.setting, self.spread
+
+    @property
+    def trains(self) -> bool:
+        return self.mode == "train"
+
+    @cached_property
+    def setting(self) -> Setting:
+        """How the model runs.
+
+        Raises:
+            ModelError: A name or number cannot be used.
+            FormatError: There is no such policy.
+        """
+        chosen = named_policy(self.policy)
+        if self.mode not in ("infer", "train"):
+            raise ModelError(f"mode {self.mode!r}", allowed="infer, train")
+        if self.device not in ("cpu", "cuda"):
+            raise ModelError(f"memory on {self.device!r} cannot be followed", allowed="cpu, cuda")
+        if self.accumulate < 1:
+            raise ModelError(f"accumulate = {self.accumulate}", allowed="1 or more backward passes for each step")
+        if self.trains and not chosen.trains:
+            allowed = ", ".join(entry.name for entry in POLICIES.values() if entry.trains)
+            raise ModelError(f"nobody trains in {chosen.name}, which is for inference", allowed=allowed)
+        return Setting(chosen, self.device, self.capability, self.optimizer, self.accumulate, self.checkpoint)
+
+    @cached_property
+    def spread(self) -> Sharding:
+        """How the work is spread over devices.
+
+        Raises:
+            ModelError: There is no such way, or no device.
+        """
+        how = named_sharding(self.sharding)
+        if self.devices < 1:
+            raise ModelError(f"devices = {self.devices}", allowed="1 or more")
+        return how
+
+
+def memory(source: Buildable, **options: Unpack[MemoryOptions]) -> Memory:
     """Return the memory that a model needs on each device.
 
     Args:
         source: The model and its inputs.
-        policy: Number formats, see :mod:`narrowcast.accounting.policies`.
-        mode: ``infer`` for one run without gradients, ``train`` for a training step.
-        optimizer: One of :data:`narrowcast.accounting.optimizers.OPTIMIZERS`.
-        accumulate: Backward passes for each step of the optimizer, of the source's batch each.
-        checkpoint: Whether repeated blocks are computed again in backward; or a pattern of module names.
-        devices: Devices that the work is spread over; the source's batch is that of one.
-        sharding: One of :data:`narrowcast.accounting.sharding.SHARDINGS`.
-        device: Whose kernels and allocator are followed.
-        capability: CUDA's compute capability.
-        kv_cache: Bytes of keys and values of past tokens that are held beside.
-        loss: What backward starts from; the model's own loss or the sum of its outputs unless given.
+        options: See :class:`MemoryOptions`.
 
     Raises:
         ModelError: The source is an ONNX graph, the inputs do not fit, the run depends on numbers, or a name or number
@@ -156,16 +220,14 @@ def memory(
             allowed="PyTorch modules: timm:, torchvision:, py:, bundled:, hf:",
             next_step="give the module that it was exported from, or take peak_bytes of its profile",
         )
-    setting = _setting(policy, mode, device, capability, optimizer, accumulate, checkpoint)
-    spread = _spread(devices, sharding)
+    asked = _Asked(**options)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(setting.dtype)
+    torch.set_default_dtype(asked.setting.dtype)
     try:
         module, fake = fake_module(source.build)
     finally:
         torch.set_default_dtype(before)
-    run = _run(module, fake, source.examples(), source.named(), setting, mode, loss)
-    return _counted(run, source.name, setting, mode, spread, kv_cache)
+    return _counted(_run(module, fake, source.examples(), source.named(), asked), source.name, asked)
 
 
 def memory_of_module(
@@ -174,17 +236,7 @@ def memory_of_module(
     kwargs: Mapping[str, Any] | None = None,
     *,
     name: str = "",
-    mode: Literal["infer", "train"] = "infer",
-    policy: str = "fp32",
-    optimizer: str = "adamw",
-    accumulate: int = 1,
-    checkpoint: bool | str = False,
-    devices: int = 1,
-    sharding: str = "replicated",
-    device: Literal["cpu", "cuda"] = "cpu",
-    capability: tuple[int, int] = (8, 0),
-    kv_cache: int = 0,
-    loss: Callable[[Any], torch.Tensor] | None = None,
+    **options: Unpack[MemoryOptions],
 ) -> Memory:
     """Return the memory of a module that is there already, which is left as it is; see :func:`memory`.
 
@@ -194,64 +246,16 @@ def memory_of_module(
         module: Real or with shapes in place of numbers.
         args: Example inputs; only shapes and dtypes matter.
         kwargs: Likewise, by name.
-        name: What the result calls it.
-        mode: As for :func:`memory`, like everything below.
-        policy: Number formats.
-        optimizer: The optimizer.
-        accumulate: Backward passes for each step.
-        checkpoint: What is computed again in backward.
-        devices: Devices.
-        sharding: How the work is spread over them.
-        device: Whose kernels and allocator are followed.
-        capability: CUDA's compute capability.
-        kv_cache: Bytes held beside.
-        loss: What backward starts from.
+        name: What the result calls it; its class unless given.
+        options: See :class:`MemoryOptions`.
 
     Raises:
         ModelError: As for :func:`memory`.
         FormatError: There is no such policy.
     """
-    setting = _setting(policy, mode, device, capability, optimizer, accumulate, checkpoint)
-    spread = _spread(devices, sharding)
+    asked = _Asked(**options)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    run = _run(module, fake, args, kwargs or {}, setting, mode, loss)
-    return _counted(run, name or type(module).__name__, setting, mode, spread, kv_cache)
-
-
-def _setting(
-    name: str,
-    mode: str,
-    device: str,
-    capability: tuple[int, int],
-    optimizer: str,
-    accumulate: int,
-    checkpoint: bool | str,
-) -> Setting:
-    chosen = named_policy(name)
-    if mode not in ("infer", "train"):
-        raise ModelError(f"mode {mode!r}", allowed="infer, train")
-    if device not in ("cpu", "cuda"):
-        raise ModelError(f"memory on {device!r} cannot be followed", allowed="cpu, cuda")
-    if accumulate < 1:
-        raise ModelError(f"accumulate = {accumulate}", allowed="1 or more backward passes for each step")
-    if mode == "train" and not chosen.trains:
-        allowed = ", ".join(entry.name for entry in POLICIES.values() if entry.trains)
-        raise ModelError(f"nobody trains in {chosen.name}, which is for inference", allowed=allowed)
-    return Setting(chosen, device, capability, optimizer, accumulate, checkpoint)
-
-
-class _Spread(NamedTuple):
-    """How work is spread over devices."""
-
-    devices: int
-    how: Sharding
-
-
-def _spread(devices: int, name: str) -> _Spread:
-    how = named_sharding(name)
-    if devices < 1:
-        raise ModelError(f"devices = {devices}", allowed="1 or more")
-    return _Spread(devices, how)
+    return _counted(_run(module, fake, args, kwargs or {}, asked), name or type(module).__name__, asked)
 
 
 class _Followed(NamedTuple):
@@ -263,22 +267,17 @@ class _Followed(NamedTuple):
 
 
 def _run(
-    module: nn.Module,
-    fake: FakeTensorMode,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    setting: Setting,
-    mode: str,
-    loss: Callable[[Any], torch.Tensor] | None,
+    module: nn.Module, fake: FakeTensorMode, args: Sequence[Any], kwargs: Mapping[str, Any], asked: _Asked
 ) -> _Followed:
+    setting = asked.setting
     _check_dtype(module, setting)
     module = placed(module, fake, setting)
-    if mode == "train":
-        lives = training(module, fake, args, kwargs, setting, loss)
+    if asked.trains:
+        lives = training(module, fake, args, kwargs, setting, asked.loss)
     else:
         lives = inference(module, fake, args, kwargs, setting, packed_sizes(module, setting.policy))
     trained = [tensor for tensor in module.parameters() if tensor.requires_grad]
-    gradients = sum(tensor.numel() * tensor.element_size() for tensor in trained) if mode == "train" else 0
+    gradients = sum(tensor.numel() * tensor.element_size() for tensor in trained) if asked.trains else 0
     return _Followed(
         lives, gradients, largest_unit(module, DTYPES.get(setting.policy.compute, torch.bfloat16).itemsize)
     )
@@ -302,23 +301,22 @@ def _check_dtype(module: nn.Module, setting: Setting) -> None:
     )
 
 
-def _counted(
-    run: _Followed, model: str, setting: Setting, mode: Literal["infer", "train"], spread: _Spread, kv_cache: int
-) -> Memory:
+def _counted(run: _Followed, model: str, asked: _Asked) -> Memory:
+    setting = asked.setting
     lives = run.lives
     table = _table(lives)
-    divided = set(spread.how.divided)
+    divided = set(asked.spread.divided)
     if "optimizer_state" in divided:  # each device steps for its share, on its share of master weights
         divided |= {_STEP} | ({"master"} if setting.policy.master else set())
     for row, part in enumerate((*PARTS, _STEP)):
         if part in divided:
-            table[row] = -(-table[row] // spread.devices)
+            table[row] = -(-table[row] // asked.devices)
     table[PARTS.index("temporary")] += table[-1]
     table = table[:-1]
     hidden = np.array([moment.hidden for moment in lives.moments] or [0], dtype=np.int64)
-    kept = setting.backend.kept * (2 if mode == "train" else 1)  # backward runs in a thread of its own
-    beside = communication(spread.how, spread.devices, run.gradients, run.unit)
-    live = table.sum(axis=0) + kept + beside + kv_cache
+    kept = setting.backend.kept * (2 if asked.trains else 1)  # backward runs in a thread of its own
+    beside = communication(asked.spread, asked.devices, run.gradients, run.unit)
+    live = table.sum(axis=0) + kept + beside + asked.kv_cache
     total = live + hidden
     start = next(
         (place for name, place, _ in lives.marks if name == "first step"), 0
@@ -328,14 +326,14 @@ def _counted(
     at_peak = dict(zip(PARTS, map(int, table[:, peak]), strict=True))
     return Memory(
         model=model,
-        mode=mode,
+        mode=asked.mode,
         policy=setting.policy.name,
         device=setting.device,
-        optimizer=setting.optimizer if mode == "train" else "",
-        devices=spread.devices,
-        sharding=spread.how.name,
+        optimizer=setting.optimizer if asked.trains else "",
+        devices=asked.devices,
+        sharding=asked.spread.name,
         **at_peak,
-        kv_cache=kv_cache,
+        kv_cache=asked.kv_cache,
         communication=beside,
         workspace=kept + int(hidden[peak]),
         peak=int(total[peak]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,10 +233,13 @@ def _transformers(
         return _positional(given) if given else (_main_input(reference, kind, config, tokens, batch),)
 
     def named() -> dict[str, Any]:
-        ids = (
-            {} if given or not decodes(config) else {"decoder_input_ids": torch.zeros(batch, tokens, dtype=torch.int64)}
-        )
-        return ids | _named(given)
+        if given:
+            return _named(given)
+        if decodes(config):
+            return {"decoder_input_ids": torch.zeros(batch, tokens, dtype=torch.int64)}
+        if kind is library.AutoModel and type(config) in library.AutoModelForZeroShotImageClassification._model_mapping:
+            return {"pixel_values": _images(config.vision_config.to_dict(), batch)}  # of a pair of encoders, as CLIP is
+        return {}
 
     return Source(reference, lambda: kind.from_config(config), examples, named, config, context)
 
@@ -259,11 +262,15 @@ def past(module: nn.Module, mode: FakeTensorMode, batch: int, tokens: int) -> An
     module.eval()
     try:
         with mode, torch.no_grad():
-            cache = module(torch.zeros(batch, tokens, dtype=torch.int64), use_cache=True).past_key_values
+            out = module(torch.zeros(batch, tokens, dtype=torch.int64), use_cache=True)
     except Exception as error:  # a model may raise anything
         raise failed(error, "the model, while it reads the context") from error
+    cache = out.get("past_key_values")  # an output of transformers lacks what the model does not give
     if cache is None:
-        raise ModelError(f"{type(module).__name__} keeps no keys and values of past tokens")
+        raise ModelError(
+            f"{type(module).__name__} keeps no keys and values of past tokens",
+            next_step="count it without a context: its state is of one size, however many tokens it has read",
+        )
     return cache
 
 
@@ -299,9 +306,14 @@ def _main_input(reference: str, kind: Any, config: Any, tokens: int, batch: int)
     if name == "input_features" and {"num_mel_bins", "max_source_positions"} <= fields.keys():
         return torch.zeros(batch, fields["num_mel_bins"], 2 * fields["max_source_positions"])
     if name == "pixel_values" and {"num_channels", "image_size"} <= fields.keys():
-        side = fields["image_size"]
-        return torch.zeros(batch, fields["num_channels"], *(side if isinstance(side, list | tuple) else (side, side)))
+        return _images(fields, batch)
     raise ModelError(
         f"{reference} takes {name}, whose shape its configuration does not say",
         next_step=f"give it: --input {name}=...",
     )
+
+
+def _images(fields: Mapping[str, Any], batch: int) -> Any:
+    side = fields["image_size"]
+    sides = side if isinstance(side, list | tuple) else (side, side)
+    return require_torch("images").zeros(batch, fields["num_channels"], *sides)

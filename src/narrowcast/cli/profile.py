@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -23,6 +23,7 @@ from narrowcast.errors import ModelError, UserError
 if TYPE_CHECKING:
     from narrowcast.accounting.devices import Device
     from narrowcast.accounting.kv_cache import KVCache
+    from narrowcast.accounting.memory import MemoryOptions
     from narrowcast.report.profile_costs import Costs
 
 __all__ = ["profile"]
@@ -52,7 +53,7 @@ class _Asked:
     policy: Policy | None  # what the model is in unless given
     device: Device | None
     largest: bool
-    training: dict[str, Any]
+    training: MemoryOptions
 
 
 def profile(
@@ -158,30 +159,25 @@ def profile(
 
     For example: narrowcast profile timm:resnet50 --device h100-sxm --precision bf16 --html resnet50.html
     """
-    from narrowcast.accounting.devices import device as find_device
-
     if html is not None:
         check_file(html, force)
-    training: dict[str, Any] = {
-        "optimizer": optimizer,
-        "accumulate": accumulate,
-        "checkpoint": True if checkpoint == "blocks" else checkpoint,
-        "devices": devices,
-        "sharding": sharding,
-    }
-    _check_training(training, mode)
-    chosen = None if device is None else find_device(device)
-    if largest_batch and (chosen is None or chosen.memory.bytes is None):
-        raise UserError("--largest-batch without a device whose memory is known", next_step="name one: --device NAME")
+    training = _training(
+        mode,
+        optimizer=optimizer,
+        accumulate=accumulate,
+        checkpoint=True if checkpoint == "blocks" else checkpoint,
+        devices=devices,
+        sharding=sharding,
+    )
     asked = _Asked(
         inputs=inputs or [],
         tokens=tokens,
         batch=batch,
         train=mode is Mode.TRAIN,
         policy=None if precision is None else policy(precision),
-        device=chosen,
+        device=_device(device, largest_batch),
         largest=largest_batch,
-        training={name: value for name, value in training.items() if value is not None},
+        training=training,
     )
     models = [model, *([compare] if compare else [])]
     tracing = errors_console().status("tracing", spinner="dots")
@@ -212,17 +208,33 @@ def _quiet(debug: bool) -> Generator[None]:
         log.removeFilter(refuse)
 
 
-def _check_training(given: dict[str, Any], mode: Mode) -> None:
-    """Make sure that every option has something to say.
+def _training(mode: Mode, **given: Any) -> MemoryOptions:
+    """Return the options of training that were given, and make sure that each has something to say.
 
     Raises:
         UserError: Somebody asks for what inference does not have, or says how to divide among devices and not how many.
     """
-    meant = [f"--{name}" for name, value in given.items() if value is not None]
-    if mode is Mode.INFER and meant:
-        raise UserError(f"{', '.join(meant)}: an inference has none of it", next_step="count training: --mode train")
-    if given["sharding"] is not None and given["devices"] is None:
-        raise UserError(f"--sharding {given['sharding']} over one device", next_step="say how many: --devices 8")
+    said = {name: value for name, value in given.items() if value is not None}
+    if mode is Mode.INFER and said:
+        meant = ", ".join(f"--{name}" for name in said)
+        raise UserError(f"{meant}: an inference has none of it", next_step="count training: --mode train")
+    if "sharding" in said and "devices" not in said:
+        raise UserError(f"--sharding {said['sharding']} over one device", next_step="say how many: --devices 8")
+    return cast("MemoryOptions", said)
+
+
+def _device(name: str | None, largest: bool) -> Device | None:
+    """Return the device of that name; one whose memory is known, where the largest batch is asked for.
+
+    Raises:
+        UserError: The largest batch is asked for, and nothing says of how much memory.
+    """
+    from narrowcast.accounting.devices import device
+
+    found = None if name is None else device(name)
+    if largest and (found is None or found.memory.bytes is None):
+        raise UserError("--largest-batch without a device whose memory is known", next_step="name one: --device NAME")
+    return found
 
 
 def _costs(model: str, asked: _Asked) -> Costs:
@@ -240,10 +252,10 @@ def _costs(model: str, asked: _Asked) -> Costs:
         from narrowcast.accounting.capacity import largest_batch
         from narrowcast.accounting.memory import memory
 
-        setting = _setting(asked, formats)
-        held = memory(origin, **setting)
+        options = _options(asked, formats)
+        held = memory(origin, **options)
         if asked.largest and asked.device is not None and asked.device.memory.bytes is not None:
-            largest = largest_batch(lambda batch: _of_batch(model, asked, batch), asked.device.memory.bytes, **setting)
+            largest = largest_batch(lambda batch: _of_batch(model, asked, batch), asked.device.memory.bytes, **options)
     elif asked.largest:
         raise ModelError(f"the memory of {model} cannot be followed", allowed="a PyTorch module with --largest-batch")
     config = origin.config if isinstance(origin, Source) else None
@@ -251,19 +263,18 @@ def _costs(model: str, asked: _Asked) -> Costs:
     return Costs(found, formats, asked.device, times, held, kept, largest)
 
 
-def _setting(asked: _Asked, formats: Policy) -> dict[str, Any]:
+def _options(asked: _Asked, formats: Policy) -> MemoryOptions:
     """Return what memory depends on."""
     device = asked.device
-    known = {} if device is None or device.capability is None else {"capability": device.capability}
-    return (
-        asked.training
-        | known
-        | {
-            "policy": formats.name,
-            "mode": "train" if asked.train else "infer",
-            "device": "cuda" if device is not None and device.kind == "gpu" else "cpu",
-        }
-    )
+    found: MemoryOptions = {
+        **asked.training,
+        "policy": formats.name,
+        "mode": "train" if asked.train else "infer",
+        "device": "cuda" if device is not None and device.kind == "gpu" else "cpu",
+    }
+    if device is not None and device.capability is not None:
+        found["capability"] = device.capability
+    return found
 
 
 def _of_batch(model: str, asked: _Asked, batch: int) -> Any:

@@ -131,7 +131,8 @@ def _dequantize_blocks(
     scale = _scale_values(tl.load(scales_ptr + first + row, mask=inside, other=0), tensor_scale, kind)
     numbers = _element_values(byte, table_ptr, rows, block, width, values) * scale[:, None]
     places = row[:, None] * block + tl.arange(0, block)[None, :]
-    tl.store(numbers_ptr + first * block + places, numbers.to(numbers_ptr.dtype.element_ty), mask=inside[:, None])
+    numbers = numbers.to(numbers_ptr.dtype.element_ty)  # none is read again here: the cache is for others
+    tl.store(numbers_ptr + first * block + places, numbers, mask=inside[:, None], eviction_policy="evict_first")
 
 
 @triton.jit
@@ -157,4 +158,5 @@ def _dequantize_rows(
     scale = _scale_values(tl.load(scales_ptr + row), tensor_scale, kind)
     numbers = _element_values(byte, table_ptr, 1, tile, width, values) * scale
     offsets = tl.arange(0, tile)[None, :]
-    tl.store(numbers_ptr + begin + offsets, numbers.to(numbers_ptr.dtype.element_ty), mask=offsets < length - start)
+    numbers = numbers.to(numbers_ptr.dtype.element_ty)
+    tl.store(numbers_ptr + begin + offsets, numbers, mask=offsets < length - start, eviction_policy="evict_first")

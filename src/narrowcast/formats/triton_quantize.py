@@ -9,6 +9,7 @@ first kernel finds the largest magnitudes. Divisions are rounded as IEEE 754 say
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -62,8 +63,10 @@ def quantize(x: torch.Tensor, scheme: Scheme, layout: Rows) -> tuple[torch.Tenso
         "num_warps": _WARPS,
     }
     with on(x):
+        answer = None
         if scheme.tensor_scale:
             _find_largest(x, largest, 1, x.numel(), finite=True)
+            answer = _on_its_way(largest)
         if length <= LONGEST_BLOCK:
             rows, vector = _TILE // length, 16 // x.element_size()
             _quantize_blocks[(triton.cdiv(count, rows),)](
@@ -86,9 +89,29 @@ def quantize(x: torch.Tensor, scheme: Scheme, layout: Rows) -> tuple[torch.Tenso
             _quantize_rows[(count * chunks,)](
                 x, codes, scales, broken, largest, magnitudes, length, chunks, tile=_TILE, **known
             )
-    tensor_scale = _tensor_scale(int(largest.item()), scheme) if scheme.tensor_scale else 1.0
+    tensor_scale = 1.0 if answer is None else _tensor_scale(answer(), scheme)
     first = int(broken.item()) if fp32 else _NOWHERE
     return codes if bits in (4, 8) else _pack(codes, bits), scales, tensor_scale, -1 if first == _NOWHERE else first
+
+
+def _on_its_way(number: torch.Tensor) -> Callable[[], int]:
+    """Have a number copied to main memory behind what its device has to do by now.
+
+    Returns:
+        What waits for the number, and for nothing that the device was given after it.
+    """
+    if not number.is_cuda:
+        return lambda: int(number.item())
+    there = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+    there.copy_(number, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> int:
+        arrived.synchronize()
+        return int(there.item())
+
+    return wait
 
 
 @lru_cache(maxsize=64)

@@ -80,6 +80,28 @@ def test_images_take_the_shape_of_their_configuration(tmp_path: Path) -> None:
     assert configured(tmp_path, config, batch=3).inputs == [[3, 3, 32, 32]]
 
 
+def test_a_pair_of_encoders_is_given_text_and_images(tmp_path: Path) -> None:
+    width, wide, heads, layers, tokens, side, patch, shared = 64, 128, 4, 2, 32, 32, 8, 24
+    own = {"hidden_size": width, "intermediate_size": wide, "num_hidden_layers": layers, "num_attention_heads": heads}
+    text = own | {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    images = own | {"image_size": side, "patch_size": patch}
+    config = transformers.CLIPConfig(projection_dim=shared, text_config=text, vision_config=images)
+    found = configured(tmp_path, config, tokens=tokens, batch=3)
+    patches = (side // patch) ** 2
+    encoders = 3 * sum(
+        layers * (n * (4 * width**2 + 2 * width * wide) + 2 * n * n * width) for n in (tokens, patches + 1)
+    )
+    embedded = 3 * (patches * 3 * patch**2 * width + 2 * width * shared)
+    assert found.macs == encoders + embedded + 3 * 3 * shared  # each text with each image
+    assert found.inputs[-1] == [3, 3, side, side]
+
+
+def test_a_model_without_keys_and_values_takes_no_context(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20, state_size=4)
+    with pytest.raises(ModelError, match="keeps no keys and values"):
+        configured(tmp_path, config, context=8)
+
+
 def test_an_input_of_unknown_shape_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="takes input_values") as caught:
         configured(tmp_path, transformers.Wav2Vec2Config(num_hidden_layers=1))

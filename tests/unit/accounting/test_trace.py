@@ -203,6 +203,19 @@ def test_fourier_transforms_count_by_their_usual_estimate() -> None:
     assert not found.uncounted
 
 
+@pytest.mark.parametrize("ones", [False, True])
+def test_a_triangular_system_is_solved_by_substitution(ones: bool) -> None:
+    class Solve(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.solve_triangular(x, y, upper=False, unitriangular=ones)
+
+    batch, size, columns = 3, 8, 5
+    found = count(Solve, torch.empty(batch, size, size), torch.empty(batch, size, columns))
+    assert found.macs == batch * columns * sum(range(size))  # unknown i needs all before it
+    assert found.other_flops == (0 if ones else batch * columns * size)
+    assert not found.uncounted
+
+
 @pytest.mark.parametrize(
     ("kind", "axes", "terms"),
     [("nearest", 2, 0), ("linear", 1, 2), ("bilinear", 2, 4), ("bicubic", 2, 16), ("trilinear", 3, 8)],
