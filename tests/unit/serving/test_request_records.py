@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -134,6 +135,30 @@ def test_a_refused_request(watched: tuple[Any, Seen], target: str, body: bytes, 
     assert record.reason == answer.error
     assert record.model == model
     assert (record.queue_ns, record.compute_ns) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "reason"),
+    [
+        (b"nonsense\r\n\r\n", 400, "not an HTTP request"),
+        (b"POST /v2/models/scale/infer HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n", 413, "the body is larger"),
+        (
+            b"POST /v2/models/scale/infer HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
+            400,
+            "gzip",
+        ),
+    ],
+    ids=["nonsense", "large", "gzip"],
+)
+def test_what_cannot_be_read_is_told_too(watched: tuple[Any, Seen], sent: bytes, status: int, reason: str) -> None:
+    running, seen = watched
+    count = len(seen.records)
+    with socket.create_connection(("127.0.0.1", running.server.ports["http"]), timeout=20) as connection:
+        connection.sendall(sent)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 %d " % status)
+    record = seen.last(count + 1)
+    assert (record.protocol, record.method, record.target, record.status) == ("http", "", "", status)
+    assert reason in record.reason
 
 
 def test_a_call(watched: tuple[Any, Seen]) -> None:

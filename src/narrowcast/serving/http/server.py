@@ -27,9 +27,7 @@ class HttpServer:
         on_refused: Called with what is refused before the handler sees it, or by the handler.
     """
 
-    def __init__(
-        self, handler: Handler, limits: Limits, on_refused: Callable[[Refusal], None] | None = None
-    ) -> None:
+    def __init__(self, handler: Handler, limits: Limits, on_refused: Callable[[Refusal], None] | None = None) -> None:
         self.handler = handler
         self.limits = limits
         self._on_refused = on_refused
