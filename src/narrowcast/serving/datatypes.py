@@ -116,9 +116,9 @@ def _cast(flat: list[Any], datatype: Datatype) -> Array:
     """
     if datatype.limit is None:
         return np.array(flat, datatype.dtype)  # refuses integers that do not fit by itself
-    if len(flat) > _FEW:
+    if len(flat) > _FEW or datatype.name == "BF16":  # which ml_dtypes makes of no integer above 63 bits
         wide = np.array(flat, np.float64)
-        if np.abs(wide).max() > datatype.limit:
+        if np.abs(wide).max(initial=0) > datatype.limit:
             raise OverflowError
         return wide.astype(datatype.dtype)
     if flat and (max(flat) > datatype.limit or min(flat) < -datatype.limit):

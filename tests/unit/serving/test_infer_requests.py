@@ -85,6 +85,15 @@ def test_a_raw_text_is_one_element() -> None:
     assert read(b"hello", 0, texts).inputs["t"].tolist() == [[b"hello"]]
 
 
+@pytest.mark.parametrize("datatype", ["FP16", "BF16", "FP32", "FP64"])
+@pytest.mark.parametrize("count", [0, 1, 100])
+def test_integers_stand_for_real_numbers(datatype: str, count: int) -> None:
+    value = 2**15 if datatype == "FP16" else 2**64 - 2**63
+    tensor = decode_json("x", DATATYPES[datatype], [count], [value] * count)
+    assert tensor.dtype == DATATYPES[datatype].dtype
+    assert tensor.tolist() == [value] * count
+
+
 def test_outputs_are_as_they_were_asked_for() -> None:
     asked = {
         "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
