@@ -349,6 +349,14 @@ def test_a_device_of_another_ridge_gets_larger_shares_up_to_those_of_products_an
     assert packaged.elsewhere(1.0).low == packaged.elsewhere_low < packaged.low
 
 
+def test_rates_without_a_ridge_are_the_same_shares_of_every_devices_peaks() -> None:
+    packaged = runtime_model("cpu", "onnxruntime")
+    assert packaged.ridge is None
+    there = packaged.elsewhere(1.0, 1e9)
+    assert there.classes == packaged.classes
+    assert (there.low, there.high) == (packaged.low, packaged.high)  # nobody has looked elsewhere
+
+
 def test_one_image_does_not_take_a_smaller_device_longer_for_sums_that_wait_for_latency() -> None:
     """ResNet-50's convolutions at batch 1 in FP32: a T4 multiplies them at no less than a fifth of its peak."""
     module, mode = fake_module(resnet50)
