@@ -72,7 +72,7 @@ def test_the_log_as_json_tells_the_life_of_a_server(models: Path, start: Callabl
     lines = events(program)
     assert all({"time", "level", "logger", "event"} <= line.keys() for line in lines)
     said = [line["event"] for line in lines]
-    for event in ("request", "traffic", "worker_died", "worker_ready", "draining"):
+    for event in ("model_ready", "request", "traffic", "worker_died", "worker_ready", "draining", "ended"):
         assert event in said, said
     requests = [line for line in lines if line["event"] == "request"]
     assert [line["status"] for line in requests] == [200, 404, 200]

@@ -169,7 +169,8 @@ def serve(
             print_json({"listening": addresses, "models": names})
             return
         for name, address in addresses.items():
-            console().print(f"{name}: {address}", markup=False)
+            shown = f"{address}/metrics (a page for people: {address}/)" if name == "metrics" else address
+            console().print(f"{name}: {shown}", markup=False, soft_wrap=True)
         console().print(f"models: {', '.join(names) or 'none'}", markup=False)
 
     if not running.serve(Repository(places), hosting, options, listening, read_log_style(log), trace=trace):

@@ -430,7 +430,8 @@ class Catalogue:
                     extra=fields("change_not_kept", model=name),
                 )
         shares = model.shares
-        answers = ", ".join(f"version {version} ({share:.4g})" for version, share in shares.items())
+        answers = ", ".join(f"version {version} ({share:.3g})" for version, share in shares.items() if share < 1)
+        answers = answers or ", ".join(f"version {version}" for version in shares)
         _log.info(
             "model %s is answered by %s", name, answers or "nobody", extra=fields("traffic", model=name, shares=shares)
         )

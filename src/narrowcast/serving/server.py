@@ -162,6 +162,13 @@ class InferenceServer:
         except TimeoutError:
             finished = not (self.catalogue.busy or self._http.busy)
         await self._close()
+        words = "all that it began was finished" if finished else "what it had not finished was refused"
+        _log.log(
+            logging.INFO if finished else logging.WARNING,
+            "the server has ended: %s",
+            words,
+            extra=fields("ended", finished=finished),
+        )
         return finished
 
     def _probe(self, name: str) -> bool | None:

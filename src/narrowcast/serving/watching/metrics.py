@@ -25,6 +25,8 @@ __all__ = ["gpu_families", "host_families", "memory_families", "model_families",
 
 Source = TypeVar("Source")
 
+#: Why a request is refused before it is queued; each has a line from the start, so that its rate is known at the first.
+_CAUSES = ("queue_full", "deadline", "unavailable")
 #: Upper ends of the histogram of batch sizes, in rows.
 _BATCH_ROWS = tuple(2**power for power in range(11))
 
@@ -145,7 +147,7 @@ def _failures(statistics: Statistics) -> Iterator[tuple[str, int]]:
 
 def _refused(statistics: Statistics) -> Iterator[tuple[str, int]]:
     """Yield requests that never ran by our own reasons."""
-    yield from sorted(statistics.rejected.items())
+    yield from (dict.fromkeys(_CAUSES, 0) | statistics.rejected).items()
     yield "expired", statistics.expired
 
 
