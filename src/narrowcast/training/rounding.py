@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from narrowcast.errors import TrainingError
 from narrowcast.training import multi_tensor
@@ -34,10 +35,11 @@ __all__ = ["WideUpdate", "accumulate_in_fp32", "round_stochastically_"]
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 24  # elements that are rounded at once
 _DROPPED = 16  # bits of FP32 that BF16 has not
+_WORD = (1 << 64) - 1
 
 
 class WideUpdate:
-    """Gives BF16 parameters FP32 numbers for the time of an update.
+    """Gives BF16 parameters FP32 numbers for the time of an update; of sharded ones, this rank's part.
 
     Args:
         parameters: Those that the optimizer moves; all that are not BF16 are left alone.
@@ -51,7 +53,9 @@ class WideUpdate:
         self._narrow = [one for one in parameters if one.dtype == torch.bfloat16]
         self._method = method
         device = self._narrow[0].device if self._narrow else torch.device("cpu")
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = torch.Generator(device)
+        self._seed = seed
+        self._rounds = 0  # so far; they and the seed decide the next one's bits, however many other ranks draw
         self._lost = [torch.zeros_like(one) for one in self._narrow] if method == "kahan" else []
 
     @contextmanager
@@ -60,15 +64,15 @@ class WideUpdate:
         if not self._narrow:
             yield
             return
-        stored = [one.data for one in self._narrow]
+        stored = [_local(one) for one in self._narrow]
         flat = torch.empty(sum(one.numel() for one in stored), dtype=torch.float32, device=stored[0].device)
         wide = [
             part.view_as(one) for part, one in zip(flat.split([one.numel() for one in stored]), stored, strict=True)
         ]
         multi_tensor.copy_(wide, stored)
         if self._lost:
-            multi_tensor.add_(wide, self._lost)
-        with self._holding(wide, stored):
+            multi_tensor.add_(wide, [_local(one) for one in self._lost])
+        with self._holding(wide):
             yield
             self._round(stored, wide, flat)
 
@@ -78,35 +82,34 @@ class WideUpdate:
 
         An optimizer casts the states that it loads to the dtype of its parameters.
         """
-        stored = [one.data for one in self._narrow]
-        with self._holding([one.float() for one in stored], stored):
+        with self._holding([_local(one).float() for one in self._narrow]):
             yield
 
     @contextmanager
-    def _holding(self, wide: list[Tensor], stored: list[Tensor]) -> Generator[None]:
-        for one, values in zip(self._narrow, wide, strict=True):
-            one.data = values
+    def _holding(self, wide: list[Tensor]) -> Generator[None]:
+        before = [_held(one, values) for one, values in zip(self._narrow, wide, strict=True)]
         try:
             yield
         finally:
-            for one, values in zip(self._narrow, stored, strict=True):
-                one.data = values
+            for one, values in zip(self._narrow, before, strict=True):
+                _hold(one, values)
 
     @torch.no_grad()
     def _round(self, stored: list[Tensor], wide: list[Tensor], flat: Tensor) -> None:
         if self._method == "stochastic":
-            round_stochastically_(flat, self._generator)
+            round_stochastically_(flat, self._generator.manual_seed(_mixed(self._seed, self._rounds)))
+        self._rounds += 1
         multi_tensor.copy_(stored, wide)
         if self._lost:
             multi_tensor.subtract_(wide, stored)
-            multi_tensor.copy_(self._lost, wide)
+            multi_tensor.copy_([_local(one) for one in self._lost], wide)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next rounding depends on: the generator's state, and what rounding cut off."""
+        """Return what the next rounding depends on: how many there were, and what rounding cut off."""
         return {
             "method": self._method,
             "device": self._generator.device.type,
-            "generator": self._generator.get_state(),
+            "rounds": self._rounds,
             "lost": list(self._lost),
         }
 
@@ -121,12 +124,43 @@ class WideUpdate:
                 f"the state was saved with update {state['method']!r} of BF16 weights, and this trainer has {self._method!r}",
                 next_step=f"build the precision with update={state['method']!r}",
             )
-        if state["device"] == self._generator.device.type:
-            self._generator.set_state(state["generator"].cpu())
-        else:
+        self._rounds = state["rounds"]
+        if state["device"] != self._generator.device.type:
             _log.warning("stochastic rounding goes on with other random bits: saved on %s", state["device"])
         for one, saved in zip(self._lost, state["lost"], strict=True):
-            one.copy_(saved)
+            _local(one).copy_(_local(saved))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor that this process holds, as a view without gradient."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.data
+
+
+def _held(parameter: nn.Parameter, values: Tensor) -> Tensor:
+    """Have a parameter hold other numbers, of which this process gives its own; return the tensor that it held."""
+    before = parameter.detach()
+    if isinstance(before, DTensor):
+        mesh, placements = before.device_mesh, before.placements
+        values = DTensor.from_local(
+            values, mesh, placements, run_check=False, shape=before.shape, stride=before.stride()
+        )
+    _hold(parameter, values)
+    return before
+
+
+def _hold(parameter: nn.Parameter, values: Tensor) -> None:
+    """Have a parameter hold a tensor's numbers."""
+    parameter.data = values
+    if isinstance(parameter, DTensor) and isinstance(values, DTensor):  # whose numbers and whose description lie apart
+        parameter._local_tensor = values._local_tensor  # pyright: ignore[reportPrivateUsage]
+        parameter._spec = values._spec  # pyright: ignore[reportPrivateUsage]
+
+
+def _mixed(seed: int, rounds: int) -> int:
+    """Return the seed of a round: 32 bits, as many as the CPU's generator takes (the finaliser of SplitMix64)."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + rounds + 1) * 0xBF58476D1CE4E5B9 & _WORD
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _WORD
+    return mixed >> 32
 
 
 def accumulate_in_fp32(parameters: Iterable[nn.Parameter]) -> None:

@@ -51,10 +51,10 @@ class OwnLoaded(Loaded):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tensors of a state are sharded, and how: those of sharded parameters, and their optimizer states.
+    """Which tensors of a state are sharded, and how: sharded parameters, their optimizer states, and what rounding cut off.
 
     Attributes:
-        parameters: Sharded parameters by the keys that lead to them or to their optimizer states.
+        parameters: Sharded parameters by the keys that lead to them, to their optimizer states, or to what rounding cut off.
     """
 
     parameters: Mapping[tuple[str, ...], DTensor]
@@ -71,6 +71,9 @@ class Layout:
         moved = [one for group in optimizer.param_groups for one in group["params"]]
         named = {(*under, "model", name): one for name, one in model.named_parameters(remove_duplicate=False)}
         named |= {(*under, "optimizer", "state", str(place)): one for place, one in enumerate(moved)}
+        ids = {id(one) for one in moved}
+        narrow = [one for one in model.parameters() if one.dtype == torch.bfloat16 and id(one) in ids]
+        named |= {(*under, "rounding", "lost", str(place)): one for place, one in enumerate(narrow)}
         return cls({path: one for path, one in named.items() if isinstance(one, DTensor)})
 
     def empty(self, path: tuple[str, ...], leaf: Leaf) -> Tensor:

@@ -18,6 +18,7 @@ from narrowcast.errors import TrainingError
 from narrowcast.training.distributed import Ranks
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
+from narrowcast.training.rounding import accumulate_in_fp32
 
 __all__ = ["listen", "shard"]
 
@@ -55,18 +56,20 @@ def shard(
     policy.prepare(module)
     if ranks.mesh is None:
         return module
-    if policy.parameters == "bf16":
-        raise TrainingError(
-            f"sharded weights in {policy.name}, whose rounding sees whole weights",
-            allowed="replicated weights, or another precision",
-            next_step="use ranks: replicated, or bf16-mixed",
-        )
+    accumulate_in_fp32(module.parameters())  # before, as FSDP2 takes over what gradients are to be kept in
     parts = _units(module, units)
     mixed = _mixed(policy, gather)
     with ranks.watched():
         _share(module)
         for part in (*parts, module):
             fully_shard(part, mesh=ranks.mesh, mp_policy=mixed)
+    for one in module.parameters():
+        if one.dtype == torch.bfloat16 and one.grad_dtype != torch.float32:
+            raise TrainingError(
+                f"sharded weights in {policy.name}: PyTorch {torch.__version__} sums their gradients in BF16",
+                allowed="replicated weights, another precision, or a later PyTorch",
+                next_step="use ranks: replicated, or bf16-mixed",
+            )
     return module
 
 

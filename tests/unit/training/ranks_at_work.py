@@ -173,6 +173,9 @@ COURSES: dict[str, tuple[str | Precision, int, bool]] = {
     "windows": ("fp32", 2, True),
     "bf16": ("bf16-mixed", 2, True),
     "fp16": (policy_of("fp16-mixed", loss_scale=1024.0), 1, True),
+    "narrow plain": (policy_of("bf16-true", update="plain"), 2, True),
+    "narrow kahan": (policy_of("bf16-true", update="kahan"), 2, True),
+    "narrow stochastic": ("bf16-true", 2, True),
 }
 
 
@@ -199,15 +202,15 @@ def overflow(ranks: Ranks, held: str) -> dict[str, Any]:
     }
 
 
-def resumed(ranks: Ranks, held: str, folder: Path) -> dict[str, Any]:
+def resumed(ranks: Ranks, held: str, folder: Path, precision: str | Precision = "fp32") -> dict[str, Any]:
     """Save in the middle, go on; then do the same from the checkpoint."""
-    trainer = trainer_of(ranks, held, dropout=0.3)
+    trainer = trainer_of(ranks, held, precision, dropout=0.3)
     torch.manual_seed(40 + ranks.rank)
     trained(ranks, trainer, range(3))
     state = {"trainer": trainer.state_dict(), "place": 3}
     sharded_checkpoint.save(folder, state, own={"random": random_state()}, step=3, ranks=ranks)
     straight = trained(ranks, trainer, range(3, 6))
-    again = trainer_of(ranks, held, dropout=0.3)
+    again = trainer_of(ranks, held, precision, dropout=0.3)
     place, own = restore(again, ranks, folder)
     assert own is not None
     set_random_state(own["random"])
@@ -405,6 +408,9 @@ def work_of_two(ranks: Ranks, place: Path) -> dict[str, Any]:
             seen[f"{held} {name}"] = course(ranks, held, *settings)
         seen[f"{held} overflow"] = overflow(ranks, held)
         seen[f"{held} resumed"] = resumed(ranks, held, place / f"{held}-resumed")
+        for update in ("kahan", "stochastic"):
+            policy = policy_of("bf16-true", update=update)
+            seen[f"{held} resumed {update}"] = resumed(ranks, held, place / f"{held}-{update}", policy)
         seen[f"{held} halfway"] = saved_halfway(ranks, held, place / f"{held}-halfway")
         seen[f"{held} from one"] = continued(ranks, held, place / "one")
     seen["sharded narrow"] = course(ranks, "sharded", *COURSES["bf16"], gather="compute")
