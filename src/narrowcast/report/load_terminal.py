@@ -39,10 +39,11 @@ def render_load_terminal(result: LoadResult, console: Console) -> None:
         console.print(
             say(f"{'Void' if finding.void else 'Note'}: {finding.words}", "red" if finding.void else "yellow")
         )
-    console.print(_latencies(result.run, say))
+    if not result.others:
+        console.print(_latencies(result.run, say))
     console.print(_outcomes(result.run, say))
     for name, run in result.others.items():
-        console.print(say(name, "bold"))
+        console.print(say(f"{name}: {estimate_words(run.goodput, '/s')[0]} of goodput", "bold"))
         console.print(_latencies(run, say))
     if result.probes:
         console.print(_probes(result, say))

@@ -12,7 +12,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Self
 
@@ -109,6 +109,13 @@ class FakeServer:
     def call(self, action: Callable[[], object]) -> None:
         """Do something in the server's thread."""
         self._loop.call_soon_threadsafe(action)
+
+    def wait_for(self, requests: int) -> None:
+        """Wait until so many requests have come."""
+        end = monotonic() + 60
+        while self.requests < requests:
+            assert monotonic() < end, "they never came"
+            sleep(0.02)
 
     def forget(self) -> None:
         """Empty the queue."""
