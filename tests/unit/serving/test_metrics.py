@@ -114,7 +114,9 @@ def test_numbers_are_those_of_the_requests(families: dict[str, Metric]) -> None:
     assert 0 < of("nv_inference_compute_infer_duration_us") <= of("nv_inference_request_duration_us")
     refused = value(families["narrowcast_requests_refused"], model="scale", reason="queue_full")
     assert refused == 1
-    causes = {s.labels["reason"] for s in families["narrowcast_requests_refused"].samples if s.labels["model"] == "idle"}
+    causes = {
+        s.labels["reason"] for s in families["narrowcast_requests_refused"].samples if s.labels["model"] == "idle"
+    }
     assert causes == {"queue_full", "deadline", "unavailable", "expired"}, "known before the first"
     assert of("narrowcast_workers") == of("narrowcast_workers_wanted") == 1
     assert of("narrowcast_model_memory_bytes") >= 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import http.server
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -63,6 +65,12 @@ def ns(span: ReadableSpan) -> tuple[int, int]:
     assert span.start_time is not None
     assert span.end_time is not None
     return span.start_time, span.end_time
+
+
+def test_nobody_who_does_not_ask_imports_it() -> None:
+    told = "import sys, narrowcast.serving.running; print([m for m in sys.modules if m in ('opentelemetry', 'pynvml')])"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"
 
 
 def test_a_request_its_wait_and_its_batch(traced: Traced) -> None:
