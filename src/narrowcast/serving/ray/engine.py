@@ -259,7 +259,8 @@ class _Cluster:
                 logging_level=logging.WARNING,
                 include_dashboard=None if self._address else False,
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # what Ray raises when a cluster cannot be started or joined has many types
+            ray.shutdown()
             raise RuntimeFailedError(
                 f"no Ray cluster can be had at {self._address or 'this machine'}: {_brief(error)}", next_step=_START
             ) from error
