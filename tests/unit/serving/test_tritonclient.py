@@ -186,7 +186,9 @@ def test_shared_memory(kind: str, request: pytest.FixtureRequest) -> None:
         tensor.set_shared_memory("given", 32)
         output = module.InferRequestedOutput("y")
         output.set_shared_memory("taken", 32, offset=16)
-        client.infer("double", [tensor], outputs=[output])
+        result = client.infer("double", [tensor], outputs=[output])
+        if kind == "http":
+            assert result.get_output("y")["parameters"]["binary_data_size"] == 0, "C++ clients end without it"
         np.testing.assert_array_equal(get_contents_as_numpy(taken, np.float32, [2, 4], offset=16), ROWS * 2)
         tensor.set_shared_memory("given", 32, offset=40)
         with pytest.raises(InferenceServerException, match="past the end of the region"):

@@ -49,6 +49,7 @@ def infer_response(
                 "shared_memory_region": wanted.shared.region,
                 "shared_memory_offset": wanted.shared.offset,
                 "shared_memory_byte_size": size,
+                "binary_data_size": 0,  # NVIDIA's C++ client looks for it wherever there are parameters
             }
         elif wanted.binary:
             data = encode_binary(spec.datatype, array)
