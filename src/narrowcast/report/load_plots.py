@@ -40,10 +40,10 @@ def course(run: Run, slo: Slo | None, *, name: str, marks: Sequence[tuple[float,
     parts += _seconds(across, bottom, width)
     parts += _latency_band(run, slo, across, (top, middle))
     parts += _rate_band(run.bins, across, (below, bottom))
-    for second, words in marks:
+    for place, (second, words) in enumerate(marks):
         x = across.place(second)
         parts.append(f'<path class="o" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/>')
-        parts.append(f'<text x="{x + 6:.1f}" y="{top + 12:.1f}" class="s warm">{escape(words)}</text>')
+        parts.append(f'<text x="{x + 6:.1f}" y="{top + 12 + 15 * place:.1f}" class="s warm">{escape(words)}</text>')
     spoken = f"Latency and rates over {text.quantity(end, 's')}, {text.integer(run.counts.ok)} good answers"
     return svg(width, round(bottom + 44), parts, spoken, name)
 
@@ -155,8 +155,8 @@ def percentiles(runs: dict[str, Run], slo: Slo | None, *, name: str, width: int 
             x = across.place(1 / share)
             parts.append(f'<path class="g" d="M{x:.1f} {up.stop:.1f}V{up.start:.1f}"/>')
             parts.append(f'<text x="{x:.1f}" y="{up.start + 18:.1f}" class="m">p{100 * (1 - share):g}</text>')
-    for line, (called, curve) in zip(_LINES, curves.items(), strict=False):
-        parts += _curve(curve, called if len(curves) > 1 else "", line, across, up)
+    for line, curve in zip(_LINES, curves.values(), strict=False):
+        parts += _curve(curve, line, across, up)
     if slo is not None and bound:
         y = up.place(slo.seconds)
         parts.append(f'<path class="o" d="M{across.start:.1f} {y:.1f}H{across.stop:.1f}"/>')
@@ -169,16 +169,13 @@ def percentiles(runs: dict[str, Run], slo: Slo | None, *, name: str, width: int 
     return svg(width, height, parts, f"Latency by percentile up to p{slowest:.5g}", name)
 
 
-def _curve(curve: Sequence[Percentile], called: str, line: str, across: Axis, up: Axis) -> Iterator[str]:
+def _curve(curve: Sequence[Percentile], line: str, across: Axis, up: Axis) -> Iterator[str]:
     found = [(across.place(100 / (100 - one.q)), one.estimate) for one in curve if one.estimate is not None]
     upper = "L".join(f"{x:.1f} {up.place(one.high):.1f}" for x, one in found)
     lower = "L".join(f"{x:.1f} {up.place(one.low):.1f}" for x, one in reversed(found))
     yield f'<path class="band {line}" d="M{upper}L{lower}z"/>'
     middle = "L".join(f"{x:.1f} {up.place(one.value):.1f}" for x, one in found)
     yield f'<path class="line {line}" d="M{middle}"/>'
-    if called:
-        x, one = found[-1]
-        yield f'<text x="{x - 6:.1f}" y="{up.place(one.value) - 10:.1f}" class="e b">{escape(called)}</text>'
 
 
 # The search -----------------------------------------------------------------------------------------------------------

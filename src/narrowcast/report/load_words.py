@@ -23,10 +23,10 @@ Key = tuple[str, str, str]
 
 _OUTCOMES = {
     "ok": "good answers",
-    "shed": "shed (429, 503, RESOURCE_EXHAUSTED, UNAVAILABLE)",
+    "shed": "shed, for overload",
     "timeout": "timed out",
     "error": "refused otherwise",
-    "broken": "without an answer: connection refused or ended",
+    "broken": "broken, without an answer",
     "cut": "cut off by the interruption",
 }
 
