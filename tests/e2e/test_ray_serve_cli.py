@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -17,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import psutil
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from onnx import TensorProto, helper
 from test_serve_cli import artifact
 
 from e2e.command import Cli
 from narrowcast.artifacts.manifest import Manifest
+from narrowcast.artifacts.store import save_artifact
 
 ManifestOf = Callable[..., Manifest]
 #: Nothing is reported, no token is written to the user's folder, and each node's proxy has ports of its own.
@@ -159,11 +164,14 @@ class Program:
             text += line
             if line == "}\n":
                 break
-        assert text, "".join(self.errors)
-        self.said = json.loads(text)
+        self.said = json.loads(text) if text else {}
+        if "listening" not in self.said:
+            self.end()
+            pytest.fail(f"{text}{''.join(self.errors)}")
 
     def end(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(120)
         self._reader.join(10)
         for stream in (self.process.stdout, self.process.stderr):
@@ -207,14 +215,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_two_nodes_serve_the_protocol_and_one_of_them_may_go(models: Path, nodes: Nodes) -> None:
-    http, grpc = nodes.ports[:2]
+    rest, grpc = nodes.ports[:2]
     program = Program(
-        *(models, "--ray-address", nodes.address, "--port", http, "--grpc-port", grpc),
+        *(models, "--ray-address", nodes.address, "--port", rest, "--grpc-port", grpc),
         *("--workers", 2, "--delay", 50, "--max-batch", 4),
     )
     try:
         assert program.said["models"] == ["scale"]
-        for port in (http, nodes.ports[2]):  # through the proxy of each node
+        for port in (rest, nodes.ports[2]):  # through the proxy of each node
             assert get(port, "/v2/health/ready") == (200, {"ready": True})
             with tritonclient.http.InferenceServerClient(f"127.0.0.1:{port}") as client:
                 assert infer(client, tritonclient.http) == 3.0
@@ -223,17 +231,17 @@ def test_two_nodes_serve_the_protocol_and_one_of_them_may_go(models: Path, nodes
             assert infer(client, tritonclient.grpc) == 3.0
             with pytest.raises(tritonclient.grpc.InferenceServerException, match="has no version '1' loaded"):
                 infer(client, tritonclient.grpc, version="1")
-        with tritonclient.http.InferenceServerClient(f"127.0.0.1:{http}", concurrency=16) as client:
+        with tritonclient.http.InferenceServerClient(f"127.0.0.1:{rest}", concurrency=16) as client:
             item = tritonclient.http.InferInput("x", [1, 4], "FP32")
             item.set_data_from_numpy(np.ones((1, 4), np.float32))
             waiting = [client.async_infer("scale", [item]) for _ in range(40)]
             assert all(answer.get_result().as_numpy("y")[0, 0] == 3.0 for answer in waiting)
-        (counted,) = get(http, "/v2/models/scale/stats")[1]["model_stats"]
+        (counted,) = get(rest, "/v2/models/scale/stats")[1]["model_stats"]
         assert counted["inference_count"] == 43
         assert counted["execution_count"] < 43, "requests that came together ran together"
-        assert get(http, "/v2/models/none/infer")[0] == 404
+        assert get(rest, "/v2/models/none/infer")[0] == 404
         nodes.lose_second()
-        with tritonclient.http.InferenceServerClient(f"127.0.0.1:{http}") as client:
+        with tritonclient.http.InferenceServerClient(f"127.0.0.1:{rest}") as client:
 
             def answers() -> bool:
                 try:
@@ -243,9 +251,108 @@ def test_two_nodes_serve_the_protocol_and_one_of_them_may_go(models: Path, nodes
 
             wait_for(answers)
             wait_for(lambda: all(answers() for _ in range(10)))
-        assert get(http, "/v2/health/ready")[0] == 200
+        assert get(rest, "/v2/health/ready")[0] == 200
     finally:
         code = program.end()
     assert code == 0
     assert not any("Traceback" in line for line in program.errors), "".join(program.errors)
-    assert not answered(http), "the application is taken down, and the cluster stays"
+    assert not answered(rest), "the application is taken down, and the cluster stays"
+
+
+def slow_artifact(folder: Path, manifest: Manifest, steps: int) -> Path:
+    """Write an artifact that adds 1 to FP32 [n, 4] so many times, one after the other."""
+    folder.mkdir(parents=True)
+    vector = ["n", 4]
+    body = helper.make_graph(
+        [helper.make_node("Add", ["before", "one"], ["after"]), helper.make_node("Identity", ["go"], ["on"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("before", TensorProto.FLOAT, vector),
+        ],
+        [
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("after", TensorProto.FLOAT, vector),
+        ],
+        [helper.make_tensor("one", TensorProto.FLOAT, [], [1.0])],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["steps", "", "x"], ["y"], body=body)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, vector)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, vector)],
+        [helper.make_tensor("steps", TensorProto.INT64, [], [steps])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, folder / "model.onnx")
+    save_artifact(folder, manifest)
+    return folder
+
+
+def replica_of(model: str) -> psutil.Process | None:
+    """Return the process in which Ray runs the only replica of a model version."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(part.startswith("ray::ServeReplica:") and model in part for part in process.info["cmdline"] or ()):
+            return process
+    return None
+
+
+REQUEST = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [0.0] * 4}]}
+
+
+def ask(port: int, answers: list[tuple[int, Any]], wait: float = 120.0) -> None:
+    """Ask the model once; a client that has waited long enough goes away."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=wait)
+    try:
+        connection.request("POST", "/v2/models/slow/infer", json.dumps(REQUEST))
+        response = connection.getresponse()
+        answers.append((response.status, json.loads(response.read())))
+    except TimeoutError:
+        answers.append((0, None))
+    finally:
+        connection.close()
+
+
+@pytest.mark.exhaustive
+def test_clients_that_leave_are_not_served_and_replicas_that_die_come_back(
+    tmp_path: Path, manifest_of: ManifestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    (port,) = free_ports(1)
+    folder = slow_artifact(tmp_path / "slow", manifest_of(), 2_000_000)
+    program = Program(folder, "--port", port, "--max-batch", 1)
+    try:
+        answers: list[tuple[int, Any]] = []
+        first = threading.Thread(target=ask, args=(port, answers))
+        first.start()
+        time.sleep(0.3)
+        left: list[tuple[int, Any]] = []
+        ask(port, left, wait=0.3)
+        assert left == [(0, None)], "the model is too quick for this test"
+        first.join(120)
+        assert [status for status, _ in answers] == [200]
+        ask(port, answers)
+        assert [status for status, _ in answers] == [200, 200]
+        (counted,) = get(port, "/v2/models/slow/stats")[1]["model_stats"]
+        assert counted["execution_count"] == 2, "what the client asked for that left was run"
+        victim = replica_of("slow-1")
+        assert victim is not None
+        died: list[tuple[int, Any]] = []
+        client = threading.Thread(target=ask, args=(port, died))
+        client.start()
+        time.sleep(0.3)
+        victim.kill()
+        client.join(120)
+        assert died[0][0] == 503
+        assert "may be sent again" in died[0][1]["error"]
+
+        def again() -> bool:
+            ask(port, answers)
+            return answers[-1][0] == 200
+
+        wait_for(again)
+    finally:
+        code = program.end()
+    assert code == 0
