@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import narrowcast
 from narrowcast.serving.catalogue import Catalogue
 from narrowcast.serving.http.message import Request, Response, json_response
 from narrowcast.serving.refusals import Refusal
@@ -28,7 +27,7 @@ ServerState = Literal["ready", "not ready", "ending"]
 
 _PAGE = Path(__file__).parent / "page"
 #: The page looks like the reports; their style comes first.
-_STYLES = (Path(narrowcast.__file__).parent / "report" / "style.css", _PAGE / "page.css")
+_STYLES = (Path(__file__).parents[2] / "report" / "style.css", _PAGE / "page.css")
 #: Nothing comes from elsewhere, nothing is framed, and no text can become a program.
 _HEADERS = (
     (
