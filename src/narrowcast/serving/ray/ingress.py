@@ -125,8 +125,7 @@ class Ingress:
         return json_response({"ready": True})
 
     async def _index(self, request: Request) -> Response:
-        refused = self._own.handle(request)  # reads the body; of an empty repository it has nothing to say
-        assert isinstance(refused, Response)
+        self._own.handle(request)  # refuses a body that is no JSON object; of an empty repository it has nothing to say
         wanted = orjson.loads(request.body) if request.body.strip() else {}
         return json_response(documents.index(await self._entries(), ready=bool(wanted.get("ready", False))))
 
@@ -182,7 +181,7 @@ class Ingress:
 
     async def _answer(self, call: Call) -> CallAnswer:
         try:
-            request = INFERENCE[f"{_message(call.method)}Request"].FromString(call.message)
+            request = INFERENCE[f"{call.method}Request"].FromString(call.message)
         except DecodeError as error:
             raise Refusal(400, f"the message cannot be read: {error}") from None
         fields = request.DESCRIPTOR.fields_by_name
@@ -215,10 +214,6 @@ class Ingress:
         del message.versions[:]
         message.versions.extend(self._versions(name))
         return CallAnswer(message.SerializeToString())
-
-
-def _message(method: str) -> str:
-    return "ModelInfer" if method == "ModelStreamInfer" else method
 
 
 def _message_of(call: Call, document: dict[str, Any]) -> CallAnswer:
