@@ -25,8 +25,8 @@ from narrowcast.measure.statistics import Estimate
 
 __all__ = ["Answer", "Scenario", "Settings", "measure"]
 
-#: Requests that a try of the search sends at the least for each one that may miss the bound: 2,000 for p99.
-_MISSES = 20
+#: Requests that a try of the search sends at the least for each one that may miss the bound: 1,000 for p99.
+_MISSES = 10
 #: Misses over what a whole try may have, after which it is ended.
 _SPARE = 10
 #: Seconds of the closed loop that says where the search begins.
