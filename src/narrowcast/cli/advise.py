@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
-from narrowcast.cli.garbage import uncollected
-from narrowcast.cli.imports import import_transformers
+from narrowcast.cli.console import Debug, Json, console, print_json
 from narrowcast.cli.numbers import plain
+from narrowcast.cli.tracing import tracing
 
 if TYPE_CHECKING:
     from narrowcast.accounting.advice import Advice, Context
@@ -83,8 +82,7 @@ def advise(
 
     target = device_of(device)
     given = policy(precision) if precision else None
-    with uncollected(), errors_console().status("tracing", spinner="dots"):
-        import_transformers([model])
+    with tracing([model], debug=debug):
         counted = profile(source(model, inputs=inputs or [], tokens=tokens, batch=batch, context=context))
         looked = Context(counted, target, given or default_policy(target, counted.parameters.dtype), runtime)
         found = find(looked)

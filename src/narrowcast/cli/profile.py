@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from narrowcast.accounting.policies import POLICIES, Policy, own_policy, policy
-from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
+from narrowcast.cli.console import Debug, Json, console, print_json
 from narrowcast.cli.files import check_file, write_file
-from narrowcast.cli.garbage import uncollected
-from narrowcast.cli.imports import import_transformers
+from narrowcast.cli.tracing import tracing
 from narrowcast.errors import ModelError, UserError
 
 if TYPE_CHECKING:
@@ -180,9 +176,7 @@ def profile(
         training=training,
     )
     models = [model, *([compare] if compare else [])]
-    tracing = errors_console().status("tracing", spinner="dots")
-    with uncollected(), _quiet(debug), tracing:
-        import_transformers(models)
+    with tracing(models, debug=debug):
         found = [_costs(name, asked) for name in models]
         if html is not None:
             from narrowcast.report.profile import render_profile
@@ -194,18 +188,6 @@ def profile(
     _print(found, depth, top if operators else 0)
     if html is not None:
         console().print(f"report: {html}", markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _quiet(debug: bool) -> Generator[None]:
-    """Keep PyTorch from logging what fails on the way: another way is found, or the error says it."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    refuse: Callable[[logging.LogRecord], bool] = lambda record: debug  # noqa: E731
-    log.addFilter(refuse)
-    try:
-        yield
-    finally:
-        log.removeFilter(refuse)
 
 
 def _training(mode: Mode, **given: Any) -> MemoryOptions:
