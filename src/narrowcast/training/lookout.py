@@ -13,6 +13,7 @@ from narrowcast.training.window import Batch
 __all__ = ["Lookout", "Sighting"]
 
 _SLOTS = 64  # flags under way; the host runs at most so many updates ahead
+_TOGETHER = 2  # flags under way of several ranks, which must hear of an update at the same place
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,13 @@ class Lookout:
 
     Args:
         device: A CUDA device.
+        together: Whether several ranks must hear of an update in the same step, since what follows needs all of them: a
+            flag is then read a fixed number of updates later, when it has long arrived, and not whenever it happens to.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, together: bool = False) -> None:
         self._device = device
+        self._together = together
         self._host = torch.ones(_SLOTS, dtype=torch.bool, pin_memory=True)
         self._view = self._host.numpy()
         self._under_way: deque[tuple[int, torch.cuda.Event, Sighting]] = deque()
@@ -58,9 +62,9 @@ class Lookout:
         """
         while self._under_way:
             slot, event, sighting = self._under_way[0]
-            if wait or len(self._under_way) >= _SLOTS:
+            if wait or len(self._under_way) >= (_TOGETHER if self._together else _SLOTS):
                 event.synchronize()
-            elif not event.query():
+            elif self._together or not event.query():
                 return None
             self._under_way.popleft()
             if not self._view[slot]:

@@ -144,7 +144,9 @@ class Trainer:
             self.model, self._parameters, ranks, guards=self._guards, afterwards=self.precision.parameters == "bf16"
         )
         self._update = update_for(optimizer, clip_norm, ranks, self._before_update)
-        self._lookout = Lookout(self.device) if self.device.type == "cuda" and not self._guards else None
+        several = ranks is not None and ranks.world > 1
+        looks_out = self.device.type == "cuda" and not self._guards
+        self._lookout = Lookout(self.device, together=several) if looks_out else None
         self._books = Books(self.precision.scale, schedule, ranked=ranks is not None)  # without a decision under way
         self._settling = Settling(self._books, self._reduction, self.device, len(self._parameters))
         self._settles_late = self._guards and self.device.type == "cuda" and (ranks is None or ranks.world == 1)
