@@ -15,7 +15,6 @@ The servers are described in `serving_programs.py`, the peers in `peers/serving/
 from __future__ import annotations
 
 import argparse
-import asyncio
 import datetime
 import json
 import os
@@ -224,7 +223,7 @@ def contains(data: bytes) -> Check:
 def models(arguments: argparse.Namespace) -> dict[str, object]:
     import serving_models
 
-    return asyncio.run(serving_models.run(arguments.seconds, arguments.rounds))
+    return serving_models.run(arguments.seconds, arguments.rounds)
 
 
 def pin() -> int:

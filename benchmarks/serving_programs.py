@@ -6,6 +6,7 @@ has FP32[n,4], ``large`` FP32[n,150000], which is 600 kB a row.
 - ``bare``: asyncio, uvloop and httptools alone. It parses a request and answers with a fixed body, or with the body that was
   sent where the target is that of ``large``; nothing that serves models with the same libraries can be faster.
 - ``bare-grpc``: grpc.aio on uvloop, which sends the bytes back that came.
+- ``FOLDER?workers=2&batch=32``: narrowcast with an artifact, in so many worker processes, in batches up to that size.
 - ``inline``, ``thread``, ``process``: narrowcast, with the model where the name says. In ``process`` it is an ONNX artifact
   with an Identity; elsewhere a Python function.
 """
@@ -13,15 +14,30 @@ has FP32[n,4], ``large`` FP32[n,150000], which is 600 kB a row.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
+
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"  # before gRPC is imported; as `narrowcast serve` does
 
 import httptools
 import uvloop
+
+from narrowcast.oip.datatypes import DATATYPES
+from narrowcast.serving.catalogue import Hosting
+from narrowcast.serving.repository import Repository
+from narrowcast.serving.scheduling.queue import Batching
+from narrowcast.serving.scheduling.scheduler import Settings
+from narrowcast.serving.server import InferenceServer, ServerOptions
+from narrowcast.serving.signature import Signature, TensorSpec
+from narrowcast.serving.workers.loading import FunctionModel
+from narrowcast.serving.workers.sources import FunctionSource, Placement
 
 LARGE_ELEMENTS = 150_000  # 600 kB of FP32
 MODELS = {"noop": 4, "large": LARGE_ELEMENTS}
@@ -87,34 +103,30 @@ async def run_bare_grpc() -> None:
     await server.wait_for_termination()
 
 
-async def run_narrowcast(kind: str) -> None:
-    from narrowcast.serving.catalogue import Hosting
-    from narrowcast.serving.repository import Repository
-    from narrowcast.serving.scheduling.queue import Batching
-    from narrowcast.serving.scheduling.scheduler import Settings
-    from narrowcast.serving.server import InferenceServer, ServerOptions
-    from narrowcast.serving.workers.sources import Placement
-
-    placement = Placement(kind)
+async def run_no_op(placement: Placement) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if placement is Placement.PROCESS:
             repository = Repository([identity_artifact(Path(folder) / name, size) for name, size in MODELS.items()])
         else:
             repository = Repository(sources={name: identity_function(size) for name, size in MODELS.items()})
-        hosting = Hosting(placement, settings=Settings(Batching(32)))
-        server = InferenceServer(repository, hosting, ServerOptions(port=0, grpc_port=0, metrics_port=None))
-        await server.start()
-        ready(server.ports)
-        await server.run_until_signal()
+        await run_narrowcast(repository, Hosting(placement, settings=Settings(Batching(32))))
 
 
-def identity_function(size: int) -> Any:
+async def run_artifact(folder: str, workers: str, batch: str) -> None:
+    hosting = Hosting(Placement.PROCESS, int(workers), Settings(Batching(int(batch))))
+    await run_narrowcast(Repository([Path(folder)]), hosting)
+
+
+async def run_narrowcast(repository: Repository, hosting: Hosting) -> None:
+    server = InferenceServer(repository, hosting, ServerOptions(port=0, grpc_port=0, metrics_port=None))
+    await server.start()
+    gc.freeze()  # as `narrowcast serve` does
+    ready(server.ports)
+    await server.run_until_signal()
+
+
+def identity_function(size: int) -> FunctionSource:
     """Return a model that gives the rows that it takes."""
-    from narrowcast.oip.datatypes import DATATYPES
-    from narrowcast.serving.signature import Signature, TensorSpec
-    from narrowcast.serving.workers.loading import FunctionModel
-    from narrowcast.serving.workers.sources import FunctionSource
-
     rows, same = (TensorSpec(name, DATATYPES["FP32"], (-1, size)) for name in ("x", "y"))
     return FunctionSource(lambda: FunctionModel(Signature((rows,), (same,), True), lambda inputs: {"y": inputs["x"]}))
 
@@ -161,12 +173,19 @@ def make_artifact(folder: Path) -> Path:
     return folder
 
 
+def program(kind: str) -> Coroutine[Any, Any, None]:
+    if "?" in kind:
+        folder, _, options = kind.partition("?")
+        return run_artifact(folder, **dict(parse_qsl(options)))
+    programs = {"bare": run_bare, "bare-grpc": run_bare_grpc}
+    return programs[kind]() if kind in programs else run_no_op(Placement(kind))
+
+
 def main() -> None:
     kind, cores = sys.argv[1:]
-    os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
-    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
-    programs = {"bare": run_bare, "bare-grpc": run_bare_grpc}
-    uvloop.run(programs[kind]() if kind in programs else run_narrowcast(kind))
+    if cores != "all":
+        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    uvloop.run(program(kind))
 
 
 if __name__ == "__main__":

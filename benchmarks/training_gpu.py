@@ -66,8 +66,7 @@ class Report:
             yield found
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {error}"[:2000]
-            found["where"] = traceback.format_exc().splitlines()[-12:]
-            print(f"  failed: {found['error'][:300]}", flush=True)
+            print(f"  failed: {traceback.format_exc()[-1500:]}", flush=True)
         found["case_s"] = round(time.perf_counter() - start, 1)
         self.content["cases"][name] = found
         self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
