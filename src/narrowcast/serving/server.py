@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -192,5 +193,6 @@ async def _listen(server: HttpServer, host: str, port: int) -> int:
         return await server.listen(host, port)
     except OSError as error:
         raise OutputError(
-            f"{host}:{port} cannot be listened on: {error.strerror or error}", next_step="name another port"
+            f"{host}:{port} cannot be listened on: {os.strerror(error.errno) if error.errno else error}",
+            next_step="name another port",
         ) from error

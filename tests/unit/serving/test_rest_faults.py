@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving_models import Gate, function, request
 
-from narrowcast.errors import RuntimeFailedError
+from narrowcast.errors import OutputError, RuntimeFailedError
 from narrowcast.serving.catalogue import Hosting
 from narrowcast.serving.scheduling.queue import Batching
 from narrowcast.serving.scheduling.scheduler import Settings
@@ -229,6 +229,14 @@ def test_a_region_that_its_client_makes_smaller_is_refused_and_kills_nobody(serv
         assert running.infer("fine", request(1)).status == 200
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize(("listener", "said"), [("port", "Address already in use"), ("grpc_port", "it is taken")])
+def test_a_port_that_is_taken_is_named(serve: Any, listener: str, said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OutputError, match=f"127.0.0.1:{port} cannot be listened on: {said}"):
+            serve({"fine": function()}, **{listener: port})
 
 
 # The end --------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,10 @@ class GrpcServer:
         try:
             bound = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            raise OutputError(f"{host}:{port} cannot be listened on: {error}", next_step="name another port") from error
+            raise OutputError(
+                f"{host}:{port} cannot be listened on: it is taken, or no address of this machine",
+                next_step="name another port for gRPC",
+            ) from error
         await self._server.start()
         return bound
 
