@@ -6,16 +6,15 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 
 from narrowcast.errors import NarrowcastError
 from narrowcast.serving.hosting import ColdError, Hosting, ServedVersion
 from narrowcast.serving.loader import Loader, MemoryUse
-from narrowcast.serving.model import Model
+from narrowcast.serving.model import Change, IndexEntry, Model
 from narrowcast.serving.refusals import MemoryBudgetError, Refusal, change_refusal
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.settings import read_model_options
-from narrowcast.serving.state import ModelState, read_state, write_state
+from narrowcast.serving.state import ModelState, StateKeeper, read_state
 from narrowcast.serving.traffic import Traffic
 from narrowcast.serving.watching.events import fields
 from narrowcast.serving.workers.sources import Source
@@ -23,29 +22,6 @@ from narrowcast.serving.workers.sources import Source
 __all__ = ["Catalogue", "Change", "Hosting", "IndexEntry", "ServedVersion"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class IndexEntry:
-    """One line of the repository's index; states as Triton calls them."""
-
-    name: str
-    version: str
-    state: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a change has led to.
-
-    Attributes:
-        traffic: Share of each version in the requests that name none; empty where the model is unloaded.
-        forgotten: Why a restart will not remember it; empty where it will.
-    """
-
-    traffic: dict[str, float]
-    forgotten: str = ""
 
 
 class Catalogue:
@@ -73,7 +49,7 @@ class Catalogue:
         self._models: dict[str, Model] = {}
         self._warming: dict[tuple[str, int], asyncio.Task[ServedVersion | None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
-        self._writing = asyncio.Lock()
+        self._keeper = StateKeeper()
 
     # reading ----------------------------------------------------------------------------------------------------------
 
@@ -178,12 +154,7 @@ class Catalogue:
         entries: list[IndexEntry] = []
         for name in sorted({*self._repository.names(), *self._models}):
             model = self._models.get(name) or Model(self.hosting)
-            for version in sorted({*self._repository.versions(name), *model.sources, *model.states}):
-                state, reason = model.states.get(version, ("UNAVAILABLE", "not loaded"))
-                if version in model.loaded:
-                    alive = model.loaded[version].scheduler.workers_alive
-                    state, reason = ("READY", "") if alive else ("UNAVAILABLE", "no worker is alive")
-                entries.append(IndexEntry(name, str(version), state, reason))
+            entries += model.entries(name, self._repository.versions(name))
         return entries
 
     # loading at a request ---------------------------------------------------------------------------------------------
@@ -414,21 +385,7 @@ class Catalogue:
     async def _remember(self, name: str) -> Change:
         """Write down which versions of a model answer, for the next start of the server."""
         model = self._models[name]
-        root = self._repository.root(name)
-        forgotten = ""
-        if root is None:
-            forgotten = "the model is in no folder of models"
-        else:
-            try:
-                async with self._writing:
-                    await asyncio.to_thread(write_state, root, name, model.state())
-            except NarrowcastError as error:
-                forgotten = error.what
-                _log.warning(
-                    "a change of model %s will be forgotten: %s",
-                    *(name, error.what),
-                    extra=fields("change_not_kept", model=name),
-                )
+        forgotten = await self._keeper.keep(self._repository.root(name), name, model.state)
         shares = model.shares
         answers = ", ".join(f"version {version} ({share:.3g})" for version, share in shares.items() if share < 1)
         answers = answers or ", ".join(f"version {version}" for version in shares)

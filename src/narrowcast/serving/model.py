@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from narrowcast.errors import NarrowcastError
@@ -15,7 +15,7 @@ from narrowcast.serving.state import ModelState
 from narrowcast.serving.traffic import Traffic
 from narrowcast.serving.workers.sources import Source
 
-__all__ = ["Model"]
+__all__ = ["Change", "IndexEntry", "Model"]
 
 _log = logging.getLogger(__name__)
 #: Changes that can be taken back.
@@ -23,6 +23,29 @@ _REMEMBERED = 32
 #: Waits before a version that could not be loaded is tried for another request: doubled each time, up to the longest.
 _FIRST_BACKOFF = 0.1
 _LONGEST_BACKOFF = 30.0
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """One line of the repository's index; states as Triton calls them."""
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a change has led to.
+
+    Attributes:
+        traffic: Share of each version in the requests that name none; empty where the model is unloaded.
+        forgotten: Why a restart will not remember it; empty where it will.
+    """
+
+    traffic: dict[str, float]
+    forgotten: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +89,17 @@ class Model:
     def shares(self) -> dict[str, float]:
         """Share of each version in the requests that name none; empty where the model is not served."""
         return {} if self.traffic is None else {str(version): share for version, share in self.traffic.shares.items()}
+
+    def entries(self, name: str, found: Iterable[int]) -> list[IndexEntry]:
+        """Return the lines of the index about the model, those versions included that were found and are not served."""
+        entries: list[IndexEntry] = []
+        for version in sorted({*found, *self.sources, *self.states}):
+            state, reason = self.states.get(version, ("UNAVAILABLE", "not loaded"))
+            if version in self.loaded:
+                alive = self.loaded[version].scheduler.workers_alive
+                state, reason = ("READY", "") if alive else ("UNAVAILABLE", "no worker is alive")
+            entries.append(IndexEntry(name, str(version), state, reason))
+        return entries
 
     def direct(self, traffic: Traffic, *, chosen: bool, back: bool = False) -> None:
         """Let other versions answer; what answered before is put into the history, or the way back is taken out of it."""

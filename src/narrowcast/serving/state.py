@@ -5,18 +5,23 @@ One small JSON file per root. A server that may not write there serves all the s
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 
-from narrowcast.errors import ConfigError, OutputError
+from narrowcast.errors import ConfigError, NarrowcastError, OutputError
 from narrowcast.serving.plain_files import NotPlainError, read_plain
+from narrowcast.serving.watching.events import fields
 
-__all__ = ["STATE", "ModelState", "read_state", "write_state"]
+__all__ = ["STATE", "ModelState", "StateKeeper", "read_state", "write_state"]
 
+_log = logging.getLogger(__name__)
 #: Name of the file in the root of a repository.
 STATE = "serving-state.json"
 #: A longer file is none of ours.
@@ -103,3 +108,32 @@ def write_state(root: Path, name: str, state: ModelState) -> None:
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
+
+
+class StateKeeper:
+    """Writes states down, one after the other, while the server goes on."""
+
+    def __init__(self) -> None:
+        self._writing = asyncio.Lock()
+
+    async def keep(self, root: Path | None, name: str, state: Callable[[], ModelState]) -> str:
+        """Remember a model's state, as it is when its turn has come; return why that is not so, or nothing.
+
+        Args:
+            root: The folder of models that it is in, or None where it is in none.
+            name: The model.
+            state: Gives its state.
+        """
+        if root is None:
+            return "the model is in no folder of models"
+        try:
+            async with self._writing:
+                await asyncio.to_thread(write_state, root, name, state())
+        except NarrowcastError as error:
+            _log.warning(
+                "a change of model %s will be forgotten: %s",
+                *(name, error.what),
+                extra=fields("change_not_kept", model=name),
+            )
+            return error.what
+        return ""
