@@ -263,6 +263,20 @@ def test_an_artifact_is_served_wherever_it_runs(
     assert program.end(signal.SIGINT) == 0
 
 
+def test_models_are_loaded_when_they_are_asked_for_and_options_are_read_beside_them(
+    repository: Path, start: Callable[..., Program]
+) -> None:
+    (repository / "scale" / "serving.json").write_text('{"workers": 2, "max_batch": 3}')
+    program = start(repository, "--load", "on-demand", "--memory-budget", "8GiB")
+    assert program.said["models"] == ["other", "scale"]
+    assert program.workers() == []
+    assert program.ask("GET", "/v2/health/ready")[0] == 200
+    assert program.infer("scale") == (200, 2.0)
+    assert len(program.workers()) == 2
+    assert program.ask("GET", "/v2/models/scale/config")[1]["max_batch_size"] == 3
+    assert program.end() == 0
+
+
 def test_a_damaged_artifact_is_not_served(repository: Path, cli: Cli) -> None:
     graph = repository / "scale" / "2" / "artifact" / "model.onnx"
     graph.write_bytes(graph.read_bytes() + b"x")
@@ -280,6 +294,9 @@ def test_a_damaged_artifact_is_not_served(repository: Path, cli: Cli) -> None:
         (["{models}", "--versions", "newest"], "versions 'newest' cannot be read"),
         (["{models}", "--batching", "static"], "static batching needs a delay"),
         (["{models}", "--batching", "statics"], "batching 'statics'"),
+        (["{models}", "--load", "never"], "load 'never'"),
+        (["{models}", "--memory-budget", "4GB"], "'4GB' is no size of memory"),
+        (["{models}", "--memory-budget", "1MiB"], "more than the whole budget of 1.0 MiB"),
         (["{models}", "--preferred", "4,x"], "batch sizes '4,x' cannot be read"),
         (["{models}", "--preferred", "64"], "preferred batch size 64 is above max_batch 32"),
     ],
