@@ -139,6 +139,13 @@ def test_an_error_of_a_model_is_its_own(serve: Any, caplog: pytest.LogCaptureFix
         ("GET", "/v2/models/none", 404),
         ("GET", "/v2/models/fine/versions/2", 404),
         ("GET", "/v2/models/fine/versions/1/config", 200),
+        ("GET", "/v2/models/fine/versions/..%2f1", 404),
+        ("GET", "/v2/models/fine/versions/%2e%2e/ready", 404),
+        ("GET", "/v2/models/fine/versions/-1", 404),
+        ("GET", "/v2/models/fine/versions/1" + "0" * 60, 404),
+        ("GET", "/v2/models/fine/versions/%d9%a1", 404),
+        ("POST", "/v2/repository/models/..%2ffine/load", 401),
+        ("GET", "/openapi.json", 200),
         ("GET", "/v2/models/..%2f..%2fetc%2fpasswd", 404),
         ("GET", "/v2/models/%00/ready", 404),
         ("GET", "/v2/models/%ff/ready", 404),
@@ -160,6 +167,25 @@ def test_targets(serve_once: Any, method: str, target: str, status: int, shared:
 @pytest.fixture(scope="module")
 def shared() -> list[Any]:
     return []
+
+
+def test_what_is_not_there_is_not_advertised(serve_once: Any, shared: list[Any]) -> None:
+    if not shared:
+        shared.append(serve_once({"fine": function()}))
+    extensions = shared[0].ask("GET", "/v2").json["extensions"]
+    assert set(extensions) == {
+        *("binary_tensor_data", "model_configuration", "model_repository", "parameters", "schedule_policy"),
+        *("statistics", "system_shared_memory"),
+    }
+
+
+@pytest.mark.parametrize("target", ["fine/load", "fine/unload", "fine/rollback", "fine/versions/1/promote"])
+def test_administration_is_for_those_who_have_the_token(serve: Any, target: str) -> None:
+    for token, given, status in ((None, "Bearer x", 403), (None, "Bearer None", 403), ("x", "Bearer y", 401)):
+        running = serve({"fine": function()}, token=token)
+        answer = running.ask("POST", f"/v2/repository/models/{target}", Authorization=given)
+        assert (answer.status, "administration" in answer.error) == (status, True)
+        assert running.infer("fine", request(1)).status == 200
 
 
 def test_health_is_a_status_and_a_document(serve_once: Any, shared: list[Any]) -> None:

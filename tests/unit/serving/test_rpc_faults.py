@@ -15,6 +15,7 @@ from serving_models import Gate, doubled, function, spec
 
 from narrowcast.oip.messages import HEALTH, INFERENCE
 from narrowcast.serving.catalogue import Hosting
+from narrowcast.serving.limits import Limits
 from narrowcast.serving.scheduling.queue import Batching
 from narrowcast.serving.scheduling.scheduler import Settings
 from narrowcast.serving.signature import Signature, Tensors
@@ -120,6 +121,15 @@ def test_a_large_message_goes_both_ways(running: Any, serve: Any) -> None:
     request.raw_input_contents.append(data)
     with grpc.insecure_channel(server.grpc_address, options=[("grpc.max_receive_message_length", -1)]) as channel:
         assert call(channel)(request).raw_output_contents[0] == data
+
+
+def test_a_message_over_the_bound_is_refused(serve: Any) -> None:
+    server = serve({"double": function(doubled)}, grpc_port=0, limits=Limits(decompressed_bytes=1000))
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        assert call(channel)(message("double", 1)).id == "7"
+        with pytest.raises(grpc.RpcError) as caught:
+            call(channel)(message("double", *[1] * 100))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 @pytest.mark.parametrize(
