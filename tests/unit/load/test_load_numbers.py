@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from narrowcast.load.stress import recovered_after
 from narrowcast.measure.environment import environment
 from narrowcast.measure.load.energy import open_meter
 from narrowcast.measure.load.records import Outcome, Records, as_jsonl, empty_records, outcome_of
@@ -156,6 +158,30 @@ def test_statuses_mean_what_the_protocols_say() -> None:
     ]
 
 
+def overloaded(*, backlog: float, failing: float = 0.0) -> Records:
+    """Return 100 requests a second for 30 s; those of seconds 10 to 15 shed, and latency high for ``backlog`` s after them."""
+    made = records(3000, rate=100.0)
+    made["outcome"] = Outcome.OK
+    due = made["intended"]
+    slow = (due >= 10) & (due < 15 + backlog)
+    made["done"][slow] += 1.0
+    shed = ((due >= 10) & (due < 15)) | ((due >= 15 + backlog) & (np.arange(3000) % 100 < failing * 100))
+    made["outcome"][shed] = Outcome.SHED
+    return made
+
+
+@pytest.mark.parametrize("backlog", [0.0, 2.0, 7.0])
+def test_recovery_is_when_requests_fare_as_before(backlog: float) -> None:
+    found = recovered_after(overloaded(backlog=backlog), 1.0, 10.0, 15.0)
+    assert found is not None
+    assert backlog <= found + 1e-9 <= backlog + 0.5  # to a stretch of 20 requests
+
+
+def test_a_server_that_goes_on_failing_has_not_recovered() -> None:
+    assert recovered_after(overloaded(backlog=1.0, failing=0.3), 1.0, 10.0, 15.0) is None
+    assert recovered_after(overloaded(backlog=15.0), 1.0, 10.0, 15.0) is None
+
+
 def test_what_is_not_known_is_null() -> None:
     line = json.loads(as_jsonl(empty_records(1)))
     assert line["sent"] is None
@@ -181,6 +207,43 @@ def test_energy_is_read_from_counters_that_begin_again(tmp_path: Path) -> None:
     assert found.joules["package-0"] == pytest.approx(3.0)
     assert found.unavailable == ""
     assert meter.spent(0).per_request is None
+
+
+class Nvml:
+    """As much of NVML as is asked: two GPUs that have spent some energy."""
+
+    NVMLError = RuntimeError
+
+    def __init__(self, *, works: bool = True) -> None:
+        self.spent = [1000, 5000]
+        self.works = works
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        if not self.works:
+            raise RuntimeError("no driver")
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return len(self.spent)
+
+    def nvmlDeviceGetHandleByIndex(self, place: int) -> int:  # noqa: N802
+        return place
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, place: int) -> int:  # noqa: N802
+        return self.spent[place]
+
+
+def test_energy_of_gpus_is_read_in_millijoules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    meter = open_meter(local=True, powercap=tmp_path)
+    meter.start()
+    nvml.spent = [3000, 9000]
+    found = meter.spent(3)
+    assert found.joules == {"gpu-0": 2.0, "gpu-1": 4.0}
+    assert found.per_request == 2.0
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(works=False))
+    found = open_meter(local=True, powercap=tmp_path).spent(3)
+    assert (found.per_request, found.unavailable) == (None, "unavailable: this machine has no energy counter")
 
 
 def test_energy_without_a_counter_is_unavailable(tmp_path: Path) -> None:
