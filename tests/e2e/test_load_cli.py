@@ -202,7 +202,8 @@ MISTAKES = [
     (["--rate", 5, "--input", "y=1x4"], "the model has no input 'y'"),
     (["--rate", 5, "--input", "1x5"], "cannot have the shape"),
     (["--rate", 5, "--serve", "--delay 1"], "--compare-batching"),
-    (["--compare-batching", "--slo", "p99=1s"], "does not start"),
+    (["--compare-batching", "--slo", "p99=1s"], "starts servers of its own"),
+    (["--compare-batching", "--slo", "p99=1s", "--scenario", "stress"], "starts servers of its own"),
 ]
 
 
@@ -212,6 +213,22 @@ MISTAKES = [
 def test_mistakes_are_answered_in_words(server: FakeServer, cli: Cli, arguments: list[object], said: str) -> None:
     np.savez("wrong.npz", x=np.zeros((2, 4)))
     done = cli("load", server.url, "--model", "fake", *arguments)
+    assert done.code == 2
+    assert said in done.words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--slo", "p99=1s"], "does not start"),
+        ([], "needs a bound"),
+        (["--slo", "p99=1s", "--scenario", "stress"], "contradict each other"),
+        (["--slo", "p99=1s", "--version", "3"], "contradict each other"),
+        (["--slo", "p99=1s", "--concurrency", 3], "says nothing about the scenario server"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_said(cli: Cli, arguments: list[object], said: str) -> None:
+    done = cli("load", "absent", "--model", "fake", "--compare-batching", *arguments)
     assert done.code == 2
     assert said in done.words
 

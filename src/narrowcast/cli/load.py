@@ -166,8 +166,9 @@ def load(
 ) -> None:
     """Load a server that speaks the Open Inference Protocol, and say how it fares.
 
-    Requests are sent when they are due, whether earlier ones have been answered or not, and latency counts from then. Exit
-    code 1 if the run is void, because the load generator could not keep its times or nothing was answered.
+    Requests are sent when they are due, whether earlier ones have been answered or not, and latency counts from then.
+
+    Exit code 1 if the run is void, because the load generator could not keep its times or nothing was answered.
 
     For example: narrowcast load http://127.0.0.1:8000 --model NAME --rate 200 --scenario server --slo p99=50ms
     """
@@ -189,12 +190,7 @@ def load(
             check_file(file, force)
     if encoding not in ("binary", "json"):
         raise UserError(f"encoding {encoding!r} is unknown", allowed="binary, json")
-    if serve_options and not compare_batching:
-        raise UserError("--serve says something about servers that are started", allowed="--compare-batching with it")
-    if compare_batching and scenario not in (None, "server"):
-        raise UserError(
-            f"--compare-batching and --scenario {scenario} contradict each other", allowed="server, or none"
-        )
+    _check_comparison(compare_batching, url, {"--scenario": scenario or "", "--version": version}, serve_options)
     scenario = "server" if compare_batching else scenario
     wishes = Wishes(scenario, rate, arrivals, concurrency, seconds, warmup, slo, overload, lateness, seed)
     content = Content(data, inputs or (), read_batches(batch), encoding)
@@ -213,6 +209,28 @@ def load(
         raise typer.Exit(_INTERRUPTED)
     if result.run.void:
         raise typer.Exit(_VOID)
+
+
+def _check_comparison(asked: bool, url: str, given: dict[str, str], serve_options: str) -> None:
+    """Make sure that a comparison has servers to start, and that what is given fits it.
+
+    Raises:
+        UserError: An option contradicts it.
+    """
+    if not asked:
+        if serve_options:
+            raise UserError(
+                "--serve says something about servers that are started", allowed="it with --compare-batching"
+            )
+        return
+    if "://" in url:
+        raise UserError(
+            f"--compare-batching starts servers of its own and cannot use {url}",
+            allowed="an artifact, or a folder of NAME/VERSION/artifact",
+        )
+    for name, value in given.items():
+        if value and value != "server":
+            raise UserError(f"--compare-batching and {name} {value} contradict each other", next_step="leave one out")
 
 
 def _show(result: LoadResult, html: Path | None, records: Path | None, *, json: bool) -> None:

@@ -36,7 +36,7 @@ _REPORT = 0.25
 _CALM = 0.02
 
 
-class _PreciseSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+class _PreciseSelector(selectors.DefaultSelector):
     """Waits to the microsecond: epoll rounds up to whole milliseconds, select does not."""
 
     def select(self, timeout: float | None = None) -> Any:
@@ -143,7 +143,7 @@ class Sender:
         """
         client = self._client
         client.waited = 0
-        course = (_Open if isinstance(job, OpenJob) else _Closed)(job, client, start)  # type: ignore[arg-type]
+        course = _Open(job, client, start) if isinstance(job, OpenJob) else _Closed(job, client, start)
         beat = _Heartbeat(client, course, start, report)
         await asyncio.sleep(max(0.0, start - monotonic()))
         begun, cpu = monotonic(), process_time()
