@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as grpcclient
 from hypothesis import given
 from hypothesis import strategies as st
 from serving_models import FOURS, Gate, doubled, request, write_artifact
+from tritonclient.utils import InferenceServerException
 
 from narrowcast.artifacts.manifest import Manifest
 from narrowcast.errors import ConfigError, RuntimeFailedError
@@ -501,6 +503,25 @@ def test_clients_wait_for_models_that_are_loaded_on_demand(models: Path, serve: 
     )
     assert change.status == 200
     assert {running.infer("scale", request(1)).json["model_version"] for _ in range(40)} == {"1", "3"}
+
+
+def test_grpc_clients_wait_for_models_too_and_no_longer_than_their_deadline(serve: Any) -> None:
+    models = Sized("a", "b")
+    models.seconds = 0.3
+    running = serve(models.sources, hosting=DEMAND, grpc_port=0)
+    given = grpcclient.InferInput("x", [1, 4], "FP32")
+    given.set_data_from_numpy(np.ones((1, 4), np.float32))
+    with grpcclient.InferenceServerClient(running.grpc_address) as client:
+        assert client.is_model_ready("a")
+        assert client.get_inference_statistics("a", as_json=True) == {}
+        assert client.infer("a", [given]).as_numpy("y").tolist() == [[2.0] * 4]
+        assert client.get_model_metadata("a").versions == ["1"]
+        with pytest.raises(InferenceServerException, match=r"(?i)deadline"):
+            client.infer("b", [given], client_timeout=0.05)
+        with pytest.raises(InferenceServerException, match="unknown"):
+            client.infer("c", [given])
+        assert client.infer("b", [given]).get_response().model_version == "1"
+    assert models.loads == ["a", "b"], "the load that nobody waited for any more went on"
 
 
 def test_a_cold_model_that_is_damaged_is_refused_with_words(models: Path, serve: Any) -> None:
