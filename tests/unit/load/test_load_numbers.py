@@ -1,87 +1,19 @@
-"""Records, energy and reports: from planted records to what people read."""
+"""Numbers from planted records, recovery, and energy."""
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
+from load_results import CLIENT, records, run
 
 from narrowcast.load.stress import recovered_after
-from narrowcast.measure.environment import environment
 from narrowcast.measure.load.energy import open_meter
 from narrowcast.measure.load.records import Outcome, Records, as_jsonl, empty_records, outcome_of
-from narrowcast.measure.load.summary import Span, summarise
-from narrowcast.measure.load.values import (
-    Client,
-    Energy,
-    LoadResult,
-    Probe,
-    Recovery,
-    Run,
-    ServerRecord,
-    Slo,
-    Workload,
-)
-from narrowcast.measure.statistics import Estimate
-from narrowcast.report.load import render_load
-from narrowcast.report.load_terminal import render_load_terminal
-
-CLIENT = Client(processes=1, cpu_share=0.3, lag=1e-3, connections=4, waited=0)
-NO_ENERGY = Energy(joules={}, per_request=None, unavailable="unavailable: this machine has no energy counter")
-EVIL = "<script>alert(1)</script>\x1b[31m"
-
-
-def records(size: int = 4000, rate: float = 400.0, *, late: float = 0.0) -> Records:
-    """Return requests that took 10 to 20 ms, evenly spread, of which each hundredth was shed."""
-    made = empty_records(size)
-    made["intended"] = np.arange(size) / rate
-    made["sent"] = made["intended"] + late
-    made["done"] = made["sent"] + np.random.default_rng(0).uniform(0.01, 0.02, size)
-    made["status"], made["outcome"], made["rows"] = 200, Outcome.OK, 2
-    made["status"][50::100], made["outcome"][50::100] = 503, Outcome.SHED
-    return made
-
-
-def run(made: Records, slo: Slo | None = None, *, client: Client = CLIENT, concurrency: int | None = None) -> Run:
-    return summarise(made, Span(1.0, 10.0, 0.005, concurrency), client, NO_ENERGY, slo)
-
-
-def result(measured: Run, **fields: object) -> LoadResult:
-    known: dict[str, object] = {
-        "created": "2026-01-01T00:00:00+00:00",
-        "server": ServerRecord(
-            url="http://127.0.0.1:1",
-            name=EVIL,
-            version="1",
-            extensions=(),
-            model=EVIL,
-            model_version="",
-            platform="",
-            inputs=("x FP32[-1,4]",),
-        ),
-        "workload": Workload(
-            scenario="rate",
-            arrivals="Poisson, 400/s",
-            encoding="binary",
-            data="random",
-            batches={2: 1.0},
-            bytes=(151,),
-            timeout=10.0,
-            connections=512,
-            seed=0,
-            lateness=0.005,
-        ),
-        "slo": Slo(percentile=95, seconds=0.05),
-        "run": measured,
-        "protocol": "open loop",
-        "environment": environment(),
-    }
-    return LoadResult.model_validate(known | fields)
+from narrowcast.measure.load.values import Slo
 
 
 def test_rates_latencies_and_outcomes_are_those_that_were_planted() -> None:
@@ -248,51 +180,3 @@ def test_energy_of_gpus_is_read_in_millijoules(tmp_path: Path, monkeypatch: pyte
 
 def test_energy_without_a_counter_is_unavailable(tmp_path: Path) -> None:
     assert open_meter(local=False).spent(5).unavailable == "unavailable: the server is on another machine"
-
-
-def test_the_page_and_the_terminal_say_the_same_and_escape_what_servers_say() -> None:
-    slo = Slo(percentile=95, seconds=0.05)
-    found = result(run(records(), slo))
-    page = render_load(found)
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
-    assert "http://www" not in page
-    screen = io.StringIO()
-    render_load_terminal(found, Console(file=screen, width=120))
-    assert "\x1b[31m" not in screen.getvalue()
-    for part in ("p95 ≤ 50.0", "unavailable"):
-        assert part in page
-        assert part in screen.getvalue()
-
-
-def test_searches_recoveries_and_comparisons_are_drawn() -> None:
-    measured = run(records(), Slo(percentile=95, seconds=0.05))
-    probes = [
-        Probe(rate=rate, requests=1000, missed=Estimate(share, share / 2, min(1.0, share * 2), 1000), verdict=verdict)
-        for rate, share, verdict in (
-            (100, 0.0, "held"),
-            (200, 0.05, "unclear"),
-            (400, 0.7, "missed"),
-            (800, 0.1, "void"),
-        )
-    ]
-    searched = result(measured, probes=probes, largest=Estimate(210, 190, 230, 4000), confirmed=200.0)
-    page = render_load(searched)
-    assert page.count("<circle") == 2 * len(probes)  # a wide and a narrow picture
-    recovery = Recovery(
-        capacity=200, normal=100, overload=400, before=4, during=3, seconds=1.5, definition="so", accepted=None
-    )
-    assert "overload begins" in render_load(result(measured, recovery=recovery))
-    compared = result(measured, others={"dynamic": measured, "static": measured}, gain=Estimate(2.5, 2.3, 2.8, 5))
-    words = render_load(compared)
-    assert "Dynamic batching has 2.50× the goodput of static batching" in words
-    tied = result(measured, others={"dynamic": measured, "static": measured}, gain=Estimate(1.0, 0.9, 1.1, 5))
-    assert "No difference beyond noise" in render_load(tied)
-
-
-def test_a_run_without_an_answer_can_be_shown() -> None:
-    made = records()
-    made["outcome"] = Outcome.SHED
-    found = result(run(made))
-    assert "Void: none of 3600 requests had a good answer" in render_load(found)
-    render_load_terminal(found, Console(file=io.StringIO()))

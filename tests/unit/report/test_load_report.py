@@ -1,0 +1,79 @@
+"""What a load found, as people read it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from pages import alone, chromium
+from rich.console import Console
+
+from narrowcast.measure.load.records import Outcome
+from narrowcast.measure.load.values import LoadResult, Probe, Recovery, Slo
+from narrowcast.measure.statistics import Estimate
+from narrowcast.report.load import render_load
+from narrowcast.report.load_terminal import render_load_terminal
+from unit.load.load_results import records, result, run
+
+
+def search() -> LoadResult:
+    measured = run(records(), Slo(percentile=95, seconds=0.05))
+    probes = [
+        Probe(rate=rate, requests=1000, missed=Estimate(share, share / 2, min(1.0, share * 2), 1000), verdict=verdict)
+        for rate, share, verdict in (
+            (100, 0.0, "held"),
+            (200, 0.05, "unclear"),
+            (400, 0.7, "missed"),
+            (800, 0.1, "void"),
+        )
+    ]
+    return result(measured, probes=probes, largest=Estimate(210, 190, 230, 4000), confirmed=200.0)
+
+
+def test_the_page_needs_nothing_else_and_opens(tmp_path: Path) -> None:
+    source = render_load(search())
+    url = "http://127.0.0.1:1"
+    assert url in source
+    page = alone(source.replace(url, ""))  # it names the server, but asks nobody
+    assert "p95 ≤ 50.0" in page.text
+    file, seen = tmp_path / "load.html", tmp_path / "load.png"
+    file.write_text(source)
+    chromium(tmp_path, file, f"--screenshot={seen}", "--window-size=1100,2500")
+    assert seen.stat().st_size > 20_000
+
+
+def test_the_page_and_the_terminal_say_the_same_and_escape_what_servers_say() -> None:
+    slo = Slo(percentile=95, seconds=0.05)
+    found = result(run(records(), slo))
+    page = render_load(found)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "http://www" not in page
+    screen = io.StringIO()
+    render_load_terminal(found, Console(file=screen, width=120))
+    assert "\x1b[31m" not in screen.getvalue()
+    for part in ("p95 ≤ 50.0", "unavailable"):
+        assert part in page
+        assert part in screen.getvalue()
+
+
+def test_searches_recoveries_and_comparisons_are_drawn() -> None:
+    measured = run(records(), Slo(percentile=95, seconds=0.05))
+    assert render_load(search()).count("<circle") == 2 * len(search().probes)  # a wide and a narrow picture
+    recovery = Recovery(
+        capacity=200, normal=100, overload=400, before=4, during=3, seconds=1.5, definition="so", accepted=None
+    )
+    assert "overload begins" in render_load(result(measured, recovery=recovery))
+    compared = result(measured, others={"dynamic": measured, "static": measured}, gain=Estimate(2.5, 2.3, 2.8, 5))
+    words = render_load(compared)
+    assert "Dynamic batching has 2.50× the goodput of static batching" in words
+    tied = result(measured, others={"dynamic": measured, "static": measured}, gain=Estimate(1.0, 0.9, 1.1, 5))
+    assert "No difference beyond noise" in render_load(tied)
+
+
+def test_a_run_without_an_answer_can_be_shown() -> None:
+    made = records()
+    made["outcome"] = Outcome.SHED
+    found = result(run(made))
+    assert "Void: none of 3600 requests had a good answer" in render_load(found)
+    render_load_terminal(found, Console(file=io.StringIO()))
