@@ -1,0 +1,171 @@
+"""Real models behind the server, for `serving.py models`.
+
+- INT8 EfficientNet-Lite0 with two workers, asked over HTTP with binary tensors, beside two processes that each run a bare
+  session of the same file in a loop. Nobody is pinned; the load shares the cores with the workers, and its processor time
+  counts against the server.
+- A model whose time goes into reading its weights, so that a batch takes hardly longer than a row: two layers of 4096 by
+  4096 in FP32. The largest Poisson rate that holds a bound on p99 is searched for with and without batches.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import onnx
+import uvloop
+from onnx import TensorProto, helper, numpy_helper
+from serving_load import binary_post, http_loop
+from serving_programs import make_artifact
+
+__all__ = ["run"]
+
+HERE = Path(__file__).parent
+WORK = HERE / "serving.work"
+WIDTH = 4096
+BOUND_MS = 100
+_BARE = """
+import sys, time
+import numpy as np
+from narrowcast.runtimes import get_runtime
+
+session = get_runtime("onnxruntime").load(__import__("pathlib").Path(sys.argv[1]), threads=1)
+info = session.inputs[0]
+batch = {info.name: np.zeros((1, *info.shape[1:]), np.float32)}
+session.run(batch)
+print("ready", flush=True)
+for line in sys.stdin:
+    count, begun = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - begun) < float(line):
+        session.run(batch)
+        count += 1
+    print(count / elapsed, flush=True)
+"""
+
+
+def run(seconds: float, rounds: int) -> dict[str, object]:
+    """Measure both, print what was found, and return it."""
+    return {"efficientnet": efficientnet(seconds, rounds), "batching": batching(seconds)}
+
+
+# EfficientNet-Lite0 ---------------------------------------------------------------------------------------------------
+
+
+def efficientnet(seconds: float, rounds: int) -> dict[str, object]:
+    from serving import running
+
+    folder = efficientnet_artifact()
+    info = onnx.load(folder / "model.onnx").graph.input[0]
+    shape = [1, *(dim.dim_value for dim in info.type.tensor_type.shape.dim[1:])]
+    request = binary_post(folder.name, info.name, shape, bytes(4 * int(np.prod(shape))))
+    program = [sys.executable, HERE / "serving_programs.py", f"{folder}?workers=2&batch=1", "all"]
+    ratios: list[float] = []
+    rates: list[tuple[float, float]] = []
+    with ExitStack() as stack:
+        server = stack.enter_context(running(program))
+        bare = [stack.enter_context(_session(folder / "model.onnx")) for _ in range(2)]
+        for _ in range(rounds):
+            looped = http_loop(server.ports["http"], request, _check, 4, seconds, server.pid)
+            served = uvloop.run(looped).rate
+            alone = _bare_rate(bare, seconds)
+            rates.append((served, alone))
+            ratios.append(served / alone)
+    ratio = statistics.median(ratios)
+    spread = f"rounds: {min(ratios):.3f} to {max(ratios):.3f}"
+    print(f"EfficientNet-Lite0 INT8, two workers: {ratio:.3f} of two bare sessions ({spread})", flush=True)
+    return {"ratio": ratio, "served, bare": rates}
+
+
+def efficientnet_artifact() -> Path:
+    """Return the artifact, made the first time."""
+    folder = WORK / "efficientnet-int8"
+    if (folder / "manifest.json").exists():
+        return folder
+    from narrowcast.data.dataset import split
+    from narrowcast.data.loaders import load_data
+    from narrowcast.models.loaders import load_model
+    from narrowcast.recipes.recipe import Recipe, StaticInt8
+    from narrowcast.runtimes import get_runtime
+    from narrowcast.transforms.apply import apply_recipe
+
+    model = load_model("bundled:efficientnet-lite0")
+    calibration = split(load_data("bundled:photos", model), 0).calibration
+    recipe = Recipe(name="int8", steps=(StaticInt8(),))
+    built = apply_recipe(recipe, model.graph, calibration, get_runtime("onnxruntime").rules)
+    folder.mkdir(parents=True, exist_ok=True)
+    built.graph.save(folder / "model.onnx")
+    return make_artifact(folder)
+
+
+def _session(path: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", _BARE, str(path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def _bare_rate(processes: list[subprocess.Popen[str]], seconds: float) -> float:
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(f"{seconds}\n")
+        process.stdin.flush()
+    return sum(float(process.stdout.readline()) for process in processes if process.stdout is not None)
+
+
+def _check(answer: bytes) -> None:
+    assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
+
+
+# Batching -------------------------------------------------------------------------------------------------------------
+
+
+def batching(seconds: float) -> dict[str, object]:
+    from serving import running
+
+    folder = wide_artifact()
+    found: dict[str, object] = {"bound": f"p99 within {BOUND_MS} ms"}
+    rates: dict[int, float] = {}
+    for batch in (1, 32):
+        program = [sys.executable, HERE / "serving_programs.py", f"{folder}?workers=1&batch={batch}", "all"]
+        with running(program) as server:
+            time.sleep(1)
+            command = [Path(sys.executable).parent / "narrowcast", "load", f"http://127.0.0.1:{server.ports['http']}"]
+            command += ["--model", folder.name, "--scenario", "server", "--slo", f"p99={BOUND_MS}ms", "--json"]
+            command += ["--seconds", str(max(3.0, seconds))]
+            searched = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[f"batches up to {batch}"] = result = json.loads(searched.stdout)
+        rates[batch] = result["confirmed"]  # None, and an error below, where no rate holds the bound
+    gain = rates[32] / rates[1]
+    print(
+        f"weights of {2 * WIDTH**2 * 4 >> 20} MiB: {rates[1]:.0f} requests/s alone, {rates[32]:.0f} in batches ({gain:.2f}x)"
+    )
+    return found | {"gain": gain}
+
+
+def wide_artifact() -> Path:
+    """Return an artifact that reads 128 MiB of weights for every batch."""
+    folder = WORK / "wide"
+    if (folder / "manifest.json").exists():
+        return folder
+    random = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(random.standard_normal((WIDTH, WIDTH), np.float32) / 64, name) for name in ("a", "b")
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", WIDTH]) for name in ("x", "y")]
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "b"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "wide", values[:1], values[1:], weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, folder / "model.onnx")
+    return make_artifact(folder)
