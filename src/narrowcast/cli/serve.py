@@ -17,48 +17,95 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 
+_LISTENS = "Where it listens, and for whom"
+_MODELS = "Which models, and where they run"
+_QUEUE = "Who runs when"
+_WATCHED = "What can be watched"
+_ELSEWHERE = "Another engine, or files that deploy"
+
+
 def serve(
     context: typer.Context,
     places: Annotated[
         list[Path], typer.Argument(help="Artifact folders, or folders of NAME/VERSION/artifact.", metavar="PLACE...")
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the REST protocol; 0: any.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the default is this machine alone.", rich_help_panel=_LISTENS)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the REST protocol; 0: any.", rich_help_panel=_LISTENS)
+    ] = 8000,
     grpc_port: Annotated[
-        int, typer.Option(min=-1, max=65535, help="Port of the gRPC protocol; 0: any, -1: none.")
+        int,
+        typer.Option(min=-1, max=65535, help="Port of the gRPC protocol; 0: any, -1: none.", rich_help_panel=_LISTENS),
     ] = 8001,
     metrics_port: Annotated[
-        int, typer.Option(min=-1, max=65535, help="Port of the Prometheus metrics; 0: any, -1: none.")
+        int,
+        typer.Option(
+            min=-1, max=65535, help="Port of the Prometheus metrics; 0: any, -1: none.", rich_help_panel=_LISTENS
+        ),
     ] = 8002,
     placement: Annotated[
-        str, typer.Option(help="Where models run: process (survives anything), thread, or inline (small models).")
+        str,
+        typer.Option(
+            help="Where models run: process (survives anything), thread, or inline (small models).",
+            rich_help_panel=_MODELS,
+        ),
     ] = "process",
-    workers: Annotated[int, typer.Option(min=1, help="Workers of each model version.")] = 1,
-    max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together at most.")] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="Workers of each model version.", rich_help_panel=_MODELS)] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together at most.", rich_help_panel=_QUEUE)] = 32,
     batching: Annotated[
         str,
-        typer.Option(help="dynamic: what waits runs together; static: full batches alone, filled up after --delay."),
+        typer.Option(
+            help="dynamic: what waits runs together; static: full batches alone, filled up after --delay.",
+            rich_help_panel=_QUEUE,
+        ),
     ] = "dynamic",
-    preferred: Annotated[str, typer.Option(help="Batch sizes that run at once, as in 4,8.")] = "",
-    pad: Annotated[bool, typer.Option("--pad", help="Fill batches up to the next preferred size.")] = False,
-    delay: Annotated[float, typer.Option(min=0, help="Milliseconds that the oldest request waits for company.")] = 0.0,
-    queue: Annotated[int, typer.Option(min=1, help="Requests of a model that may wait; more are refused.")] = 1024,
+    preferred: Annotated[
+        str, typer.Option(help="Batch sizes that run at once, as in 4,8.", rich_help_panel=_QUEUE)
+    ] = "",
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Fill batches up to the next preferred size.", rich_help_panel=_QUEUE)
+    ] = False,
+    delay: Annotated[
+        float,
+        typer.Option(min=0, help="Milliseconds that the oldest request waits for company.", rich_help_panel=_QUEUE),
+    ] = 0.0,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Requests of a model that may wait; more are refused.", rich_help_panel=_QUEUE)
+    ] = 1024,
     timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds that a request waits where its client says nothing; 0: for ever.")
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds that a request waits where its client says nothing; 0: for ever.",
+            rich_help_panel=_QUEUE,
+        ),
     ] = 60.0,
     batch_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds that a batch may run before its worker is ended; 0: for ever.")
+        float,
+        typer.Option(
+            min=0, help="Seconds that a batch may run before its worker is ended; 0: for ever.", rich_help_panel=_QUEUE
+        ),
     ] = 120.0,
     versions: Annotated[
-        str, typer.Option(help="Versions to load: a number of the newest, all, or numbers as in =3,7.")
+        str,
+        typer.Option(
+            help="Versions to load: a number of the newest, all, or numbers as in =3,7.", rich_help_panel=_MODELS
+        ),
     ] = "1",
     load: Annotated[
-        str, typer.Option(help="When models are loaded: startup, or on-demand, which is at their first request.")
+        str,
+        typer.Option(
+            help="When models are loaded: startup, or on-demand, which is at their first request.",
+            rich_help_panel=_MODELS,
+        ),
     ] = "startup",
     memory_budget: Annotated[
         str,
         typer.Option(
-            help="Memory that loaded models may take, as in 4GiB; the least recently used make room for others."
+            help="Memory that loaded models may take, as in 4GiB; the least recently used make room for others.",
+            rich_help_panel=_MODELS,
         ),
     ] = "",
     token: Annotated[
@@ -67,38 +114,62 @@ def serve(
             "--admin-token",
             envvar="NARROWCAST_ADMIN_TOKEN",
             help="Turns load, unload, promote and rollback on, for those who send it.",
+            rich_help_panel=_LISTENS,
         ),
     ] = None,
     shared_memory: Annotated[
-        bool, typer.Option("--shared-memory", help="Let clients register POSIX shared memory.")
+        bool,
+        typer.Option("--shared-memory", help="Let clients register POSIX shared memory.", rich_help_panel=_LISTENS),
     ] = False,
     log: Annotated[
         str,
         typer.Option(
-            help="What goes to stderr: quiet (warnings), events, text or json (a line for each request too), json-events."
+            help="What goes to stderr: quiet (warnings), events, text or json (a line for each request too), json-events.",
+            rich_help_panel=_WATCHED,
         ),
     ] = "events",
     trace: Annotated[
-        bool, typer.Option("--trace", help="Send traces over OTLP/HTTP, where OTEL_EXPORTER_OTLP_ENDPOINT says.")
+        bool,
+        typer.Option(
+            "--trace",
+            help="Send traces over OTLP/HTTP, where OTEL_EXPORTER_OTLP_ENDPOINT says.",
+            rich_help_panel=_WATCHED,
+        ),
     ] = False,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds that requests have to finish at the end.")] = 30.0,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that requests have to finish at the end.", rich_help_panel=_LISTENS)
+    ] = 30.0,
     engine: Annotated[
-        str, typer.Option(help="Who runs replicas: local (this program), or ray (a Ray cluster).")
+        str,
+        typer.Option(
+            help="Who runs replicas: local (this program), or ray (a Ray cluster).", rich_help_panel=_ELSEWHERE
+        ),
     ] = "local",
     max_workers: Annotated[
-        int | None, typer.Option(min=1, help="With ray: workers of a model version at most, as load asks for them.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="With ray: workers of a model version at most, as load asks for them.",
+            rich_help_panel=_ELSEWHERE,
+        ),
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="With ray: the cluster, HOST:PORT or auto; else one is started here.")
+        str | None,
+        typer.Option(
+            help="With ray: the cluster, HOST:PORT or auto; else one is started here.", rich_help_panel=_ELSEWHERE
+        ),
     ] = None,
     render: Annotated[
         str | None,
         typer.Option(
             help="Do not serve; print the file that deploys this command: systemd, containerfile, compose, "
-            "kubernetes or kserve."
+            "kubernetes or kserve.",
+            rich_help_panel=_ELSEWHERE,
         ),
     ] = None,
-    render_to: Annotated[Path | None, typer.Option(help="Folder to write that file into instead.")] = None,
+    render_to: Annotated[
+        Path | None, typer.Option(help="Folder to write that file into instead.", rich_help_panel=_ELSEWHERE)
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
