@@ -242,7 +242,8 @@ def serve(
         for name, address in addresses.items():
             shown = f"{address}/metrics (a page for people: {address}/)" if name == "metrics" else address
             console().print(f"{name}: {shown}", markup=False, soft_wrap=True)
-        console().print(f"models: {', '.join(names) or 'none'}", markup=False)
+        none = "none; a folder of models holds NAME/VERSION/artifact"
+        console().print(f"models: {', '.join(names) or none}", markup=False, soft_wrap=True)
 
     if not running.serve(Repository(places), hosting, options, listening, read_log_style(log), trace=trace):
         raise typer.Exit(1)

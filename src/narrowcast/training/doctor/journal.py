@@ -6,11 +6,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from narrowcast.training.checkpoint_folder import output_errors
 from narrowcast.training.doctor import record, resuming
 from narrowcast.training.doctor.histories import Histories, format_advice, scale_advice
 from narrowcast.training.doctor.values import Event, Reading, Record, Setting, Summary, Verdict
 from narrowcast.training.doctor.verdict import verdict
+from narrowcast.training.writing import written
 
 __all__ = ["Journal"]
 
@@ -130,6 +130,6 @@ class Journal:
             OutputError: The folder cannot be written.
         """
         if self._folder is not None:
-            with output_errors(self._folder):
+            with written(f"the doctor's record in {self._folder}"):
                 self.write()
                 resuming.mark(self._folder, step, keep)
