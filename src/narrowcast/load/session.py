@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -159,7 +160,8 @@ class Session:
         left: FleetRun = self._fleet.run(job, report)
         good = int((left.records["outcome"] == Outcome.OK).sum())
         # What ends before its warm-up does has nothing that counts; a sliver of time keeps rates finite.
-        span = Span(asked.warmup, max(left.end, asked.warmup + 1e-3), asked.lateness, concurrency)
+        bound = math.inf if asked.slo is None else asked.slo.seconds
+        span = Span(asked.warmup, max(left.end, asked.warmup + 1e-3), asked.lateness, concurrency, bound)
         run = summarise(left.records, span, left.client, self._meter.spent(good), asked.slo)
         return Measured(run, left.records, span, left.interrupted)
 

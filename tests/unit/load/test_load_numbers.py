@@ -13,6 +13,7 @@ from load_results import CLIENT, records, run
 from narrowcast.load.stress import recovered_after
 from narrowcast.measure.load.energy import open_meter
 from narrowcast.measure.load.records import Outcome, Records, as_jsonl, empty_records, outcome_of
+from narrowcast.measure.load.summary import Span, missed, query_latencies, window
 from narrowcast.measure.load.values import Slo
 
 
@@ -70,6 +71,51 @@ def test_a_query_lasts_until_its_last_answer() -> None:
     slowest = (made["done"] - made["intended"]).reshape(-1, 4).max(axis=1)
     assert found.mean is not None
     assert found.mean.value == pytest.approx(slowest[100:].mean(), rel=0.01)
+
+
+def test_a_query_is_good_only_if_all_its_answers_are() -> None:
+    made = records()
+    made["query"] = np.arange(len(made)) // 4
+    made["intended"] = np.repeat(made["intended"][::4], 4)
+    made["done"] = made["intended"] + 0.01
+    made["outcome"] = Outcome.OK
+    made["outcome"][::8] = Outcome.SHED  # one of four in every second query
+    found = run(made, Slo(percentile=99, seconds=0.015), concurrency=4)
+    assert found.within is not None
+    assert found.within.value == 0.5
+    assert found.goodput is not None
+    assert found.goodput.value == pytest.approx(200, rel=0.02)
+    assert found.mean is not None
+    assert found.mean.samples == 450
+
+
+def test_latencies_are_in_the_order_of_time_whichever_process_sent_what() -> None:
+    made = records()
+    made["outcome"] = Outcome.OK
+    alone = run(made)
+    made["query"] = np.arange(len(made)) // 2 + np.arange(len(made)) % 2 * len(made)  # as two processes number them
+    assert query_latencies(made) == pytest.approx(made["done"] - made["intended"])
+    assert run(made) == alone
+
+
+def test_requests_past_the_bound_when_they_were_cut_off_have_missed_it() -> None:
+    made = records()
+    made["intended"] = np.arange(len(made)) / 400.0
+    cut = made["intended"] >= 9.0
+    made["outcome"][cut], made["done"][cut] = Outcome.CUT, np.nan
+    counted = window(made, Span(1.0, 10.0, 0.005, bound=0.5))
+    assert (counted["outcome"] == Outcome.CUT).sum() == 200  # of 400, those due more than half a second before the end
+    assert missed(counted, 0.5)[-200:].all()
+    assert not (window(made, Span(1.0, 10.0, 0.005))["outcome"] == Outcome.CUT).any()
+
+
+def test_requests_that_were_never_sent_are_late_until_they_were_given_up() -> None:
+    made = records()
+    made["sent"][::10], made["outcome"][::10] = np.nan, Outcome.TIMEOUT
+    made["done"][::10] = made["intended"][::10] + 5.0
+    found = run(made)
+    assert found.lateness.p99 == pytest.approx(5.0)
+    assert found.void
 
 
 def test_statuses_mean_what_the_protocols_say() -> None:

@@ -43,7 +43,7 @@ class Outcome(IntEnum):
     TIMEOUT = 2  # not answered in time, by the client's clock or the server's (HTTP 504, gRPC DEADLINE_EXCEEDED)
     ERROR = 3  # any other refusal
     BROKEN = 4  # no answer: the connection could not be made, or ended
-    CUT = 5  # under way when the run was interrupted; it counts nowhere
+    CUT = 5  # under way when the run was interrupted; it counts only where it was past the bound by then
 
 
 _HTTP = {200: Outcome.OK, 429: Outcome.SHED, 503: Outcome.SHED, 504: Outcome.TIMEOUT, 408: Outcome.TIMEOUT}

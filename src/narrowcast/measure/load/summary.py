@@ -37,12 +37,14 @@ class Span:
         end: Seconds after the start when the last request was due.
         lateness: Seconds that 99 % of the requests have to be sent within.
         concurrency: Requests under way together, in a closed loop; None in an open one.
+        bound: Seconds after which a request has missed, answered or not; infinite without a bound.
     """
 
     warmup: float
     end: float
     lateness: float
     concurrency: int | None = None
+    bound: float = math.inf
 
 
 def summarise(records: Records, span: Span, client: Client, energy: Energy, slo: Slo | None) -> Run:
@@ -57,7 +59,7 @@ def summarise(records: Records, span: Span, client: Client, energy: Energy, slo:
     """
     counted = window(records, span)
     good = counted[counted["outcome"] == Outcome.OK]
-    latencies = query_latencies(good)
+    latencies = query_latencies(counted)
     seconds = span.end - span.warmup
     run = Run(
         open=span.concurrency is None,
@@ -69,7 +71,7 @@ def summarise(records: Records, span: Span, client: Client, energy: Energy, slo:
         statuses=_statuses(counted),
         rate=_rate(records, span, np.inf),
         rows_rate=_rows(records, span) / seconds,
-        goodput=None if slo is None else _rate(records, span, slo.seconds),
+        goodput=None if slo is None else _rate(_as_queries(records), span, slo.seconds),
         within=None if slo is None else _within(counted, slo.seconds),
         mean=mean(latencies),
         percentiles=tuple(Percentile(q=q, estimate=quantile(latencies, q)) for q in _asked(slo)),
@@ -85,24 +87,50 @@ def summarise(records: Records, span: Span, client: Client, energy: Energy, slo:
 
 
 def window(records: Records, span: Span) -> Records:
-    """Return the records of requests that count: due after the warm-up, and not cut off by an interruption."""
+    """Return the records of requests that count: those due after the warm-up.
+
+    What an interruption cut off counts only where it had waited past the bound by then: it has missed it, whatever came later.
+    """
     due = records["intended"]
-    return records[(due >= span.warmup) & (due < span.end) & (records["outcome"] != Outcome.CUT)]
+    open_still = (_as_queries(records)["outcome"] == Outcome.CUT) & (span.end - due <= span.bound)
+    return records[(due >= span.warmup) & (due < span.end) & ~open_still]
 
 
-def query_latencies(good: Records) -> Floats:
-    """Return a latency per query, from when it was due to its last good answer, in the order in which queries were due."""
-    if not len(good):
-        return np.empty(0)
-    good = good[np.argsort(good["query"], kind="stable")]
-    starts = np.flatnonzero(np.diff(good["query"], prepend=good["query"][0] - 1))
-    return np.maximum.reduceat(good["done"], starts) - good["intended"][starts]
+def query_latencies(counted: Records) -> Floats:
+    """Return a latency for each query all of whose answers are good, in the order in which they were due.
+
+    It lasts from when the query was due to its last answer.
+    """
+    queries = _queries(counted)
+    good = queries[queries["outcome"] == Outcome.OK]
+    return good["done"] - good["intended"]
 
 
 def missed(counted: Records, bound: float) -> Floats:
-    """Return 1 for each request without a good answer within a bound, 0 for the others, in their order."""
-    late = ~((counted["outcome"] == Outcome.OK) & (counted["done"] - counted["intended"] <= bound))
+    """Return 1 for each query without good answers alone within a bound, 0 for the others, in the order of being due."""
+    queries = _queries(counted)
+    late = ~((queries["outcome"] == Outcome.OK) & (queries["done"] - queries["intended"] <= bound))
     return late.astype(np.float64)
+
+
+def _as_queries(records: Records) -> Records:
+    """Return records in which each request ends when, and as, the last or the worst of its query does."""
+    order = np.argsort(records["query"], kind="stable")
+    starts = np.flatnonzero(np.diff(records["query"][order], prepend=-1))
+    if len(starts) == len(records):
+        return records
+    sizes = np.diff(starts, append=len(records))
+    found = records.copy()
+    for name in ("done", "outcome"):
+        found[name][order] = np.repeat(np.maximum.reduceat(records[name][order], starts), sizes)
+    return found
+
+
+def _queries(records: Records) -> Records:
+    """Return a record for each query, in the order of being due, whichever process has sent it."""
+    firsts = np.unique(records["query"], return_index=True)[1]
+    found = _as_queries(records)[firsts]
+    return found[np.argsort(found["intended"], kind="stable")]
 
 
 def _within(counted: Records, bound: float) -> Estimate:
@@ -125,7 +153,8 @@ def _statuses(counted: Records) -> dict[str, int]:
 
 
 def _lateness(counted: Records) -> Lateness:
-    late = counted["sent"] - counted["intended"]
+    sent = counted["sent"]
+    late = np.where(np.isnan(sent), counted["done"], sent) - counted["intended"]  # never sent: late until given up
     late = late[np.isfinite(late)]
     if not len(late):
         return Lateness(median=0.0, p99=0.0, longest=0.0)
