@@ -17,6 +17,8 @@ from torch import nn
 
 from narrowcast.errors import TrainingError
 from narrowcast.training import precision
+from narrowcast.training.doctor.cause import explain_vanishing
+from narrowcast.training.doctor.replay import Scene
 from narrowcast.training.doctor.values import EventKind, Part
 
 
@@ -332,3 +334,15 @@ def test_kahan_sums_mend_updates_that_16_bits_beside_the_weights_can_hold(rate, 
         "FP32": True,
         "round-to-nearest": False,
     }
+
+
+def test_a_layer_is_explained_though_one_of_its_parameters_never_has_a_gradient():
+    model = nn.Linear(4, 2)
+    model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    batch = (torch.randn(5, 4), torch.randn(5, 2))
+    scene = Scene(model, lambda out, _: (out * 0).sum(), batch, precision("fp32"))
+    cause = explain_vanishing(scene, ["weight", "bias", "unused"])
+    assert cause is not None
+    assert cause.kind == "zero"
+    assert "unused" in cause.seen
+    assert explain_vanishing(scene.but(loss=lambda out, _: out.sum()), ["weight", "bias", "unused"]) is None

@@ -174,7 +174,7 @@ def _find_zeros(scene: Scene, names: Collection[str]) -> _Finding | None:
     sentinel = Sentinel(paths, zeros=True)
     outcome = replay.run(scene, paths.following(), sentinel)
     zero = [outcome.gradients[name] for name in reversed([*outcome.gradients]) if not names or name in names]
-    if not zero or any(outcome.filled[name] for name in names or outcome.filled):
+    if not zero or any(outcome.filled.get(name, 0) for name in names or outcome.filled):
         return None
     fault = sentinel.origin(zero[:1])
     if fault is None and not names and sentinel.faults:
