@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ from narrowcast.training.trainer import Trainer
 from narrowcast.training.window import StepInfo
 
 __all__ = ["Loop"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -206,11 +209,16 @@ class Loop:
 
     @contextmanager
     def _watched(self) -> Generator[None]:
-        """Have the doctor write what it saw, however the run ends."""
+        """Have the doctor write what it saw, however the run ends; an error that ended it goes before one of the doctor's."""
         try:
             yield
-        finally:
-            self._verdict()
+        except BaseException:
+            try:
+                self._verdict()
+            except Exception as error:
+                _log.warning("the doctor's record lacks its end: %s", error)
+            raise
+        self._verdict()
 
     def _verdict(self) -> tuple[str, ...] | None:
         """Return what the doctor says of the run, which is then written; None without one."""

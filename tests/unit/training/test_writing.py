@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from narrowcast.errors import OutputError
+from narrowcast.training.doctor.journal import Journal
+from narrowcast.training.doctor.values import Reading, Setting
 from narrowcast.training.ledger import Ledger, Skip
 from narrowcast.training.logs import RunLog
 from narrowcast.training.objectives import Result
@@ -35,6 +37,7 @@ RESULT = RunResult(
     doctor=None,
     environment=Environment(device="cpu", threads=1, processes=1, system="", versions={}),
 )
+SETTING = Setting(level="cheap", every=50, precision="fp32", compute="fp32", formats=("fp16",), layers=())
 
 
 def log(folder: Path) -> None:
@@ -81,3 +84,20 @@ def test_a_log_below_a_file_is_named(tensorboard: bool, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"the log .*cannot be written"):
         RunLog(tmp_path / "file", tensorboard=tensorboard)
+
+
+@pytest.mark.skipif(not FULL.is_char_device(), reason="the system has no full device")
+@pytest.mark.parametrize("write", [Journal.save, Journal.write])
+def test_the_doctors_record_on_a_full_disk_is_named(write: Callable[[Journal], object], tmp_path: Path) -> None:
+    journal = Journal(SETTING, tmp_path, 0)
+    (tmp_path / "record.jsonl").unlink()
+    (tmp_path / "record.jsonl").symlink_to(FULL)
+    journal.keep(Reading(step=0, loss=1.0))
+    with pytest.raises(OutputError, match=r"the doctor's record in .* cannot be written: No space left on device"):
+        write(journal)
+
+
+def test_the_doctors_record_below_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"the doctor's record in .* cannot be written"):
+        Journal(SETTING, tmp_path / "file" / "doctor", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from narrowcast.training.doctor import record, resuming
@@ -33,6 +34,7 @@ class Journal:
 
     Raises:
         ArtifactError: The folder holds a damaged record.
+        OutputError: The folder cannot be written.
     """
 
     def __init__(self, setting: Setting, folder: Path | None, step: int) -> None:
@@ -44,9 +46,14 @@ class Journal:
         self._unwritten: list[Reading | Event] = []
         self._saves = 0
         if folder is not None:
-            if resuming.rewind(folder, step):
-                self._take_up(record.read(folder), step)
-            record.append(folder, [setting])
+            with self._written():
+                if resuming.rewind(folder, step):
+                    self._take_up(record.read(folder), step)
+                record.append(folder, [setting])
+
+    def _written(self) -> AbstractContextManager[None]:
+        """Return the context in which the folder is written: what the system says of it becomes an error that names it."""
+        return written(f"the doctor's record in {self._folder}")
 
     def _take_up(self, before: Record, step: int) -> None:
         self.events = list(before.events)
@@ -100,22 +107,32 @@ class Journal:
         return Record(self._setting, tuple(self.readings), tuple(self.events), self.series(), self.summary())
 
     def save(self) -> None:
-        """Append what is new to the folder, if there is one; every tenth time, write all."""
+        """Append what is new to the folder, if there is one; every tenth time, write all.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
         if self._folder is None:
             return
         self._saves += 1
         if self._saves % _WRITES == 0:
             self.write()
         else:
-            record.append(self._folder, self._unwritten)
+            with self._written():
+                record.append(self._folder, self._unwritten)
             self._unwritten = []
 
     def write(self) -> Summary:
-        """Write all to the folder, if there is one, and return the summary."""
+        """Write all to the folder, if there is one, and return the summary.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
         summary = self.summary()
         if self._folder is not None:
-            record.append(self._folder, [*self._unwritten, summary])
-            record.write_series(self._folder, self.series())
+            with self._written():
+                record.append(self._folder, [*self._unwritten, summary])
+                record.write_series(self._folder, self.series())
             self._unwritten = []
         return summary
 
@@ -130,6 +147,6 @@ class Journal:
             OutputError: The folder cannot be written.
         """
         if self._folder is not None:
-            with written(f"the doctor's record in {self._folder}"):
-                self.write()
+            self.write()
+            with self._written():
                 resuming.mark(self._folder, step, keep)
