@@ -147,7 +147,7 @@ class Fleet:
                     if report(_together(latest)) and not stopped:
                         stopped = True
                         _stop(busy)
-                    latest[sender] = replace(latest[sender], latencies=())  # they have been reported
+                    latest[sender] = replace(latest[sender], latencies=(), failures=())  # they have been reported
         return [sender.take() for sender in busy]
 
 
@@ -211,6 +211,8 @@ def _together(latest: dict[_Process, Progress]) -> Progress:
         ok=sum(part.ok for part in parts),
         failed=sum(part.failed for part in parts),
         latencies=tuple(latency for part in parts for latency in part.latencies),
+        failures=tuple(seconds for part in parts for seconds in part.failures),
+        since=min(part.since for part in parts),
     )
 
 

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-import numpy as np
-
 from narrowcast.load.arrivals import Arrivals, Poisson
 from narrowcast.load.fleet import Report
 from narrowcast.load.search import Rules, Trial, find_largest
@@ -23,7 +21,7 @@ from narrowcast.measure.load.summary import missed
 from narrowcast.measure.load.values import Probe, Recovery
 from narrowcast.measure.statistics import Estimate
 
-__all__ = ["Answer", "Scenario", "Settings", "measure"]
+__all__ = ["Answer", "Guard", "Scenario", "Settings", "measure"]
 
 #: Requests that a try of the search sends at the least for each one that may miss the bound: 1,000 for p99.
 _MISSES = 10
@@ -129,28 +127,34 @@ def _server(session: Session, settings: Settings, watch: Watch) -> Answer:
     slo = asked.slo
     assert slo is not None
     allowed = 1 - slo.percentile / 100
-    first = settings.rate or _first_rate(session, settings, watch)
+    first = settings.rate
+    if first is None:
+        glance = _glance(session, settings, watch)
+        if glance.interrupted:
+            return _interrupted(glance, ())
+        first = _first_rate(glance)
     runs: list[tuple[float, Measured]] = []
+    probes: list[Probe] = []
 
     def run(rate: float, seed: int) -> Trial:
         watch.stage(f"try {len(runs) + 1}: {rate:.4g} requests/s")
         # Enough requests for the percentile, but not more than five times the time that was asked for.
         seconds = min(max(asked.seconds, _MISSES / allowed / rate), 5 * asked.seconds)
         may_miss = allowed * rate * seconds
-        guard = _Guard(slo.seconds, asked.warmup, may_miss + 3 * math.sqrt(may_miss) + _SPARE, watch)
+        guard = Guard(slo.seconds, asked.warmup, may_miss + 3 * math.sqrt(may_miss) + _SPARE, watch)
         measured = session.open_loop(Poisson(rate), replace(asked, seconds=seconds, seed=seed), guard)
+        runs.append((rate, measured))
         if measured.interrupted:
             raise KeyboardInterrupt
-        runs.append((rate, measured))
         void = any(finding.kind == "late" for finding in measured.run.findings)
         return Trial(missed(measured.counted, slo.seconds), void, guard.ended)
 
     try:
-        found = find_largest(run, first, Rules(allowed), asked.seed)
+        found = find_largest(run, first, Rules(allowed), asked.seed, probes)
     except KeyboardInterrupt:
         if not runs:
             raise
-        return _interrupted(runs[-1][1])
+        return _interrupted(runs[-1][1], tuple(probes))
     chosen = found.confirmed if found.confirmed is not None else min(rate for rate, _ in runs)
     measured = next(measured for rate, measured in reversed(runs) if rate == chosen)
     limit = found.limit
@@ -167,21 +171,24 @@ def _server(session: Session, settings: Settings, watch: Watch) -> Answer:
     return Answer(measured, str(Poisson(chosen)), protocol, found.probes, found.largest, found.confirmed, notes=notes)
 
 
-def _interrupted(last: Measured) -> Answer:
-    return Answer(
-        replace(last, interrupted=True), "Poisson", "server: the search was interrupted; this is its last try"
-    )
+def _interrupted(last: Measured, probes: tuple[Probe, ...]) -> Answer:
+    words = f"server: the search was interrupted; this is its last run, after {len(probes)} whole tries"
+    return Answer(replace(last, interrupted=True), "Poisson", words, probes)
 
 
-def _first_rate(session: Session, settings: Settings, watch: Watch) -> float:
-    """Return half the rate of a single stream: low enough for nearly every server."""
+def _glance(session: Session, settings: Settings, watch: Watch) -> Measured:
     watch.stage("a glance at a single stream")
     glance = replace(settings.asked, seconds=_GLANCE, warmup=min(0.5, settings.asked.warmup))
-    run = session.closed_loop(1, 1, glance, _told(watch)).run
-    return max(1.0, run.rate.value / 2) if run.rate is not None else 1.0
+    return session.closed_loop(1, 1, glance, _told(watch))
 
 
-class _Guard:
+def _first_rate(glance: Measured) -> float:
+    """Return half the rate of a single stream: low enough for nearly every server."""
+    rate = glance.run.rate
+    return max(1.0, rate.value / 2) if rate is not None else 1.0
+
+
+class Guard:
     """Ends a try when it has missed the bound so often that the rest of it cannot mend that.
 
     Args:
@@ -196,22 +203,23 @@ class _Guard:
         self._warmup = warmup
         self._most = most
         self._watch = watch
-        self._slow = 0
-        self._failed_before = 0
+        self._missed = 0
         self.ended = False
 
     def __call__(self, progress: Progress) -> bool:
         self._watch.tick(progress)
-        if progress.seconds < self._warmup + self._bound:  # what is answered now was due before anything counted
-            self._failed_before = progress.failed
-            return False
-        self._slow += int((np.array(progress.latencies) > self._bound).sum())
-        self.ended = self.ended or self._slow + progress.failed - self._failed_before > self._most
+        # What ended after the last report, and lasted no longer than this, was due after the warm-up for certain.
+        longest = progress.since - self._warmup
+        self._missed += sum(self._bound < latency <= longest for latency in progress.latencies)
+        self._missed += sum(lasted <= longest for lasted in progress.failures)
+        self.ended = self.ended or self._missed > self._most
         return self.ended
 
 
 def _stress(session: Session, settings: Settings, watch: Watch) -> Answer:
     measured, recovery, words = stress(session, settings.asked, settings.rate, settings.overload, watch, _told(watch))
+    if recovery is None:
+        return Answer(measured, "Poisson", words)
     told = tuple(one for one in measured.run.findings if one.kind not in _WANTED)
     measured = replace(measured, run=measured.run.model_copy(update={"findings": told}))
     arrivals = f"Poisson, {recovery.normal:.4g}/s, then {recovery.overload:.4g}/s, then {recovery.normal:.4g}/s"

@@ -83,7 +83,9 @@ class Found:
     limit: float | None
 
 
-def find_largest(run: Callable[[float, int], Trial], first: float, rules: Rules, seed: int = 0) -> Found:
+def find_largest(
+    run: Callable[[float, int], Trial], first: float, rules: Rules, seed: int = 0, probes: list[Probe] | None = None
+) -> Found:
     """Return the largest rate that holds the bound.
 
     Args:
@@ -91,8 +93,9 @@ def find_largest(run: Callable[[float, int], Trial], first: float, rules: Rules,
         first: Rate to begin with.
         rules: How to decide.
         seed: Seeds of runs count from here.
+        probes: Tries are added here as they are made, so that they are there when the search is interrupted.
     """
-    search = _Search(run, rules, seed)
+    search = _Search(run, rules, seed, probes=[] if probes is None else probes)
     low, high = search.bracket(first)
     while low is not None:
         while high is not None and high / low > 1 + rules.tolerance:

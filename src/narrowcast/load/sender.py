@@ -300,13 +300,14 @@ class _Heartbeat:
             self._swept = now
             self._client.give_up(now)
         if now - self._reported >= _REPORT:
-            self._reported = now
-            self._tell(now)
+            since, self._reported = self._reported, now
+            self._tell(now, since)
         self._timer = asyncio.get_running_loop().call_at(now + _BEAT, self._beat, now + _BEAT)
 
-    def _tell(self, now: float) -> None:
-        log = self._client.log
+    def _tell(self, now: float, since: float) -> None:
+        log, start = self._client.log, self._start
         latencies: list[float] = []
+        failures: list[float] = []
         still: list[int] = []
         total = len(log.intended)
         for number in (*self._open, *range(self._seen, total)):
@@ -317,5 +318,7 @@ class _Heartbeat:
                 latencies.append(log.done[number] - log.intended[number])
             else:
                 self._failed += 1
+                failures.append(log.done[number] - log.intended[number])
         self._open, self._seen = still, total
-        self._report(Progress(now - self._start, total, self._ok, self._failed, tuple(latencies)))
+        ended = tuple(latencies), tuple(failures)
+        self._report(Progress(now - start, total, self._ok, self._failed, *ended, since - start))

@@ -53,8 +53,10 @@ class Phases(Arrivals):
 
 def stress(
     session: Session, asked: Asked, capacity: float | None, overload: float, watch: Watch, report: Report
-) -> tuple[Measured, Recovery, str]:
+) -> tuple[Measured, Recovery | None, str]:
     """Return a run with a third of overload in its middle, what became of the server after it, and how it was done.
+
+    Nothing is said of recovery where the run was interrupted, whether in the overload or in the search for capacity.
 
     Args:
         session: The server.
@@ -67,6 +69,8 @@ def stress(
     if capacity is None:
         watch.stage(f"capacity in a closed loop of {_STREAMS}")
         glance = session.closed_loop(_STREAMS, 1, replace(asked, seconds=_GLANCE, warmup=0.5, slo=None), report)
+        if glance.interrupted:
+            return glance, None, "stress: interrupted while its capacity was sought; this is the closed loop"
         capacity = max(1.0, glance.run.rate.value if glance.run.rate is not None else 0.0)
     third = asked.seconds / 3
     normal, most = _NORMAL * capacity, overload * capacity
@@ -74,6 +78,8 @@ def stress(
     watch.stage(f"{normal:.4g}, {most:.4g} and {normal:.4g} requests/s")
     phases = Phases(((normal, before), (most, third), (normal, third)))
     measured = session.open_loop(phases, asked, report)
+    if measured.interrupted:
+        return measured, None, f"stress: interrupted; {_phases(asked, third, overload)} had been planned"
     recovery = Recovery(
         capacity=capacity,
         normal=normal,
@@ -84,11 +90,14 @@ def stress(
         definition=_DEFINITION,
         accepted=_accepted(measured, asked, before, before + third),
     )
-    words = (
-        f"stress: {third:.3g} s at half of the capacity after {asked.warmup:g} s of warm-up, {third:.3g} s at {overload:g} "
+    return measured, recovery, f"stress: {_phases(asked, third, overload)}"
+
+
+def _phases(asked: Asked, third: float, overload: float) -> str:
+    return (
+        f"{third:.3g} s at half of the capacity after {asked.warmup:g} s of warm-up, {third:.3g} s at {overload:g} "
         f"times it, {third:.3g} s at half of it again"
     )
-    return measured, recovery, words
 
 
 def recovered_after(records: Records, warmup: float, begin: float, end: float) -> float | None:

@@ -32,7 +32,9 @@ _OUTCOMES = {
 
 
 def holds(result: LoadResult) -> bool | None:
-    """Return whether the bound holds, or the server recovered; None where there is none, or noise leaves it open."""
+    """Return whether the bound holds, or the server recovered; None without one, interrupted, or where noise leaves it open."""
+    if result.interrupted:
+        return None
     if result.run.void:
         return False
     if result.gain is not None:
@@ -50,6 +52,8 @@ def holds(result: LoadResult) -> bool | None:
 def headline(result: LoadResult) -> str:
     """Return the answer in a sentence."""
     run, slo = result.run, result.slo
+    if result.interrupted:
+        return _interrupted(result)
     if run.void:
         return f"Void: {next(finding.words for finding in run.findings if finding.void)}."
     if result.gain is not None:
@@ -76,6 +80,17 @@ def headline(result: LoadResult) -> str:
     verb = {True: "holds", False: "is missed", None: "may hold or not"}[holds(result)]
     within = text.interval(run.within.low, run.within.high, lambda value, extra: text.share(value, extra))
     return f"{_bound(slo)} {verb} at {_rate(run.offered)}: {within} of the requests are within it."
+
+
+def _interrupted(result: LoadResult) -> str:
+    if result.workload.scenario == "server":
+        return "Interrupted before the largest rate was found."
+    if result.workload.scenario == "stress":
+        return "Interrupted before it could be seen whether the server recovers."
+    counts = result.run.counts
+    return (
+        f"Interrupted: {text.integer(counts.ok)} of {text.integer(counts.due)} requests had a good answer until then."
+    )
 
 
 def _largest(result: LoadResult) -> str:

@@ -7,7 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from narrowcast.load.scenarios import Guard
 from narrowcast.load.search import Found, Rules, Trial, find_largest
+from narrowcast.load.session import Watch
+from narrowcast.measure.load.progress import Progress
+from narrowcast.measure.load.values import Probe
 
 SERVICE = 0.01  # seconds, in the mean
 BOUND = 0.1
@@ -87,6 +91,30 @@ def test_a_try_that_was_ended_early_has_missed() -> None:
     found = find_largest(run, 20.0, Rules(0.01))
     assert found.confirmed is not None
     assert 30 / 1.05 <= found.confirmed <= 30
+
+
+def test_tries_outlive_an_interruption() -> None:
+    def run(rate: float, seed: int) -> Trial:
+        if rate > 30:
+            raise KeyboardInterrupt
+        return Trial(np.zeros(500), void=False)
+
+    probes: list[Probe] = []
+    with pytest.raises(KeyboardInterrupt):
+        find_largest(run, 10.0, Rules(0.01), probes=probes)
+    assert [probe.rate for probe in probes] == [10.0, 20.0]
+
+
+def test_a_try_is_ended_by_what_was_due_after_its_warm_up_alone() -> None:
+    def progress(since: float, latencies: tuple[float, ...], failures: tuple[float, ...] = ()) -> Progress:
+        return Progress(since + 0.25, 100, len(latencies), len(failures), latencies, failures, since)
+
+    guard = Guard(0.1, 1.0, 5, Watch(lambda name: None, lambda progress: None))
+    assert not guard(progress(1.5, (0.8,) * 50, (0.6,) * 50))  # due before 1.0 s, or perhaps
+    assert not guard(progress(2.0, (0.05,) * 50, (0.9, 0.01)))
+    assert not guard(progress(2.25, (0.3,) * 3))
+    assert guard(progress(2.5, (1.4,)))
+    assert guard.ended
 
 
 def test_a_rate_that_held_by_chance_is_not_confirmed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
 from pages import alone, chromium
 from rich.console import Console
 
@@ -13,6 +14,7 @@ from narrowcast.measure.load.values import LoadResult, Probe, Recovery, Slo
 from narrowcast.measure.statistics import Estimate
 from narrowcast.report.load import render_load
 from narrowcast.report.load_terminal import render_load_terminal
+from narrowcast.report.load_words import headline, holds
 from unit.load.load_results import records, result, run
 
 
@@ -69,6 +71,15 @@ def test_searches_recoveries_and_comparisons_are_drawn() -> None:
     assert "Dynamic batching has 2.50× the goodput of static batching" in words
     tied = result(measured, others={"dynamic": measured, "static": measured}, gain=Estimate(1.0, 0.9, 1.1, 5))
     assert "No difference beyond noise" in render_load(tied)
+
+
+@pytest.mark.parametrize("scenario", ["server", "stress", "rate"])
+def test_what_was_interrupted_passes_no_verdict(scenario: str) -> None:
+    whole = result(run(records(), Slo(percentile=95, seconds=0.05)), interrupted=True)
+    found = whole.model_copy(update={"workload": whole.workload.model_copy(update={"scenario": scenario})})
+    assert holds(found) is None
+    assert headline(found).startswith("Interrupted")
+    assert "Interrupted" in render_load(found)
 
 
 def test_a_run_without_an_answer_can_be_shown() -> None:
