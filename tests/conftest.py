@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from narrowcast.recipes.plan import Plan
 from narrowcast.recipes.recipe import Optimise, Recipe
 from narrowcast.recipes.target import Target
 from narrowcast.runtimes import Runtime, get_runtime, runtime_names
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs a program in the background has it ignore Ctrl-C, and so would the programs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def runtime_version(name: str) -> str | None:

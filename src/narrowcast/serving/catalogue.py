@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
-from narrowcast.errors import NarrowcastError
+from narrowcast.errors import ConfigError, NarrowcastError
 from narrowcast.serving.hosting import ColdError, Hosting, ServedVersion
 from narrowcast.serving.loader import Loader, MemoryUse
 from narrowcast.serving.model import Change, IndexEntry, Model
@@ -22,6 +24,19 @@ from narrowcast.serving.workers.sources import Source
 __all__ = ["Catalogue", "Change", "Hosting", "IndexEntry", "ServedVersion"]
 
 _log = logging.getLogger(__name__)
+_Given = ParamSpec("_Given")
+
+
+def _to_its_end(
+    change: Callable[Concatenate[Catalogue, _Given], Coroutine[Any, Any, Change]],
+) -> Callable[Concatenate[Catalogue, _Given], Coroutine[Any, Any, Change]]:
+    """Have a change go on where the client that asked for it goes away: half a change is none that anybody wants."""
+
+    @wraps(change)
+    async def run(self: Catalogue, *args: _Given.args, **options: _Given.kwargs) -> Change:
+        return await asyncio.shield(self.begin(change(self, *args, **options)))
+
+    return run
 
 
 class Catalogue:
@@ -49,6 +64,7 @@ class Catalogue:
         self._models: dict[str, Model] = {}
         self._warming: dict[tuple[str, int], asyncio.Task[ServedVersion | None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
+        self._changes: set[asyncio.Task[Change]] = set()
         self._keeper = StateKeeper()
 
     # reading ----------------------------------------------------------------------------------------------------------
@@ -66,7 +82,7 @@ class Catalogue:
         if not version:
             number = model.traffic.pick(self._draw)
         else:
-            number = int(version) if version.isascii() and version.isdecimal() else 0
+            number = int(version) if version.isascii() and version.isdecimal() and len(version) < 19 else 0
         served = model.loaded.get(number)
         if served is None:
             if number in model.sources:
@@ -236,8 +252,13 @@ class Catalogue:
         remembered = {root: read_state(root) for root in self._repository.roots}
         for name in self._repository.names():
             root = self._repository.root(name)
-            await self._load(name, ModelState() if root is None else remembered[root].get(name, ModelState()))
+            before = ModelState() if root is None else remembered[root].get(name, ModelState())
+            try:
+                await self._load(name, before)
+            except Refusal as refusal:
+                raise ConfigError(refusal.message, next_step="correct the model's folder, or --versions") from refusal
 
+    @_to_its_end
     async def load(self, name: str) -> Change:
         """Load or reload a model: the versions that the policy selects of those that are there now.
 
@@ -293,6 +314,7 @@ class Catalogue:
         model.states.update(dict.fromkeys(sources, ("UNAVAILABLE", "its first request loads it")))
         return {}
 
+    @_to_its_end
     async def unload(self, name: str) -> Change:
         """Unload a model; what it began is finished. A promotion or a split ends.
 
@@ -307,6 +329,7 @@ class Catalogue:
             await asyncio.gather(*self._retire(model, retired, "unloaded"))
         return await self._remember(name)
 
+    @_to_its_end
     async def promote(self, name: str, version: int) -> Change:
         """Let a version answer the requests that name none; it is loaded first if it is not.
 
@@ -316,6 +339,7 @@ class Catalogue:
         """
         return await self._redirect(name, lambda model: Traffic.all_to(version))
 
+    @_to_its_end
     async def split(self, name: str, weights: Mapping[int, float]) -> Change:
         """Let several versions answer the requests that name none, each request one of them, drawn by weight.
 
@@ -327,6 +351,7 @@ class Catalogue:
         """
         return await self._redirect(name, lambda model: Traffic.of(weights) if weights else model.unsplit(name))
 
+    @_to_its_end
     async def rollback(self, name: str) -> Change:
         """Take the last promotion, split or load back: what answered before it answers again.
 
@@ -338,6 +363,9 @@ class Catalogue:
 
     async def close(self) -> None:
         """Unload everything; what waits is refused."""
+        for change in list(self._changes):
+            change.cancel()
+        await asyncio.gather(*self._changes, return_exceptions=True)
         served = self.served()
         for model in self._models.values():
             model.sources, model.loaded, model.traffic = {}, {}, None
@@ -346,6 +374,18 @@ class Catalogue:
             task.cancel()
         await asyncio.gather(*(self._loader.end(item, "the server is ending") for item in served))
         await asyncio.gather(*ending, return_exceptions=True)
+
+    def begin(self, change: Coroutine[Any, Any, Change]) -> asyncio.Task[Change]:
+        """Return a change that is under way, which the end of the catalogue waits for."""
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Change]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever still waits gets it; else nobody does
 
     def _known(self, name: str) -> Model:
         model = self._models.get(name)

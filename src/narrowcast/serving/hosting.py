@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from narrowcast.errors import NarrowcastError, RuntimeFailedError
 from narrowcast.serving.memory import Holding
+from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.repository import VersionPolicy
 from narrowcast.serving.scheduling.scheduler import Scheduler, Settings
 from narrowcast.serving.scheduling.statistics import Statistics
@@ -83,11 +85,18 @@ async def start_version(
     starts = [asyncio.ensure_future(worker.start()) for worker in workers]
     try:
         await asyncio.gather(*starts)
-    except BaseException:
+    except BaseException as error:
         for start in starts:
             start.cancel()
         await asyncio.gather(*starts, return_exceptions=True)
         await asyncio.gather(*(worker.close() for worker in workers))
-        raise
+        if isinstance(error, NarrowcastError | Refusal) or not isinstance(error, Exception):
+            raise
+        raise RuntimeFailedError(f"model {name!r} version {version} cannot be loaded: {_said(error)}") from error
     scheduler = Scheduler(workers, hosting.settings, statistics)
     return ServedVersion(name, str(version), scheduler, hosting, holding)
+
+
+def _said(error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

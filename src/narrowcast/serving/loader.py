@@ -176,6 +176,8 @@ class Loader:
                 *(holding.owner.name, holding.owner.version, what),
                 extra=fields("model_evicted", model=holding.owner.name, version=holding.owner.version),
             )
-        await asyncio.gather(*(served.scheduler.close() for served in leaving))
-        for holding in going:
-            self._ledger.release(holding, evicted=True)
+        try:
+            await asyncio.gather(*(served.scheduler.close() for served in leaving))
+        finally:
+            for holding in going:
+                self._ledger.release(holding, evicted=True)

@@ -163,4 +163,4 @@ class Model:
         """
         failure = self.failures.get(version)
         if failure is not None and time.monotonic() < failure.until:
-            raise failure.error
+            raise failure.error.with_traceback(None)  # it would grow with each time that it is raised

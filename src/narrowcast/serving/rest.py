@@ -154,20 +154,20 @@ class RestApi:
             return response
         try:
             return self._endpoints[endpoint](request, route)
-        except ColdError:
-            return asyncio.ensure_future(self._when_loaded(self._endpoints[endpoint], request, route))
+        except ColdError as cold:
+            return asyncio.ensure_future(self._when_loaded(self._endpoints[endpoint], request, route, cold))
 
-    async def _when_loaded(self, endpoint: _Endpoint, request: Request, route: _Route) -> Response:
-        """Answer a request of a model that has to be loaded first; the wait counts as time in the queue."""
+    async def _when_loaded(self, endpoint: _Endpoint, request: Request, route: _Route, cold: ColdError) -> Response:
+        """Answer a request of a version that has to be loaded first; the wait counts as time in the queue."""
         arrived = time.monotonic_ns()
-        served = await self._catalogue.get(route.name, route.version)
+        served = await self._catalogue.get(route.name, str(cold.version))
         answer = endpoint(request, replace(route, version=served.version, arrived=arrived))
         return answer if isinstance(answer, Response) else await answer
 
     # inference --------------------------------------------------------------------------------------------------------
 
     def _infer(self, request: Request, route: _Route) -> Response | asyncio.Future[Response]:
-        if self.draining:
+        if self.draining and route.arrived is None:  # what came before the end, and waited for its model, is answered
             raise Refusal(503, "the server is ending; send the request to another", retry_after=1, close=True)
         served = self._catalogue.find(route.name, route.version)
         scheduler = served.scheduler
@@ -193,8 +193,8 @@ class RestApi:
             if not future.done():
                 try:
                     future.set_result(self._answer(served, infer, job))
-                except Refusal as refusal:
-                    future.set_exception(refusal)
+                except Exception as error:  # whatever it is: nobody else would tell the client
+                    future.set_exception(error)
 
         def cancelled(future: asyncio.Future[Response]) -> None:
             if future.cancelled():

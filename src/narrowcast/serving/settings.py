@@ -60,7 +60,7 @@ class ModelOptions(BaseModel):
         default_priority: Priority of requests that give none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     placement: str | None = None
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -13,8 +13,9 @@ from narrowcast.serving.refusals import Refusal
 
 __all__ = ["Traffic"]
 
-#: A split among more versions is taken for a mistake.
+#: A split among more versions, or a larger weight, is taken for a mistake.
 _MOST = 16
+_HEAVIEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,10 @@ class Traffic:
         for version, weight in self.weights:
             if version < 1:
                 raise Refusal(400, f"version {version} is no positive integer")
-            if not (weight > 0 and math.isfinite(weight)):
-                raise Refusal(400, f"version {version} has weight {weight}; allowed: positive numbers")
+            if not 0 < weight <= _HEAVIEST:  # which NaN is not either
+                raise Refusal(
+                    400, f"version {version} has weight {weight}; allowed: positive numbers up to {_HEAVIEST:g}"
+                )
 
     @classmethod
     def of(cls, weights: Mapping[int, float]) -> Traffic:

@@ -138,9 +138,9 @@ class InferenceService:
         arrived: int | None = None
         try:
             served = self._catalogue.find(request.model_name, request.model_version)
-        except ColdError:
+        except ColdError as cold:
             arrived = time.monotonic_ns()  # the wait counts as time in the queue
-            served = await self._catalogue.get(request.model_name, request.model_version)
+            served = await self._catalogue.get(request.model_name, str(cold.version))
         scheduler = served.scheduler
         if record is not None:
             record.found(served)

@@ -36,7 +36,7 @@ class Batching:
     @property
     def is_static(self) -> bool:
         """Whether the model sees batches of one size alone."""
-        return self.pad and set(self.preferred) <= {self.largest}
+        return self.pad and self.preferred == (self.largest,)
 
     def size(self, rows: int, waited: bool) -> int | None:
         """Return how many rows to run of those that wait, or None to wait for more."""
@@ -145,18 +145,20 @@ class JobQueue:
     def take(self, batching: Batching, now: int) -> tuple[list[Job], int | None]:
         """Return the jobs to run next, or when to ask again.
 
-        The group whose oldest job has the best priority, and came first among those, is the next. A group that waits for
-        more rows lets no other pass: its wait is short and bounded by the delay.
+        Of the groups that need not wait for more rows, that one is the next whose oldest job has the best priority, and came
+        first among those.
         """
         if not self._groups:
             return [], None
-        (_, _), group = min(
-            self._groups.items(), key=lambda item: (item[0][0], next(iter(item[1].jobs))) if item[1].jobs else (0, 0)
-        )
-        due = next(iter(group.jobs.values())).arrived + batching.delay_ns
-        size = batching.size(group.rows, waited=now >= due)
-        if size is None:
-            return [], due
+        again: list[int] = []
+        for _, group in sorted(self._groups.items(), key=lambda item: (item[0][0], next(iter(item[1].jobs), 0))):
+            due = next(iter(group.jobs.values())).arrived + batching.delay_ns
+            size = batching.size(group.rows, waited=now >= due)
+            if size is not None:
+                break
+            again.append(due)
+        else:
+            return [], min(again)
         jobs: list[Job] = []
         rows = 0
         while group.jobs:

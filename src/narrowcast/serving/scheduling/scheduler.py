@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -58,8 +58,8 @@ class Scheduler:
         self._batching = settings.batching if self.signature.batched else Batching()
         self._eager = not self._batching.delay_ns  # a request that finds a worker free does not wait for company
         self._workers = tuple(workers)
-        self._live: set[Worker] = set(workers)
-        self._idle: deque[Worker] = deque(workers)
+        self._live = {worker for worker in workers if worker.up}  # one may have died while others still loaded
+        self._idle = deque(worker for worker in workers if worker.up)
         self._queue = JobQueue()
         self._alone: deque[Job] = deque()  # of batches that failed: each runs again by itself
         self._running: dict[Worker, list[Job]] = {}
@@ -141,7 +141,7 @@ class Scheduler:
         if job.deadline is not None:
             job.timer = self._loop.call_later((job.deadline - now) * 1e-9, self._expire, job)
         if self.signature.batched:
-            job.key = tuple([array.shape[1:] for array in inputs.values()])
+            job.key = tuple([inputs[spec.name].shape[1:] for spec in self.signature.inputs])
         self._queue.add(job)
         self._dispatch()
         return job
@@ -227,9 +227,14 @@ class Scheduler:
             self._dispatching = False
 
     def _wake_at(self, moment: int | None) -> None:
-        if moment is not None and self._wake is None:
-            delay = max(0, moment - time.monotonic_ns()) * 1e-9
-            self._wake = self._loop.call_later(delay, self._woken)
+        if moment is None:
+            return
+        when = self._loop.time() + max(0, moment - time.monotonic_ns()) * 1e-9
+        if self._wake is not None:
+            if self._wake.when() <= when:
+                return
+            self._wake.cancel()
+        self._wake = self._loop.call_at(when, self._woken)
 
     def _woken(self) -> None:
         self._wake = None
@@ -255,7 +260,11 @@ class Scheduler:
         if self._watch is None and self.settings.batch_timeout is not None:
             self._watch = self._loop.call_later(self.settings.batch_timeout, self._end_overruns)
         batch = self._batch(ready, rows) if self._batching.pad else Batch([job.inputs for job in ready], rows)
-        worker.submit(batch, partial(self._finished, worker, ready, rows, batch.rows))
+        done = partial(self._finished, worker, ready, rows, batch.rows)
+        try:
+            worker.submit(batch, done)
+        except Exception as error:  # whatever it is, who waits must hear of it, and the worker is free
+            done(Result(error=error))
 
     def _batch(self, jobs: list[Job], rows: int) -> Batch:
         """Return a batch that is filled up with copies of its last row, which the model takes as surely as the row itself."""
@@ -275,7 +284,7 @@ class Scheduler:
         outputs = result.outputs
         if outputs is None:
             self._failed(jobs, result.error or RuntimeError("the worker gave neither outputs nor an error"))
-        elif (len(jobs) > 1 or padded > rows) and any(array.shape[:1] != (padded,) for array in outputs.values()):
+        elif (len(jobs) > 1 or padded > rows) and not _has_rows(outputs, padded):
             self._failed(jobs, Refusal(500, "the model gave an output whose first axis is not the batch axis"))
         else:
             times = (result.input_ns, result.infer_ns, result.output_ns)
@@ -376,3 +385,8 @@ class Scheduler:
         self._alone.clear()
         for job in waiting:
             self._settle(job, now, error=refusal)
+
+
+def _has_rows(outputs: Mapping[str, object], rows: int) -> bool:
+    """Return whether all outputs, of a model that may give anything, are arrays with a row for each that was run."""
+    return all(isinstance(array, np.ndarray) and array.shape[:1] == (rows,) for array in outputs.values())

@@ -67,13 +67,22 @@ class LoadedModel(ABC):
         """Free what the model holds."""
 
 
+def _nobody(worker: Worker) -> None:
+    """Tell nobody: whoever comes later asks whether the worker is up."""
+
+
 class Worker(ABC):
     """Runs one batch at a time."""
 
     signature: Signature
     #: Called when a worker that was down is up again, and when it goes down.
-    on_up: Callable[[Worker], None]
-    on_down: Callable[[Worker], None]
+    on_up: Callable[[Worker], None] = staticmethod(_nobody)
+    on_down: Callable[[Worker], None] = staticmethod(_nobody)
+
+    @property
+    def up(self) -> bool:
+        """Whether it can run a batch now, once it was started."""
+        return True
 
     @abstractmethod
     async def start(self) -> None:

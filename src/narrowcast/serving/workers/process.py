@@ -72,6 +72,11 @@ class ProcessWorker(Worker):
         """The process, or None while there is none."""
         return self._link.pid if self._link is not None else None
 
+    @property
+    def up(self) -> bool:
+        """Whether it can run a batch now."""
+        return self._link is not None
+
     def memory(self) -> int | None:
         pid = self.pid
         try:
