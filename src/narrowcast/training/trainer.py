@@ -203,6 +203,8 @@ class Trainer:
         inputs, targets = as_batch(batch)
         self._look_out()
         last = self._window.count + 1 == self.accumulate
+        if not self._window.count:
+            self._reduction.open()  # what replays between two windows said of gradients is not this one's
         if self.watch is not None:
             self.watch.before_forward(self.steps, batch)
         samples = samples_in(inputs)
@@ -254,9 +256,12 @@ class Trainer:
         window = self._window
         assert window.total is not None
         check_unchanged(self._optimizer, self._moved)
-        check_weight(window.weight)
+        if self.ranks is None or self.ranks.world == 1:
+            check_weight(window.weight)
         self._reduction.close(early=early)
         loss, weight, world = self._over_ranks(window.total, window.weight)
+        if world > 1 and self.device.type == "cpu":  # all raise or none does; elsewhere it would be waited for
+            check_weight(float(weight))
         if self._guards:
             self._unit.closed(weight, window.count)
         factor = self.accumulate * world / (weight * self._books.scale.value)
@@ -391,7 +396,7 @@ class Trainer:
         """Go on from what :meth:`state_dict` returned, bit for bit.
 
         Raises:
-            TrainingError: It was saved in another precision, or a schedule is missing on one side.
+            TrainingError: It was saved in another precision or by an earlier version, or a schedule is missing on one side.
         """
         if state["precision"] != self.precision.name:
             raise TrainingError(
@@ -403,6 +408,12 @@ class Trainer:
                 f"the state holds {'no' if state['schedule'] is None else 'a'} schedule, and this trainer has "
                 f"{'none' if self.schedule is None else 'one'}",
                 next_step="build the trainer as it was when the state was saved",
+            )
+        if "unit" not in state or "rounds" not in state["rounding"]:
+            raise TrainingError(
+                "the state was saved by an earlier version of narrowcast, which kept less than the next step depends on now",
+                next_step="finish the run with the version that began it, or begin anew; load state['model'] alone to go on "
+                "from its weights",
             )
         self.discard()
         with self._wide.held():

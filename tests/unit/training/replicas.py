@@ -112,6 +112,9 @@ def fault_on_one(ranks: Ranks, where: str, fault: float, *, sharded: bool = Fals
     for _ in range(2):
         trainer.step((inputs, targets))
     before = weights(trainer)
+    if sharded:  # what is run between two windows, such as a replay, says nothing of the next one
+        trainer.model(inputs * torch.nan if ranks.rank == 0 else inputs).sum().backward()
+        trainer.optimizer.zero_grad()
     if ranks.rank == 1 and where == "backward":
         unwrapped(trainer.model).fault = fault
     if ranks.rank == 1 and where == "forward":
@@ -143,6 +146,20 @@ def stopped(ranks: Ranks) -> str:
     return ""
 
 
+def weightless(ranks: Ranks) -> list[float | str]:
+    """Return the losses of a window, and of one that weighs nothing on rank 1, and what is said of one without any weight."""
+    trainer = trainer_of(ranks, "fp32", accumulate=1)
+    inputs, targets = data(16)
+    nothing = torch.full_like(targets, -100)
+    seen: list[float | str] = [trainer.step((inputs, targets)).loss]
+    seen.append(trainer.step((inputs, nothing if ranks.rank == 1 else targets)).loss)
+    try:
+        trainer.step((inputs, nothing))
+    except TrainingError as error:
+        seen.append(error.what)
+    return seen
+
+
 def main(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), 2)
@@ -158,6 +175,7 @@ def main(folder: str, rank: int) -> None:
         seen["faults"][f"backward{end}"] = fault_on_one(ranks, "backward", float("inf"), sharded=sharded)
         seen["faults"][f"forward{end}"] = fault_on_one(ranks, "forward", float("nan"), sharded=sharded)
     seen["stopped"] = stopped(ranks)
+    seen["weightless"] = weightless(ranks)
     dist.destroy_process_group()
     print(json.dumps(seen))
 

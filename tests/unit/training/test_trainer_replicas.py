@@ -80,3 +80,10 @@ def test_without_a_loss_scale_all_ranks_stop_and_name_the_one(both):
     for seen in both:
         assert "update 1 is not finite, in precision bf16-mixed on rank 1" in seen["stopped"]
         assert "the first in the backward pass is head.bias" in seen["stopped"]
+
+
+def test_a_window_that_weighs_nothing_on_one_rank_is_an_update_and_one_without_any_weight_an_error_on_all(both):
+    for seen in both:
+        first, second, said = seen["weightless"]
+        assert 0 < second < first
+        assert "weigh nothing" in said
