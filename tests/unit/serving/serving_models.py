@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,3 +78,10 @@ def write_artifact(folder: Path, manifest: Manifest, factor: float = 2.0) -> Pat
     onnx.save(model, folder / "model.onnx")
     save_artifact(folder, manifest)
     return folder
+
+
+async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to pass"
+        await asyncio.sleep(0.01)

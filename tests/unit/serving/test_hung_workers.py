@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from serving_models import FOURS, Gate, function, write_artifact
+from serving_models import FOURS, Gate, function, until, write_artifact
 
 from narrowcast.artifacts.manifest import Manifest
 from narrowcast.serving.catalogue import Catalogue, Hosting
@@ -33,13 +33,6 @@ LIMIT = 0.3
 
 def ask(catalogue: Catalogue, model: str, rows: int = 1) -> Job:
     return catalogue.find(model).scheduler.submit({"x": np.ones((rows, 4), np.float32)}, rows)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came to pass"
-        await asyncio.sleep(0.01)
 
 
 def pids(catalogue: Catalogue, folder: Path) -> list[int]:
