@@ -34,7 +34,7 @@ from narrowcast.training.policies import precision
 from narrowcast.training.progress import Progress
 from narrowcast.training.random_state import random_state, set_random_state
 from narrowcast.training.run_folder import CHECKPOINTS, DOCTOR
-from narrowcast.training.sharding import shard
+from narrowcast.training.sharding import reshard, shard
 from narrowcast.training.trainer import Trainer
 from narrowcast.training.window import StepInfo
 
@@ -187,6 +187,7 @@ class Loop:
         due = new_epoch if every is None else self._is_due(info, every)
         if self._run.parts.validation is not None and (due or self._done()):
             result = self._run.score(self._trainer.model, "validation", self._run.policy)
+            reshard(self._trainer.model)
             self._at.validation = result.model_dump()
             self._write(self._trainer.steps, {"validation": self._at.validation})
             self._shown.validated(self._trainer.steps, result)

@@ -20,7 +20,7 @@ from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
 from narrowcast.training.rounding import accumulate_in_fp32
 
-__all__ = ["listen", "shard"]
+__all__ = ["listen", "reshard", "shard"]
 
 
 def shard(
@@ -71,6 +71,17 @@ def shard(
                 next_step="use ranks: replicated, or bf16-mixed",
             )
     return module
+
+
+def reshard(module: nn.Module) -> None:
+    """Free weights that came together for a forward pass without a backward pass, which FSDP2 keeps of the outermost unit.
+
+    Args:
+        module: A sharded module; nothing happens with any other.
+    """
+    units: list[Any] = [one for one in module.modules() if isinstance(one, FSDPModule)]
+    for one in units:
+        one.reshard()
 
 
 def listen(module: nn.Module, hear: Callable[[list[str], Tensor], None]) -> None:

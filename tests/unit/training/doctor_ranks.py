@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 #: What the loss scale is, by fault; 8 where it does not matter.
-SCALES = {"scale": DynamicScale(initial=2.0**24), "vanished": StaticScale(1.0)}
+SCALES = {"scale": DynamicScale(initial=2.0**24), "vanished": StaticScale(1.0), "validated": StaticScale(1.0)}
 
 
 def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stored") -> dict:
@@ -44,7 +44,8 @@ def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stor
     Args:
         ranks: The two processes.
         kind: On rank 1 alone ``overflow``, ``nan`` (in the data), ``weight`` (a parameter that is NaN), ``scale`` (too high to
-            begin with), or ``cast`` (a stale scale of FP8); on both ``vanished``.
+            begin with), or ``cast`` (a stale scale of FP8); on both ``vanished``, or ``validated``: the same, looked at after
+            a forward pass without gradients.
         sharded: Whether the weights are spread over the ranks, else they are replicas.
         gather: As :func:`narrowcast.training.sharding.shard` takes it.
     """
@@ -59,12 +60,13 @@ def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stor
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def loss(outputs, targets):
-        return squares(outputs, targets) * (1e-8 if kind == "vanished" else 1.0)
+        return squares(outputs, targets) * (1e-8 if kind in ("vanished", "validated") else 1.0)
 
-    doctor = Watch(called, "deep", every=2, optimizer=optimizer, loss=loss, precision=policy, rank=ranks.rank)
+    every = 4 if kind == "validated" else 2
+    doctor = Watch(called, "deep", every=every, optimizer=optimizer, loss=loss, precision=policy, rank=ranks.rank)
     trainer = Trainer(called, optimizer, loss, precision=policy, ranks=ranks, watch=doctor)
     batch = torch.randn(4, 8), torch.randn(4, 2)
-    for _ in range({"scale": 0, "cast": 2, "vanished": 4}.get(kind, 1)):
+    for _ in range({"scale": 0, "cast": 2, "vanished": 4, "validated": 3}.get(kind, 1)):
         trainer.step(batch)
     inputs = batch[0].clone()
     if ranks.rank == 1:
@@ -78,6 +80,9 @@ def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stor
     info = trainer.step((inputs, batch[1]))
     after = [replay.local(one.detach()) for one in model.parameters()]
     same = all(torch.equal(one, two) or one.isnan().any() for one, two in zip(before, after, strict=True))
+    if kind == "validated":
+        with torch.no_grad():
+            model(inputs)
     doctor.save(trainer.steps)
     summary = doctor.close()
     return {
@@ -97,7 +102,7 @@ def main(folder: str, rank: int) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(Path(folder) / "store"), 2), rank=rank, world_size=2)
     ranks = Ranks(rank, 2, torch.device("cpu"), init_device_mesh("cpu", (2,)))
     seen = {kind: fault(ranks, kind) for kind in ("overflow", "nan", "scale")}
-    for kind in ("overflow", "nan", "scale", "weight", "cast", "vanished"):
+    for kind in ("overflow", "nan", "scale", "weight", "cast", "vanished", "validated"):
         seen[f"{kind}, sharded"] = fault(ranks, kind, sharded=True)
     seen["overflow, gathered"] = fault(ranks, "overflow", sharded=True, gather="compute")
     dist.destroy_process_group()

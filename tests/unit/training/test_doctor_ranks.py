@@ -74,12 +74,14 @@ def test_sharded_weights_that_come_together_in_16_bits_are_told_of(both):
     assert not both[0]["overflow, sharded"]["notes"]
 
 
-def test_a_scale_that_brings_back_vanished_gradients_is_found_by_ranks_together(both):
-    cause = the_event(both, "vanished, sharded")["cause"]
+@pytest.mark.parametrize("case", ["vanished, sharded", "validated, sharded"])
+def test_a_scale_that_brings_back_vanished_gradients_is_found_by_ranks_together(both, case):
+    cause = the_event(both, case)["cause"]
     assert (cause["kind"], cause["layer"], cause["part"]) == ("zero", "head", "backward")
     (remedy,) = cause["remedies"]
     assert remedy["mended"]
     assert "of the gradients' numbers are not zero" in remedy["evidence"]
+    assert all(seen[case]["gradients"] for seen in both)
 
 
 @pytest.mark.parametrize("case", ["scale", "scale, sharded"])

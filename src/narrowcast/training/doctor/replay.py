@@ -35,6 +35,9 @@ class Scene:
         random: Where the generators stood; None to go on from where they are.
         step: Updates done before.
         rank: Number of this process.
+
+    Where parameters are spread over ranks, whatever came together for a forward pass is apart again: what names parameters,
+    and what keeps their gradients aside, sees each rank's own.
     """
 
     model: nn.Module
@@ -45,6 +48,12 @@ class Scene:
     random: Mapping[str, Any] | None = field(default=None, repr=False)
     step: int = 0
     rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.together:
+            from narrowcast.training.sharding import reshard
+
+            reshard(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -93,9 +102,13 @@ class Outcome:
 
 def spread(model: nn.Module) -> bool:
     """Return whether a model's parameters are spread over ranks."""
+    if ranks() == 1:
+        return False
+    from torch.distributed.fsdp import FSDPModule  # its parameters are plain tensors while they are together
     from torch.distributed.tensor import DTensor
 
-    return ranks() > 1 and any(isinstance(one, DTensor) for one in model.parameters())
+    found = any(isinstance(one, DTensor) for one in model.parameters())
+    return found or any(isinstance(one, FSDPModule) for one in model.modules())
 
 
 def run(scene: Scene, *around: AbstractContextManager[Any]) -> Outcome:
