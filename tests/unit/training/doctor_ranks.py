@@ -97,6 +97,24 @@ def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stor
     }
 
 
+def stagnant(ranks: Ranks) -> list[dict]:
+    """Return what the doctor says of sharded BF16 weights that plain rounding keeps where they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    with torch.no_grad():
+        for one in model.parameters():
+            one.fill_(1.0)
+    policy = precision("bf16-true", update="plain")
+    shard(model, ranks, policy, units=["0"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    doctor = Watch(model, every=4, optimizer=optimizer, loss=squares, precision=policy, rank=ranks.rank)
+    trainer = Trainer(model, optimizer, squares, precision=policy, ranks=ranks, watch=doctor)
+    for _ in range(18):
+        trainer.step((torch.randn(4, 64), torch.randn(4, 2)))
+    doctor.close()
+    return [event.model_dump(mode="json") for event in doctor.events]
+
+
 def main(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(Path(folder) / "store"), 2), rank=rank, world_size=2)
@@ -105,6 +123,7 @@ def main(folder: str, rank: int) -> None:
     for kind in ("overflow", "nan", "scale", "weight", "cast", "vanished", "validated"):
         seen[f"{kind}, sharded"] = fault(ranks, kind, sharded=True)
     seen["overflow, gathered"] = fault(ranks, "overflow", sharded=True, gather="compute")
+    seen["stagnant"] = stagnant(ranks)
     dist.destroy_process_group()
     print(json.dumps(seen))
 

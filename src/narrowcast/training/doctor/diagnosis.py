@@ -204,7 +204,7 @@ class Diagnosis:
         assert self._stuck is not None
         assert self._suspect is not None
         share = float(self._stuck[self._suspect, 0] / self._stuck[self._suspect, 1])
-        name, parameter = max(target.parameters, key=lambda entry: entry[1].numel())
+        name, parameter = max(target.parameters, key=lambda entry: replay.local(entry[1].detach()).numel())
         if self._optimizer is None or parameter.grad is None:
             return Cause(
                 step=step,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from narrowcast import formats as nf
 from narrowcast.training.doctor.histograms import spacing
+from narrowcast.training.doctor.replay import local
 from narrowcast.training.doctor.sentinel import range_of
 from narrowcast.training.doctor.values import Cause, Part, Remedy
 
@@ -41,12 +42,14 @@ def ratios(updates: Tensor, weights: Tensor) -> Tensor:
 def intended_update(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
     """Return what the optimizer's next step would add to a parameter with its gradient, computed in FP32.
 
-    Neither the optimizer nor the parameter changes.
+    Neither the optimizer nor the parameter changes. Of a sharded parameter it is what is added to this rank's part, and no
+    other rank is asked; an optimizer that takes norms of whole tensors would add something else.
     """
     assert parameter.grad is not None
     group = next(one for one in optimizer.param_groups if any(other is parameter for other in one["params"]))
-    clone = nn.Parameter(parameter.detach().float().clone())
-    clone.grad = parameter.grad.detach().float().clone()
+    clone = nn.Parameter(local(parameter.detach()).float().clone())
+    grad = parameter.grad.detach()
+    clone.grad = (grad if grad.is_sparse else local(grad)).float().clone()
     shadow: Any = copy.copy(optimizer)
     shadow.param_groups = [{**group, "params": [clone]}]
     shadow.state = defaultdict(dict, {clone: _in_fp32(optimizer.state.get(parameter, {}))})
@@ -59,6 +62,7 @@ def _in_fp32(state: dict[str, Any]) -> dict[str, Any]:
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return copy.copy(value)
+        value = local(value)
         return value.detach().float().clone() if value.is_floating_point() else value.detach().clone()
 
     return {name: one(value) for name, value in state.items()}
@@ -81,13 +85,14 @@ def explain_stagnation(
         optimizer: What moves it; it stays as it is.
         layer: The parameter's module.
         name: The parameter's own name.
-        parameter: With its gradient.
+        parameter: With its gradient; of a sharded one, this rank's part is looked at.
         step: Updates done.
         rank: Number of this process.
         stuck: Share of its numbers that have a gradient and did not move.
     """
     format = _NAMES[parameter.dtype]
-    weights = thinned(parameter).float()
+    held = local(parameter.detach())
+    weights = thinned(held).float()
     updates = thinned(intended_update(optimizer, parameter))
     moving = updates != 0
     small = ratios(updates, weights)[moving] <= torch.finfo(parameter.dtype).eps / 2
@@ -104,7 +109,7 @@ def explain_stagnation(
         layer=layer,
         operator=f"{type(optimizer).__name__}.step",
         kind="stagnant",
-        inputs=(range_of(name, parameter), range_of("update in FP32", updates)),
+        inputs=(range_of(name, held), range_of("update in FP32", updates)),
         seen=seen,
         remedies=_tried(weights, updates, format),
     )
