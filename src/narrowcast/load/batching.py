@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -29,10 +29,10 @@ from narrowcast.load.target import read_target
 from narrowcast.measure.environment import environment
 from narrowcast.measure.load.records import Records
 from narrowcast.measure.load.summary import missed
-from narrowcast.measure.load.values import LoadResult, Run, Slo
+from narrowcast.measure.load.values import Finding, LoadResult, Run, Slo
 from narrowcast.measure.statistics import bootstrap_median
 
-__all__ = ["KINDS", "compare_batching", "serving"]
+__all__ = ["KINDS", "compare_batching", "serving", "void_findings"]
 
 #: Kinds of batching, the first compared with the second.
 KINDS = ("dynamic", "static")
@@ -75,7 +75,7 @@ def compare_batching(
             sides[kind] = _Side(session, measure(session, load.settings, named))
             if sides[kind].answer.measured.interrupted:
                 raise KeyboardInterrupt
-        rounds = _rounds(sides, load, watch)
+        rounds, voided = _rounds(sides, load, watch)
         first = sides[KINDS[0]]
         chosen = rounds[KINDS[0]][-1]
         result = LoadResult(
@@ -83,7 +83,9 @@ def compare_batching(
             server=first.session.server(),
             workload=workload_of(first.session, load, "Poisson, each at the largest rate that holds the bound"),
             slo=asked.slo,
-            run=chosen.run,
+            run=chosen.run.model_copy(
+                update={"findings": (*(one for one in chosen.run.findings if not one.void), *voided)}
+            ),
             others={kind: rounds[kind][-1].run for kind in KINDS},
             gain=bootstrap_median(np.array([_goodput(one) / _goodput(other) for one, other in _pairs(rounds)])),
             protocol=(
@@ -97,8 +99,8 @@ def compare_batching(
     return result, chosen.records
 
 
-def _rounds(sides: dict[str, _Side], load: Load, watch: Watch) -> dict[str, list[Measured]]:
-    """Return runs of both sides, in turns, each at the largest rate of the two that it holds there.
+def _rounds(sides: dict[str, _Side], load: Load, watch: Watch) -> tuple[dict[str, list[Measured]], list[Finding]]:
+    """Return runs of both sides, in turns, each at the largest rate of the two that it holds there, and what voids any.
 
     The searches came one after the other, and the machine may have been busier in one of them; so both sides are run at both
     rates.
@@ -128,7 +130,23 @@ def _rounds(sides: dict[str, _Side], load: Load, watch: Watch) -> dict[str, list
                 raise KeyboardInterrupt
     slo = load.settings.asked.slo
     assert slo is not None
-    return {kind: found[kind, _held([found[kind, rate] for rate in rates], rates, slo)] for kind in sides}
+    chosen = {kind: found[kind, _held([found[kind, rate] for rate in rates], rates, slo)] for kind in sides}
+    return chosen, void_findings(found)
+
+
+def void_findings(rounds: Mapping[tuple[str, float], Sequence[Measured]]) -> list[Finding]:
+    """Return what voids a round, whichever it is, since all of them have a part in the answer.
+
+    Args:
+        rounds: Runs by kind of batching and rate.
+    """
+    return [
+        finding.model_copy(update={"words": f"round {number} of {kind} batching at {rate:.4g}/s: {finding.words}"})
+        for (kind, rate), runs in rounds.items()
+        for number, one in enumerate(runs, 1)
+        for finding in one.run.findings
+        if finding.void
+    ]
 
 
 def _held(runs: list[list[Measured]], rates: list[float], slo: Slo) -> float:
