@@ -44,7 +44,11 @@ class HttpClient(Client):
     async def open(self, count: int) -> None:
         missing = min(count, self.connections) - self._open
         if missing > 0:
-            self._idle += await asyncio.gather(*(self._connect() for _ in range(missing)))
+            opening = asyncio.gather(*(self._connect_ahead() for _ in range(missing)))
+            try:
+                await asyncio.wait_for(opening, self.timeout)
+            except TimeoutError as error:
+                raise ConnectionRefusedError(f"no connection within {self.timeout:g} s") from error
 
     def start(self, number: int) -> None:
         if self._idle:
@@ -106,22 +110,32 @@ class HttpClient(Client):
             _, connection = await asyncio.get_running_loop().create_connection(
                 lambda: _Connection(self), self._target.host, self._target.port
             )
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             self._open -= 1
             raise
         return connection
 
+    async def _connect_ahead(self) -> None:
+        self._idle.append(await self._connect())
+
     async def _connect_for(self, number: int) -> None:
+        log = self.log
         try:
             connection = await self._connect()
         except OSError:
-            if self._flying.pop(number, _MISSING) is not _MISSING:
-                self.log.end(number, Outcome.BROKEN)
+            if self.log is log and self._flying.pop(number, _MISSING) is not _MISSING:
+                log.end(number, Outcome.BROKEN)
+            self._serve_waiting()
             return
-        if number in self._flying:
+        if self.log is log and number in self._flying:
             self._send(connection, number)
-        else:  # given up meanwhile
+        else:  # given up meanwhile, or of an earlier run
             self.free(connection)
+
+    def _serve_waiting(self) -> None:
+        """Connect for the request that has waited longest, now that a connection fewer is open."""
+        if self._waiting and not self._idle and self._open < self.connections:
+            self.start(self._waiting.popleft())
 
     def free(self, connection: _Connection) -> None:
         """Take back a connection whose request has ended."""
@@ -150,8 +164,7 @@ class HttpClient(Client):
             self.log.end(number, Outcome.BROKEN)
         elif connection in self._idle:
             self._idle.remove(connection)
-        if self._waiting and not self._idle and self._open < self.connections:
-            self.start(self._waiting.popleft())
+        self._serve_waiting()
 
 
 #: Stands for a request that has ended already.
