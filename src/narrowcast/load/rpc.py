@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Sequence
 from time import monotonic
@@ -16,13 +17,24 @@ from narrowcast.load.encoding import INFER
 from narrowcast.load.target import Target
 from narrowcast.measure.load.records import Outcome, outcome_of
 
-__all__ = ["GrpcClient"]
+__all__ = ["GrpcClient", "outcome_of_error"]
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
 ]
+
+
+#: What the library says where it made the status itself, because the connection could not be made or ended.
+_TRANSPORT = re.compile(r"connect|socket|reset|stream|goaway|\bpipe\b")
+
+
+def outcome_of_error(status: int, details: str) -> Outcome:
+    """Return what an error means; UNAVAILABLE is said by servers that shed, and by the library about connections."""
+    if status == grpc.StatusCode.UNAVAILABLE.value[0] and _TRANSPORT.search(details.lower()):
+        return Outcome.BROKEN
+    return outcome_of(status, grpc=True)
 
 
 class GrpcClient(Client):
@@ -81,8 +93,7 @@ class GrpcClient(Client):
             answer: bytes = await self._call(self.payloads[log.kind[number]], timeout=left)
         except grpc.aio.AioRpcError as error:
             status = error.code().value[0]
-            unreachable = status == grpc.StatusCode.UNAVAILABLE.value[0] and "connect" in (error.details() or "")
-            log.end(number, Outcome.BROKEN if unreachable else outcome_of(status, grpc=True), status)
+            log.end(number, outcome_of_error(status, error.details() or ""), status)
         else:
             log.received[number] = len(answer)
             log.end(number, Outcome.OK, 0)

@@ -14,6 +14,7 @@ import pytest
 from narrowcast.errors import ModelError
 from narrowcast.load.arrivals import Constant
 from narrowcast.load.fleet import Options
+from narrowcast.load.rpc import outcome_of_error
 from narrowcast.load.session import Asked, Content, Session
 from narrowcast.load.target import read_target
 from narrowcast.measure.load.records import Outcome
@@ -110,6 +111,22 @@ def test_calls_end_at_their_deadline(url: str, planted: Planted) -> None:
         planted.seconds = 1.0
         found = counts(session)
     assert found == {"timeout": 40}
+
+
+@pytest.mark.parametrize(
+    ("details", "outcome"),
+    [
+        ("failed to connect to all addresses", Outcome.BROKEN),
+        ("Socket closed", Outcome.BROKEN),
+        ("Connection reset by peer", Outcome.BROKEN),
+        ("GOAWAY received", Outcome.BROKEN),
+        ("sendmsg: Broken pipe", Outcome.BROKEN),
+        ("the queue of the pipeline is full", Outcome.SHED),
+    ],
+)
+def test_a_connection_that_ends_is_not_shed(details: str, outcome: Outcome) -> None:
+    assert outcome_of_error(14, details) is outcome
+    assert outcome_of_error(8, details) is Outcome.SHED
 
 
 def test_a_model_that_is_not_there_is_named(url: str) -> None:
