@@ -17,6 +17,7 @@ from torch import nn
 
 from narrowcast.errors import TrainingError
 from narrowcast.training import precision
+from narrowcast.training.doctor import replay
 from narrowcast.training.doctor.cause import explain_vanishing
 from narrowcast.training.doctor.replay import Scene
 from narrowcast.training.doctor.values import EventKind, Part
@@ -346,3 +347,23 @@ def test_a_layer_is_explained_though_one_of_its_parameters_never_has_a_gradient(
     assert cause.kind == "zero"
     assert "unused" in cause.seen
     assert explain_vanishing(scene.but(loss=lambda out, _: out.sum()), ["weight", "bias", "unused"]) is None
+
+
+def test_a_replay_that_does_not_fit_the_memory_ends_no_run(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(replay, "run", full)
+    model = nn.Sequential(nn.Linear(8, 8), DelayedLinear(8, 8), nn.Linear(8, 2))
+    trainer, doctor = watched(model, squares, level="deep", every=2)
+    for factor in (0.2, 0.2, 50.0):
+        trainer.step((torch.randn(4, 8) * factor, torch.randn(4, 2)))
+    assert not the_fault(doctor, EventKind.SATURATION).cause.reproduced
+    cause = explain_vanishing(Scene(model, squares, (torch.randn(4, 8), torch.randn(4, 2)), precision("fp32")))
+    assert cause is not None
+    assert "did not fit the device's memory" in cause.seen
+    assert not cause.mends
+
+    trainer, doctor = watched(Stretched(1.0), squares, policy="fp16-mixed")
+    assert trainer.step((torch.full((4, 8), 1e6), torch.randn(4, 2))).skipped
+    assert "did not fit the device's memory" in the_fault(doctor, EventKind.NONFINITE).sentence

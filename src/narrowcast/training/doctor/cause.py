@@ -24,6 +24,7 @@ from narrowcast.training.policies import precision as policy_of
 __all__ = ["agreed", "agreed_cause", "explain_vanishing", "first_cause"]
 
 _UNKNOWN = "unknown"
+_NO_ROOM = "the replay did not fit the device's memory beside the run"
 _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
@@ -148,7 +149,7 @@ def _find(scene: Scene) -> _Finding | None:
     try:
         replayed = _replayed(scene)  # where ranks run together, also for the others that may have to see it
     except torch.OutOfMemoryError:  # gradients are kept aside, and ranges are counted in copies
-        replayed = _Finding(cause=_unseen(scene, (), "the replay did not fit the device's memory beside the run"))
+        replayed = _Finding(cause=_unseen(scene, (), _NO_ROOM))
     return replayed if known is None else _Finding(cause=known)
 
 
@@ -170,6 +171,13 @@ def _replayed(scene: Scene) -> _Finding | None:
 
 def _find_zeros(scene: Scene, names: Collection[str]) -> _Finding | None:
     """Return where gradients become zero on this rank; None if some do not."""
+    try:
+        return _replayed_zeros(scene, names)
+    except torch.OutOfMemoryError:
+        return _Finding(cause=_unseen_zeros(scene, names, _NO_ROOM))
+
+
+def _replayed_zeros(scene: Scene, names: Collection[str]) -> _Finding | None:
     paths = Paths(scene.model)
     sentinel = Sentinel(paths, zeros=True)
     outcome = replay.run(scene, paths.following(), sentinel)
@@ -180,7 +188,7 @@ def _find_zeros(scene: Scene, names: Collection[str]) -> _Finding | None:
     if fault is None and not names and sentinel.faults:
         fault = sentinel.faults[0]  # sums over ranks lead to nowhere
     if fault is None:
-        return _Finding(cause=_unseen_zeros(scene, names))
+        return _Finding(cause=_unseen_zeros(scene, names, "no operator that PyTorch dispatches made them zero"))
     given = max((_size(one) for one in fault.inputs[:-1]), default=0.0)
     kind = _SHORT.get(fault.result.dtype, fault.result.dtype)
     smallest = torch.finfo(fault.dtype).smallest_normal * torch.finfo(fault.dtype).eps
@@ -251,7 +259,7 @@ def _unseen(scene: Scene, broken: tuple[str, ...], why: str) -> Cause:
     )
 
 
-def _unseen_zeros(scene: Scene, names: Collection[str]) -> Cause:
+def _unseen_zeros(scene: Scene, names: Collection[str], why: str) -> Cause:
     return Cause(
         step=scene.step,
         rank=scene.rank,
@@ -259,7 +267,7 @@ def _unseen_zeros(scene: Scene, names: Collection[str]) -> Cause:
         layer=max(names, default="").rpartition(".")[0],
         operator=_UNKNOWN,
         kind="zero",
-        seen=f"no operator that PyTorch dispatches made them zero; {_without(names)}",
+        seen=f"{why}; {_without(names)}",
     )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -112,7 +112,10 @@ class Diagnosis:
         latest = [one for one in self._skips if one > updates - _GROWN]
         if updates >= _GROWN and len(latest) > _OFTEN * _GROWN:
             return False
-        sound = replay.run(scene.but(scale=1.0)).finite
+        try:
+            sound = replay.run(scene.but(scale=1.0)).finite
+        except torch.OutOfMemoryError:  # gradients are kept aside: whether the scale alone is too high is not known
+            sound = False
         return all(text == "sound" for text in gather("sound" if sound else "broken", scene.device))
 
     # What counts say
@@ -227,7 +230,8 @@ class Diagnosis:
             paths = Paths(scene.model)
             sentinel = Sentinel(paths)
             probe = None if cast is None else Probe(paths, cast, sentinel)
-            replay.run(scene, paths.following(), sentinel, nullcontext() if probe is None else probe)
+            with suppress(torch.OutOfMemoryError):  # the cast was seen; where it comes from, and what mends it, is not
+                replay.run(scene, paths.following(), sentinel, nullcontext() if probe is None else probe)
         cause = None if cast is None or _asked_for(cast, probe) else self._cut_off(cast, probe, step)
         return agreed(cause, scene.device) if scene is not None and scene.together else cause
 
