@@ -31,10 +31,10 @@ def test_a_rate_is_measured_written_and_shown(server: FakeServer, cli: Cli, tmp_
     records, html = tmp_path / "run.csv", tmp_path / "run.html"
     written = ("--records", records, "--html", html)
     done = cli(
-        "load", server.url, "--model", "fake", "--rate", 100, "--seconds", 1, "--slo", "p50=20s", *PATIENT, *written
+        "load", server.url, "--model", "fake", "--rate", 100, "--seconds", 1, "--slo", "p50=10s", *PATIENT, *written
     )
     assert done.code == 0, done.err
-    assert "p50 ≤ 20.0 s holds" in done.out.replace("\xa0", " ")
+    assert "p50 ≤ 10.0 s holds" in done.out.replace("\xa0", " ")
     assert "unavailable" in done.out or "good answer," in done.out  # energy
     rows = list(csv.DictReader(records.read_text().splitlines()))
     assert len(rows) == server.requests - 1  # the first request only asks whether all is well
@@ -192,6 +192,9 @@ MISTAKES = [
     (["--scenario", "offline", "--rate", 5], "says nothing about the scenario offline"),
     (["--rate", 5, "--slo", "99=50"], "cannot be read"),
     (["--rate", 5, "--slo", "p99=50"], "duration '50' cannot be read"),
+    (["--rate", 5, "--slo", "p99=20s"], "requests are given up after 10 s"),
+    (["--concurrency", 8, "--connections", 4], "8 requests under way need more than 4 connections"),
+    (["--scenario", "multi-stream", "--connections", 4], "8 requests under way need more than 4 connections"),
     (["--rate", 5, "--timeout", "soon"], "duration 'soon' cannot be read"),
     (["--rate", 5, "--encoding", "xml"], "encoding 'xml' is unknown"),
     (["--rate", 5, "--batch", "0"], "cannot be read"),
@@ -222,6 +225,7 @@ def test_mistakes_are_answered_in_words(server: FakeServer, cli: Cli, arguments:
     [
         (["--slo", "p99=1s"], "does not start"),
         ([], "needs a bound"),
+        (["--slo", "p99=1s", "--serve", "--delay '5"], "No closing quotation"),
         (["--slo", "p99=1s", "--scenario", "stress"], "contradict each other"),
         (["--slo", "p99=1s", "--version", "3"], "contradict each other"),
         (["--slo", "p99=1s", "--concurrency", 3], "says nothing about the scenario server"),
@@ -239,6 +243,8 @@ def test_a_comparison_that_cannot_be_made_is_said(cli: Cli, arguments: list[obje
         ("ftp://127.0.0.1", "cannot be read"),
         ("127.0.0.1:8000", "cannot be read"),
         ("http://127.0.0.1:99999", "cannot be read"),
+        ("http://[::1:8000", "cannot be read"),
+        ("http://a..b:80", "cannot be read"),
         ("http://127.0.0.1:1", "nobody answers"),
         ("grpc://127.0.0.1:1", "nobody answers"),
     ],

@@ -173,7 +173,7 @@ def load(
     For example: narrowcast load http://127.0.0.1:8000 --model NAME --rate 200 --scenario server --slo p99=50ms
     """
     try:
-        from narrowcast.load.asking import Wishes, read_duration, settings_of
+        from narrowcast.load.asking import Wishes, check_sending, read_duration, settings_of
         from narrowcast.load.batching import compare_batching as compare
         from narrowcast.load.fleet import Options
         from narrowcast.load.inputs import read_batches
@@ -196,10 +196,12 @@ def load(
     content = Content(data, inputs or (), read_batches(batch), encoding)
     options = Options(processes, connections, read_duration(timeout))
     asked = Load(settings_of(wishes), content, options)
+    check_sending(asked.settings, options)
+    served = _serve_words(serve_options)
     target = None if compare_batching else read_target(url)
     with _watching(quiet=json) as watch:
         if target is None:
-            result, kept = compare(Path(url), model, shlex.split(serve_options), asked, watch)
+            result, kept = compare(Path(url), model, served, asked, watch)
         else:
             result, kept = run_load(Subject(target, model, version), asked, watch)
     if records is not None and write_records is not None:
@@ -231,6 +233,15 @@ def _check_comparison(asked: bool, url: str, given: dict[str, str], serve_option
     for name, value in given.items():
         if value and value != "server":
             raise UserError(f"--compare-batching and {name} {value} contradict each other", next_step="leave one out")
+
+
+def _serve_words(serve_options: str) -> list[str]:
+    try:
+        return shlex.split(serve_options)
+    except ValueError as error:
+        raise UserError(
+            f"--serve {serve_options!r} cannot be read: {error}", allowed="options as a shell reads them"
+        ) from error
 
 
 def _show(result: LoadResult, html: Path | None, records: Path | None, *, json: bool) -> None:

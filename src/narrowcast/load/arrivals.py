@@ -6,7 +6,10 @@ Modeling and Analysis", 5th ed., section 8.6.
 
 from __future__ import annotations
 
+import json
 import math
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -179,8 +182,11 @@ def _replay(path: Path) -> Replay:
     """Return times from a text file with one a line (the first column of CSV), or the records of an earlier run."""
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as whole, np.load(whole, allow_pickle=False) as file:
                 times = np.asarray(file["intended"], np.float64)
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                times = np.array([float(json.loads(line)["intended"]) for line in lines if line.strip()])
         else:
             lines = path.read_text(encoding="utf-8").splitlines()
             if lines and lines[0].split(",")[0].strip() == "intended":
@@ -188,7 +194,7 @@ def _replay(path: Path) -> Replay:
             times = np.array([float(line.split(",")[0]) for line in lines if line.strip() and line[0] != "#"])
     except OSError as error:
         raise DataError(f"times {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"times {path} cannot be read",
             allowed="a line of seconds for each request, or the records of an earlier run",

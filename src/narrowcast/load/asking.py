@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from narrowcast.errors import UserError, choices
 from narrowcast.load.arrivals import read_arrivals
+from narrowcast.load.fleet import Options
 from narrowcast.load.scenarios import Scenario, Settings
 from narrowcast.load.session import Asked
 from narrowcast.measure.load.values import Slo
 
-__all__ = ["Wishes", "read_duration", "read_slo", "settings_of"]
+__all__ = ["Wishes", "check_sending", "read_duration", "read_slo", "settings_of"]
 
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 #: Share of the bound that the client may be late by, unless something is said.
@@ -106,6 +107,26 @@ def settings_of(wishes: Wishes) -> Settings:
         group=(wishes.concurrency or _GROUP) if scenario is Scenario.MULTI_STREAM else 1,
         overload=wishes.overload or 2.0,
     )
+
+
+def check_sending(settings: Settings, options: Options) -> None:
+    """Make sure that how requests are sent leaves room for what is asked.
+
+    Raises:
+        UserError: Fewer connections than requests under way, or requests are given up before the bound is reached.
+    """
+    under_way = settings.concurrency * settings.group
+    if under_way > options.connections:
+        raise UserError(
+            f"{under_way} requests under way need more than {options.connections} connections",
+            next_step=f"allow them: --connections {under_way}",
+        )
+    slo = settings.asked.slo
+    if slo is not None and slo.seconds > options.timeout:
+        raise UserError(
+            f"requests are given up after {options.timeout:g} s, before the bound of {slo.seconds:g} s is reached",
+            next_step="allow more with --timeout",
+        )
 
 
 def _streams(scenario: Scenario, concurrency: int | None) -> int:

@@ -214,7 +214,7 @@ class _Search:
         blocks = [_blocks(values) for values in series]
         weights = np.array([len(values) for values in series], np.float64)
         middle = _crossing(rates, np.array([values.mean() for values in series]), weights, self.rules.allowed)
-        if middle is None:
+        if not 0 < middle < math.inf:
             return None
         rng = np.random.default_rng(0)
         drawn = [
@@ -224,7 +224,8 @@ class _Search:
             for _ in range(_RESAMPLES)
         ]
         tail = 100 * (1 - CONFIDENCE) / 2
-        low, high = np.percentile([middle if rate is None else rate for rate in drawn], (tail, 100 - tail))
+        # A curve that does not cross within the rates crosses beyond one of their ends: that end is as far as they know.
+        low, high = np.percentile(np.clip(drawn, rates[0], rates[-1]), (tail, 100 - tail))
         return Estimate(middle, min(float(low), middle), max(float(high), middle), int(weights.sum()))
 
 
@@ -241,13 +242,18 @@ def _verdict(trial: Trial, missed: Estimate, allowed: float) -> Any:
     return "held" if missed.high <= allowed else "unclear"
 
 
-def _crossing(rates: Floats, missed: Floats, weights: Floats, allowed: float) -> float | None:
-    """Return where a curve that may only rise crosses a level, on a log scale of rates; None where it does not."""
+def _crossing(rates: Floats, missed: Floats, weights: Floats, allowed: float) -> float:
+    """Return where a curve that may only rise crosses a level, on a log scale of rates.
+
+    Above the level everywhere it crosses at 0, below it everywhere at infinity.
+    """
     rising: Any = optimize.isotonic_regression(missed, weights=weights)
     curve: Floats = rising.x
     above = np.flatnonzero(curve > allowed)
-    if not len(above) or above[0] == 0:
-        return None
+    if not len(above):
+        return math.inf
+    if above[0] == 0:
+        return 0.0
     right = int(above[0])
     step = float(curve[right] - curve[right - 1])
     way = (allowed - float(curve[right - 1])) / step

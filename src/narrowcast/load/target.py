@@ -55,12 +55,14 @@ def read_target(url: str) -> Target:
     Raises:
         UserError: It names none, or one that is talked to otherwise.
     """
-    parts = urlsplit(url)
+    refusal = UserError(f"server {url!r} cannot be read", allowed="http://HOST:PORT or grpc://HOST:PORT")
     try:
+        parts = urlsplit(url)
         port = parts.port
+        (parts.hostname or "").encode("idna")  # as the resolver will
     except ValueError:
-        port = -1
-    if parts.scheme not in _PORTS or not parts.hostname or port == -1 or parts.query or parts.fragment:
-        raise UserError(f"server {url!r} cannot be read", allowed="http://HOST:PORT or grpc://HOST:PORT")
+        raise refusal from None
+    if parts.scheme not in _PORTS or not parts.hostname or parts.query or parts.fragment:
+        raise refusal
     scheme = cast(Literal["http", "grpc"], parts.scheme)
     return Target(scheme, parts.hostname, port or _PORTS[scheme], parts.path.rstrip("/"))

@@ -9,7 +9,7 @@ from scipy import stats
 from narrowcast.errors import DataError, UserError
 from narrowcast.load.arrivals import Constant, Gamma, Poisson, Ramp, read_arrivals
 from narrowcast.load.stress import Phases
-from narrowcast.measure.load.records import as_csv, as_npz, empty_records
+from narrowcast.measure.load.records import as_csv, as_jsonl, as_npz, empty_records
 
 SECONDS = 200.0
 
@@ -66,7 +66,8 @@ def test_times_are_replayed_from_text_and_from_records(tmp_path: Path) -> None:
     records["intended"] = [5.0, 6.0, 7.5]
     (tmp_path / "run.csv").write_text(as_csv(records))
     (tmp_path / "run.npz").write_bytes(as_npz(records))
-    for name in ("times.txt", "run.csv", "run.npz"):
+    (tmp_path / "run.jsonl").write_text(as_jsonl(records))
+    for name in ("times.txt", "run.csv", "run.npz", "run.jsonl"):
         arrivals = read_arrivals(f"replay:{tmp_path / name}", None)
         assert arrivals.times(10.0, np.random.default_rng(0)).tolist() == [0.0, 1.0, 2.5]
         assert arrivals.times(2.0, np.random.default_rng(0)).tolist() == [0.0, 1.0]
@@ -89,6 +90,14 @@ def test_times_are_replayed_from_text_and_from_records(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_said(text: str, rate: float | None, said: str) -> None:
     with pytest.raises(UserError, match=said):
         read_arrivals(text, rate)
+
+
+def test_damaged_records_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.npz").write_bytes(as_npz(empty_records(50))[:-100])
+    (tmp_path / "run.jsonl").write_text('{"intended": 1.0}\n[2.0]\n')
+    for name in ("run.npz", "run.jsonl"):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_arrivals(f"replay:{tmp_path / name}", None)
 
 
 @pytest.mark.parametrize("content", ["", "one\n", "nan\n"])
