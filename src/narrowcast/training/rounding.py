@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -37,17 +36,6 @@ _log = logging.getLogger(__name__)
 _CHUNK = 1 << 24  # elements that are rounded at once
 _DROPPED = 16  # bits of FP32 that BF16 has not
 _WORD = (1 << 64) - 1
-
-
-@dataclass
-class Widened:
-    """What is to be known of an update in wide numbers when it ends.
-
-    Attributes:
-        left_out: Whether the weights are to stay as they were: with what rounding cut off added, they might round to others.
-    """
-
-    left_out: bool = False
 
 
 class WideUpdate:
@@ -71,14 +59,10 @@ class WideUpdate:
         self._lost = [torch.zeros_like(one) for one in self._narrow] if method == "kahan" else []
 
     @contextmanager
-    def widened(self) -> Generator[Widened]:
-        """Hold FP32 weights in the parameters; round what has become of them at the end.
-
-        Nothing is rounded where an exception ends it, or where the update is said to be left out.
-        """
-        update = Widened()
+    def widened(self) -> Generator[None]:
+        """Hold FP32 weights in the parameters; round what has become of them at the end, unless an exception ends it."""
         if not self._narrow:
-            yield update
+            yield
             return
         stored = [_local(one) for one in self._narrow]
         flat = torch.empty(sum(one.numel() for one in stored), dtype=torch.float32, device=stored[0].device)
@@ -89,9 +73,8 @@ class WideUpdate:
         if self._lost:
             multi_tensor.add_(wide, [_local(one) for one in self._lost])
         with self._holding(wide):
-            yield update
-            if not update.left_out:
-                self._round(stored, wide, flat)
+            yield
+            self._round(stored, wide, flat)
 
     @contextmanager
     def held(self) -> Generator[None]:

@@ -266,10 +266,9 @@ class Trainer:
             self._unit.closed(weight, window.count)
         factor = self.accumulate * world / (weight * self._books.scale.value)
         late = self._settles_late and self.watch is None and self._update.leaves_out()
-        with self._wide.widened() as wide:
+        with self._wide.widened():
             gradients = Gradients(self._parameters, self.device)
             outcome = self._update(gradients, factor, loss, decide=not late and self._decides)
-            wide.left_out = outcome.known is False
         if late:
             decision = self._settling.later(self._update.census(gradients), window.total, outcome.finite)
             info = self._info(loss, weight, decision, norm=outcome.norm)

@@ -166,17 +166,3 @@ def test_an_optimizer_that_rounds_by_itself_must_agree_with_the_precision():
     optimizer = FusedAdamW(model.parameters(), rounding="stochastic")
     trainer = Trainer(model, optimizer, cross_entropy, precision="bf16-true")
     assert trainer.step((torch.ones(4, 8), torch.tensor([0, 1, 0, 0]))).updated
-
-
-def test_an_update_that_is_left_out_moves_no_weight_by_what_rounding_cut_off_before():
-    weight = nn.Parameter(torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16))
-    wide = WideUpdate([weight], "kahan")
-    lost = torch.tensor(
-        [2**-8, 2**-8], dtype=torch.bfloat16
-    )  # half the spacing: a tie, which goes to the even neighbour
-    wide.load_state_dict({**wide.state_dict(), "lost": [lost]})
-    before = weight.detach().clone()
-    with wide.widened() as update:
-        update.left_out = True
-    assert torch.equal(weight, before)
-    assert torch.equal(wide.state_dict()["lost"][0], lost)
