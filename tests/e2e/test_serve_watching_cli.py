@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from e2e.command import Cli, strict
-from e2e.test_serve_cli import Program, artifact
+from e2e.test_serve_cli import Program, artifact, wait_for
 from narrowcast.artifacts.manifest import Manifest
 
 ManifestOf = Callable[..., Manifest]
@@ -38,13 +37,6 @@ def start() -> Iterator[Callable[..., Program]]:
     for program in programs:
         if program.process.poll() is None:
             program.end()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "it never came to pass"
-        time.sleep(0.02)
 
 
 def events(program: Program) -> list[dict[str, Any]]:
