@@ -38,6 +38,11 @@ def pytest_report_header() -> str:
     return f"runtimes under test: {', '.join(shown)}"
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes that are no text by their argument: a stamp or a seed within would give each process other tests."""
+    return argname if isinstance(val, bytes) and not (val.isascii() and val.decode("ascii").isprintable()) else None
+
+
 @pytest.fixture(params=runtime_names())
 def runtime(request: pytest.FixtureRequest) -> Runtime:
     """Each registered runtime; one that is not installed is a failure where CI is set, else a skip."""
