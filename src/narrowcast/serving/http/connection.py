@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import sys
+import termios
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol, cast
@@ -21,6 +24,8 @@ Handler = Callable[[Request], "Response | asyncio.Future[Response]"]
 
 #: An answer in parts below this size is joined, so that it goes out in one packet.
 _JOIN_BELOW = 16 << 10
+#: A part of a body below this size is joined to the one before it: many small ones would take far more than their bytes.
+_SMALL_PART = 1 << 10
 #: How long what a client still sends after a final answer is read and dropped: closing at once would reset the
 #: connection, and the client might never see the answer.
 _LINGER_SECONDS = 2.0
@@ -55,17 +60,18 @@ class _Pending:
 
     __slots__ = ("future", "keep_alive", "request", "response")
 
-    def __init__(self, request: Request, keep_alive: bool, outcome: Response | asyncio.Future[Response]) -> None:
+    def __init__(self, request: Request, keep_alive: bool, response: Response | None = None) -> None:
         self.request = request
         self.keep_alive = keep_alive
-        self.response = outcome if isinstance(outcome, Response) else None
-        self.future = None if isinstance(outcome, Response) else outcome
+        self.response = response
+        self.future: asyncio.Future[Response] | None = None
 
 
 class Connection(asyncio.Protocol):
     """One client's connection.
 
-    A client that stops sending has gone away, as far as anybody can tell: what it asked for is cancelled.
+    A client that stops sending has gone away, as far as anybody can tell: what it asked for is cancelled. One that takes no
+    answers, or has many due, is not read, and what was read of it already waits until that has changed.
 
     Attributes:
         deadline: Time of the loop at which :meth:`expire` is due, or None while the server owes an answer.
@@ -77,10 +83,13 @@ class Connection(asyncio.Protocol):
         self._most_header_bytes = owner.limits.header_bytes
         self._parser = httptools.HttpRequestParser(self)
         self._pending: deque[_Pending] = deque()
+        self._waiting: deque[_Pending] = deque()  # what the handler has not seen yet
         self._reading = False  # between the first byte of a request and its last
         self._in_headers = True
         self._ended = False  # no request is read any more
-        self._paused = False
+        self._paused = False  # the client does not take what is written
+        self._unsent = 0
+        self._stopped = False  # the client is not read
         self._reset()
         self.deadline: float | None = None
 
@@ -89,8 +98,10 @@ class Connection(asyncio.Protocol):
         self._headers: dict[bytes, bytes] = {}
         self._header_bytes = 0
         self._watched: bool | None = None  # whether the deadline is that of headers, or of a body
-        self._body: list[bytes] = []
+        self._body: list[bytes | bytearray] = []
         self._body_bytes = 0
+        self._body_seen = 0
+        self._held = 0  # what came since the last byte of the body
 
     # asyncio ----------------------------------------------------------------------------------------------------------
 
@@ -107,8 +118,6 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
             if self._reading:
                 self._watch(len(data))
-            elif not self._pending:
-                self._rest()
         except httptools.HttpParserUpgrade:
             self._ended = True  # answered already, as if it had not been asked for, and the last answer
         except httptools.HttpParserCallbackError as error:
@@ -122,6 +131,11 @@ class Connection(asyncio.Protocol):
         except Refusal as refusal:
             self._finish(refusal)
 
+    def eof_received(self) -> None:
+        """Let the transport close; what is written already still goes out."""
+        self._ended = True
+        self._cancel_pending()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended = True
         self.deadline = None
@@ -134,29 +148,48 @@ class Connection(asyncio.Protocol):
             if pending.future is not None:
                 pending.future.cancel()
         self._pending.clear()
+        self._waiting.clear()
 
     def pause_writing(self) -> None:
         self._paused = True
-        self._transport.pause_reading()
+        self._unsent = self._not_taken()
         self.deadline = self._owner.loop.time() + self._limits.write_seconds
+        self._steer()
+
+    def _not_taken(self) -> int:
+        """Return the bytes that the client has not taken: ours, and those that the kernel has for it."""
+        kernels = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return self._transport.get_write_buffer_size() + int.from_bytes(kernels, sys.byteorder)
 
     def resume_writing(self) -> None:
         self._paused = False
-        self._transport.resume_reading()
-        self._rest()
+        self.deadline = None
+        if self._ended and not self.busy:
+            self.deadline = self._owner.loop.time() + _LINGER_SECONDS
+        elif self._reading:
+            self._bound_reading()
+        self._go_on()
 
     # httptools --------------------------------------------------------------------------------------------------------
 
     def _watch(self, size: int) -> None:
-        """Bound the time of a request that has not come whole, and what its headers may still hold back."""
-        limits = self._limits
+        """Bound the time of a request that has not come whole, and what the parser may hold back of it."""
         if self._in_headers:
             self._header_bytes += size  # the parser keeps a header to itself until it is complete
             self._check_headers()
-        if self._watched is not self._in_headers:
-            self._watched = self._in_headers
-            seconds = limits.header_seconds if self._in_headers else limits.body_seconds
-            self.deadline = self._owner.loop.time() + seconds
+        elif self._body_seen == self._body_bytes:
+            self._held += size  # what describes chunks, and trailers
+            if self._held > self._most_header_bytes:
+                raise Refusal(431, f"more than {self._most_header_bytes} bytes came without one of the body")
+        else:
+            self._body_seen, self._held = self._body_bytes, 0
+        if self._watched is not self._in_headers and not self._paused:
+            self._bound_reading()
+
+    def _bound_reading(self) -> None:
+        self._watched = self._in_headers
+        seconds = self._limits.header_seconds if self._in_headers else self._limits.body_seconds
+        self.deadline = self._owner.loop.time() + seconds
 
     def on_message_begin(self) -> None:
         if self._ended:
@@ -173,6 +206,8 @@ class Connection(asyncio.Protocol):
         self._header_bytes += len(name) + len(value) + HEADER_OVERHEAD
         if self._header_bytes > self._most_header_bytes:
             self._check_headers()
+        if not self._in_headers:
+            return  # a trailer: what was checked, and what others on the way checked, are the headers (RFC 9110, 6.5.1)
         headers = self._headers
         headers[name] = value if name not in headers else headers[name] + b"," + value
 
@@ -194,22 +229,83 @@ class Connection(asyncio.Protocol):
         self._body_bytes += len(body)
         if self._body_bytes > self._limits.body_bytes:
             raise Refusal(413, f"the body is larger than {self._limits.body_bytes} bytes")
-        self._body.append(body)
+        parts = self._body
+        if len(body) >= _SMALL_PART or not parts:
+            parts.append(body)
+        elif isinstance(parts[-1], bytearray):
+            parts[-1] += body
+        else:
+            parts.append(bytearray(body))
 
     def on_message_complete(self) -> None:
         self._reading = False
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        body = cast(bytes, self._body[0]) if len(self._body) == 1 else b"".join(self._body)
         request = Request(self._parser.get_method(), self._target, self._headers, body)
-        keep_alive = self._parser.should_keep_alive() and b"upgrade" not in self._headers
+        keep_alive = self._keeps_alive()
         self._ended = not keep_alive
         self._reset()
+        if self._blocked:
+            self._waiting.append(_Pending(request, keep_alive))
+            self._steer()
+        else:
+            self._answer(request, keep_alive)
+            self._rest()
+
+    def _keeps_alive(self) -> bool:
+        """Whether another request may follow; clients of HTTP/1.0 would have to be told so in its words, and are not."""
+        parser = self._parser
+        if not parser.should_keep_alive() or parser.should_upgrade():
+            return False
+        return b"connection" not in self._headers or parser.get_http_version() != "1.0"
+
+    # answers ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _blocked(self) -> bool:
+        """Whether the next request has to wait before the handler sees it."""
+        return self._paused or bool(self._waiting) or len(self._pending) >= self._limits.pipelined
+
+    def _steer(self) -> None:
+        """Read the client, or do not."""
+        blocked = self._blocked
+        if blocked is not self._stopped and not self._transport.is_closing():
+            self._stopped = blocked
+            (self._transport.pause_reading if blocked else self._transport.resume_reading)()
+
+    def _answer(self, request: Request, keep_alive: bool) -> None:
+        """Let the handler answer, and write the answer if it is there and its turn has come."""
         outcome = self._outcome(request)
         if isinstance(outcome, Response) and not self._pending:
             self._write(request, outcome, keep_alive)
+            return
+        pending = _Pending(request, keep_alive)
+        if isinstance(outcome, Response):
+            pending.response = outcome
         else:
-            self._await(_Pending(request, keep_alive, outcome))
+            pending.future = outcome
+            outcome.add_done_callback(lambda _: self._ready(pending))
+        if not self._paused:
+            self.deadline = None
+        self._pending.append(pending)
+        self._steer()
 
-    # answers ----------------------------------------------------------------------------------------------------------
+    def _go_on(self) -> None:
+        """Write the answers whose turn has come, as far as the client takes them, and hand over what waited for that."""
+        pending, waiting = self._pending, self._waiting
+        while not self._paused:
+            if pending and (response := pending[0].response) is not None:
+                head = pending.popleft()
+                self._write(head.request, response, head.keep_alive)
+            elif waiting and len(pending) < self._limits.pipelined:
+                following = waiting.popleft()
+                if following.response is None:
+                    self._answer(following.request, following.keep_alive)
+                else:
+                    pending.append(following)
+            else:
+                break
+        self._steer()
+        self._rest()
 
     def _outcome(self, request: Request) -> Response | asyncio.Future[Response]:
         """Return what the handler says; whatever goes wrong is an answer too."""
@@ -223,15 +319,6 @@ class Connection(asyncio.Protocol):
             return refused(refusal)
         except Exception as error:
             return self._unmeant(error)
-
-    def _await(self, pending: _Pending) -> None:
-        """Put an answer that is not there yet, or has others before it, into its turn."""
-        if pending.future is not None:
-            pending.future.add_done_callback(lambda _: self._ready(pending))
-        self.deadline = None
-        self._pending.append(pending)
-        if len(self._pending) >= self._limits.pipelined:
-            self._transport.pause_reading()
 
     def _unmeant(self, error: BaseException) -> Response:
         self._owner.failed(error)
@@ -248,13 +335,7 @@ class Connection(asyncio.Protocol):
             pending.response = pending.future.result()
         else:
             pending.response = refused(error) if isinstance(error, Refusal) else self._unmeant(error)
-        full = len(self._pending) >= self._limits.pipelined
-        while self._pending and (response := self._pending[0].response) is not None:
-            head = self._pending.popleft()
-            self._write(head.request, response, head.keep_alive)
-        if full and not self._paused and not self._transport.is_closing():
-            self._transport.resume_reading()
-        self._rest()
+        self._go_on()
 
     def _write(self, request: Request, response: Response, keep_alive: bool) -> None:
         if b"accept-encoding" in request.headers:
@@ -272,7 +353,7 @@ class Connection(asyncio.Protocol):
 
     def _rest(self) -> None:
         """Wait for the next request, unless one is being read or an answer is due."""
-        if not self._pending and not self._reading and not self._ended and not self._paused:
+        if not self._reading and not self._ended and not self._paused and not self.busy:
             self.deadline = self._owner.loop.time() + self._limits.idle_seconds
 
     def _finish(self, refusal: Refusal) -> None:
@@ -283,35 +364,38 @@ class Connection(asyncio.Protocol):
         self._owner.refused(refusal)
         self._ended = True
         self._reading = False
-        request, response = Request(b"GET", b"", {}, b""), refused(refusal)
-        if self._pending:
-            self._pending.append(_Pending(request, False, response))
-        else:
-            self._write(request, response, False)
+        if not self._paused:
+            self.deadline = None
+        self._waiting.append(_Pending(Request(b"GET", b"", {}, b""), False, refused(refusal)))
+        self._go_on()
 
     def _end(self) -> None:
-        """Say that no more will be sent, and drop what still comes for a moment."""
+        """Say that no more will be sent, and drop what still comes for a moment after the client has taken it."""
         self._ended = True
         self._cancel_pending()
         if not self._transport.is_closing():
             self._transport.write_eof()
-            self.deadline = self._owner.loop.time() + _LINGER_SECONDS
+            if not self._paused:
+                self.deadline = self._owner.loop.time() + _LINGER_SECONDS
 
     # time -------------------------------------------------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
         """Whether an answer is due."""
-        return bool(self._pending)
+        return bool(self._pending or self._waiting)
 
     def expire(self) -> None:
         """End a connection whose client took too long."""
-        if self._ended or self._paused:
+        if self._paused and self._not_taken() < self._unsent:
+            self.pause_writing()  # it takes its answer, slowly
+        elif self._paused or self._transport.is_closing():
             self._transport.abort()
         elif self._reading:
             self._finish(Refusal(408, "the request took too long to arrive"))
         else:
-            self._transport.close()
+            self._transport.close()  # what is written already may still be on its way
+            self.deadline = self._owner.loop.time() + self._limits.write_seconds
 
     def abort(self) -> None:
         """Drop the connection as it is."""
@@ -319,8 +403,11 @@ class Connection(asyncio.Protocol):
 
     def retire(self) -> None:
         """Close the connection when nothing is due on it any more."""
-        if self._pending:
-            self._pending[-1].keep_alive = False
+        due = self._waiting or self._pending
+        if due:
+            due[-1].keep_alive = False
             self._ended = True
+        elif self._reading:
+            self._finish(Refusal(503, "the server is ending; send the request to another", retry_after=1))
         elif not self._ended:
             self._transport.close()
