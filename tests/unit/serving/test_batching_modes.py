@@ -234,3 +234,25 @@ def test_both_give_the_same_answers(batching: Batching) -> None:
         await catalogue.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_rows_that_make_up_no_preferred_size_wait_for_company(pad: bool) -> None:
+    async def test(scheduler: Scheduler, worker: StepWorker) -> None:
+        submit(scheduler, 1, 2, 3)
+        submit(scheduler, 4, 5, 6)
+        assert worker.ran == [], "no requests of them have four rows together"
+        submit(scheduler, 7, 8)
+        assert worker.ran == [[1, 2, 3, 4, 5, 6, 7, 8]]
+
+    drive(test, batching=Batching(16, LONG, (4, 8), pad))
+
+
+def test_a_batch_that_the_next_request_does_not_fit_into_is_full() -> None:
+    async def test(scheduler: Scheduler, worker: StepWorker) -> None:
+        submit(scheduler, 1, 2, 3)
+        submit(scheduler, 4, 5)
+        submit(scheduler, 6, 7, 8, 9)
+        assert worker.ran == [[1, 2, 3, 4, 5]]
+
+    drive(test, batching=Batching(8, LONG, (4,)))

@@ -355,3 +355,42 @@ def test_a_model_that_breaks_its_promise_of_rows_fails_its_requests() -> None:
         return [job.error is None for job in jobs]
 
     asyncio.run(main())
+
+
+# A batch that fails, and those who do not wait any more ---------------------------------------------------------------
+
+
+def test_who_left_while_a_batch_ran_is_not_run_again_when_it_fails() -> None:
+    async def test(scheduler: Scheduler, worker: StepWorker) -> None:
+        submit(scheduler, 1)
+        left, stays = submit(scheduler, 2), submit(scheduler, 3)
+        worker.step()
+        scheduler.cancel(left)
+        worker.fail(ValueError("poisoned"))
+        assert worker.ran[2:] == [[3]]
+        worker.step()
+        assert stays.outputs is not None
+        assert left.finished
+        assert not scheduler.busy
+
+    drive(test)
+
+
+def test_who_waits_to_run_again_alone_is_told_when_its_time_is_over() -> None:
+    async def test(scheduler: Scheduler, worker: StepWorker) -> None:
+        submit(scheduler, 1)
+        patient, hurried = submit(scheduler, 2), submit(scheduler, 3, timeout=0.05)
+        worker.step()
+        worker.fail(ValueError("poisoned"))
+        assert worker.ran[2:] == [[2]]
+        told = asyncio.Event()
+        hurried.done = lambda _: told.set()
+        await asyncio.wait_for(told.wait(), 10)
+        assert isinstance(hurried.error, Refusal)
+        assert hurried.error.status == 504
+        assert scheduler.statistics.expired == 1
+        worker.step()
+        assert patient.outputs is not None
+        assert worker.ran[3:] == []
+
+    drive(test)

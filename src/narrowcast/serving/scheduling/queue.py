@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 from narrowcast.serving.signature import Tensors
@@ -38,14 +38,24 @@ class Batching:
         """Whether the model sees batches of one size alone."""
         return self.pad and self.preferred == (self.largest,)
 
-    def size(self, rows: int, waited: bool) -> int | None:
-        """Return how many rows to run of those that wait, or None to wait for more."""
-        if rows >= self.largest:
-            return self.largest
-        fitting = max((size for size in self.preferred if size <= rows), default=None)
-        if fitting is not None:
-            return fitting
-        return self.largest if waited or not self.delay_ns else None
+    def count(self, rows: Iterable[int], waited: bool) -> int:
+        """Return how many of the requests that wait run together now, the oldest first; 0 to wait for more.
+
+        Args:
+            rows: Rows of each, the oldest first; the next is asked for only while there is room for it.
+            waited: Whether the oldest has waited as long as it may.
+        """
+        count = together = fitting = 0
+        for more in rows:
+            if count and together + more > self.largest:
+                return count
+            count += 1
+            together += more
+            if together >= self.largest:
+                return count
+            if together in self.preferred:
+                fitting = count
+        return fitting or (count if waited or not self.delay_ns else 0)
 
     def padded(self, rows: int) -> int:
         """Return how many rows the model is given where so many are asked for."""
@@ -71,6 +81,7 @@ class Job:
         timer: Ends its wait at the deadline.
         begun: When the batch that it is part of was begun, on the same clock; 0 before.
         ended: When it had its outputs or its error.
+        left: Whether its client went away while it ran.
     """
 
     inputs: Tensors
@@ -85,6 +96,7 @@ class Job:
     timer: asyncio.TimerHandle | None = None
     begun: int = 0
     ended: int = 0
+    left: bool = False
     number: int = 0
 
     @property
@@ -103,7 +115,7 @@ class _Group:
 
 @dataclass(slots=True)
 class JobQueue:
-    """Jobs that wait. All operations take constant time, but for a scan over the kinds of jobs that wait.
+    """Jobs that wait. All operations take constant time, but for a scan over the kinds of jobs that wait and one batch.
 
     Attributes:
         count: How many wait.
@@ -136,7 +148,7 @@ class JobQueue:
         group.rows -= job.rows
         self.count -= 1
         if not group.jobs:
-            del self._groups[job.priority, job.key]
+            self._groups.pop((job.priority, job.key), None)
 
     def rows_before(self, priority: int) -> int:
         """Return how many rows go before a job of this priority that came now."""
@@ -153,22 +165,15 @@ class JobQueue:
         again: list[int] = []
         for _, group in sorted(self._groups.items(), key=lambda item: (item[0][0], next(iter(item[1].jobs), 0))):
             due = next(iter(group.jobs.values())).arrived + batching.delay_ns
-            size = batching.size(group.rows, waited=now >= due)
-            if size is not None:
+            count = batching.count((job.rows for job in group.jobs.values()), waited=now >= due)
+            if count:
                 break
             again.append(due)
         else:
             return [], min(again)
-        jobs: list[Job] = []
-        rows = 0
-        while group.jobs:
-            number, job = next(iter(group.jobs.items()))
-            if jobs and rows + job.rows > size:
-                break
-            del group.jobs[number]
+        jobs = [group.jobs.popitem(last=False)[1] for _ in range(count)]
+        for job in jobs:
             self._took(group, job)
-            jobs.append(job)
-            rows += job.rows
         return jobs, None
 
     def drain(self) -> list[Job]:

@@ -19,6 +19,8 @@ from narrowcast.serving.workers.base import Batch, Result, Worker
 
 __all__ = ["Scheduler", "Settings"]
 
+_GONE = Refusal(499, "the client went away")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -138,8 +140,7 @@ class Scheduler:
         if self._idle and not self._queue.count and (self._eager or rows == self._batching.largest):
             self._run([job], now)
             return job
-        if job.deadline is not None:
-            job.timer = self._loop.call_later((job.deadline - now) * 1e-9, self._expire, job)
+        self._time(job, now)
         if self.signature.batched:
             job.key = tuple([inputs[spec.name].shape[1:] for spec in self.signature.inputs])
         self._queue.add(job)
@@ -149,12 +150,10 @@ class Scheduler:
     def cancel(self, job: Job) -> None:
         """Take a request out of the queue; one that runs already runs on, and its outputs are dropped."""
         job.done = None
-        waits_alone = job in self._alone
-        if waits_alone:
-            self._alone.remove(job)
-        if waits_alone or self._queue.remove(job):
+        if self._take_out(job):
             self.statistics.cancelled += 1
-            self._settle(job, time.monotonic_ns(), error=Refusal(499, "the client went away"))
+            self._settle(job, time.monotonic_ns(), error=_GONE)
+        job.left = True
 
     async def drained(self) -> None:
         """Return when no request waits or runs."""
@@ -306,12 +305,16 @@ class Scheduler:
 
     def _failed(self, jobs: list[Job], error: Exception) -> None:
         """Tell the jobs of a failed batch; where there are several, each runs again alone, so that one cannot spoil all."""
-        if len(jobs) > 1 and not isinstance(error, WorkerLostError):
-            self._alone.extend(jobs)
-            return
         now = time.monotonic_ns()
+        again = len(jobs) > 1 and not isinstance(error, WorkerLostError)
         for job in jobs:
-            self._settle(job, now, error=error)
+            if not again or job.finished:
+                self._settle(job, now, error=error)
+            elif job.left:
+                self._settle(job, now, error=_GONE)
+            elif not self._expired(job, now):
+                self._time(job, now)
+                self._alone.append(job)
 
     def _settle(self, job: Job, now: int, *, outputs: Tensors | None = None, error: Exception | None = None) -> None:
         """Give a job its end, count it, and tell who waits for it."""
@@ -340,10 +343,22 @@ class Scheduler:
         self._settle(job, now, error=late)
         return True
 
+    def _time(self, job: Job, now: int) -> None:
+        """Have the wait of a job end at its deadline, if it has one."""
+        if job.deadline is not None:
+            job.timer = self._loop.call_later((job.deadline - now) * 1e-9, self._expire, job)
+
     def _expire(self, job: Job) -> None:
         job.timer = None
-        if self._queue.remove(job):
+        if self._take_out(job):
             self._expired(job, max(time.monotonic_ns(), job.deadline or 0))
+
+    def _take_out(self, job: Job) -> bool:
+        """Take a job out of those that wait; return whether it was there."""
+        if job in self._alone:
+            self._alone.remove(job)
+            return True
+        return self._queue.remove(job)
 
     def _end_overruns(self) -> None:
         """End the batches that run longer than they may, and look again when the next one could."""
