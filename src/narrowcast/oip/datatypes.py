@@ -35,7 +35,7 @@ class Datatype:
         config: As a model configuration calls it.
         contents: Field of the gRPC message ``InferTensorContents`` that can hold it; empty where only raw bytes can.
         size: Bytes of one element; 0 where elements differ in length.
-        limit: Largest finite value of a type that a JSON number may overflow unnoticed, else None.
+        limit: Smallest magnitude that is rounded to infinity, of a type that a JSON number may overflow unnoticed.
     """
 
     name: str
@@ -47,10 +47,15 @@ class Datatype:
     limit: float | None
 
 
+def _limit(info: Any) -> float:
+    """Return the middle between the largest number of a type and the next one, which it does not have (IEEE 754, 4.3.1)."""
+    return 2.0**info.maxexp - 2.0 ** (info.maxexp - info.nmant - 2)
+
+
 _LIMITS = {
-    "FP16": float(np.finfo(np.float16).max),
-    "BF16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max),
-    "FP32": float(np.finfo(np.float32).max),
+    "FP16": _limit(np.finfo(np.float16)),
+    "BF16": _limit(ml_dtypes.finfo(ml_dtypes.bfloat16)),
+    "FP32": _limit(np.finfo(np.float32)),
 }
 
 
@@ -96,5 +101,9 @@ def encode_binary(datatype: Datatype, array: Array) -> bytes | memoryview:
 
 
 def as_bytes(element: bytes | str) -> bytes:
-    """Return an element of BYTES; texts are UTF-8."""
-    return element.encode() if isinstance(element, str) else bytes(element)
+    """Return an element of BYTES; texts are UTF-8.
+
+    Raises:
+        TypeError: It is neither text nor bytes.
+    """
+    return element.encode() if isinstance(element, str) else memoryview(element).tobytes()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narrowcast.oip.datatypes import DATATYPES, LENGTH, REAL, Datatype, as_bytes, datatype_of, encode_binary
-from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.refusals import Refusal, shown
 
 __all__ = [
     "DATATYPES",
@@ -97,7 +97,7 @@ def decode_json(name: str, datatype: Datatype, shape: Sequence[int], data: objec
     kinds = set(map(type, flat))
     if not kinds <= datatype.json:
         wrong = next(value for value in flat if type(value) not in datatype.json)
-        raise Refusal(400, f"input {name!r}: {_shown(wrong)} is no value of {datatype.name}")
+        raise Refusal(400, f"input {name!r}: {shown(wrong)} is no value of {datatype.name}")
     if datatype.size == 0:
         elements = np.empty(len(flat), object)
         elements[:] = [text.encode() for text in cast(list[str], flat)]
@@ -118,10 +118,10 @@ def _cast(flat: list[Any], datatype: Datatype) -> Array:
         return np.array(flat, datatype.dtype)  # refuses integers that do not fit by itself
     if len(flat) > _FEW or datatype.name == "BF16":  # which ml_dtypes makes of no integer above 63 bits
         wide = np.array(flat, np.float64)
-        if np.abs(wide).max(initial=0) > datatype.limit:
+        if np.abs(wide).max(initial=0) >= datatype.limit:
             raise OverflowError
         return wide.astype(datatype.dtype)
-    if flat and (max(flat) > datatype.limit or min(flat) < -datatype.limit):
+    if flat and (max(flat) >= datatype.limit or min(flat) <= -datatype.limit):
         raise OverflowError
     return np.array(flat, datatype.dtype)
 
@@ -143,11 +143,6 @@ def _flatten(name: str, shape: Sequence[int], data: object) -> list[object]:
                 raise Refusal(400, f"input {name!r}: the data are not nested as deep as shape {list(shape)}")
             nested = cast(list[list[object]], level)
     return level
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def encode_json(name: str, datatype: Datatype, array: Array) -> Array | list[str]:

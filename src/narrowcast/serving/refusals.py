@@ -7,12 +7,23 @@ a client why its request got no result.
 from __future__ import annotations
 
 import logging
+import reprlib
 
 from narrowcast.errors import DataError, NarrowcastError
 
-__all__ = ["MemoryBudgetError", "Refusal", "WorkerLostError", "change_refusal", "model_refusal"]
+__all__ = ["MemoryBudgetError", "Refusal", "WorkerLostError", "change_refusal", "model_refusal", "shown"]
 
 _log = logging.getLogger(__name__)
+#: Characters of a message at most: clients are not sent back all that they sent.
+_LONGEST = 2000
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+
+
+def shown(value: object) -> str:
+    """Return a value that a client sent as a message can show it: however long it is, and however deeply nested."""
+    return _REPR.repr(value)
 
 
 class Refusal(Exception):  # noqa: N818  it is an answer, and no mistake of ours
@@ -26,6 +37,7 @@ class Refusal(Exception):  # noqa: N818  it is an answer, and no mistake of ours
     """
 
     def __init__(self, status: int, message: str, *, retry_after: float | None = None, close: bool = False) -> None:
+        message = message[:_LONGEST].encode(errors="replace").decode()
         super().__init__(message)
         self.status = status
         self.message = message

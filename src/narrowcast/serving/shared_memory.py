@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.refusals import Refusal, shown
 from narrowcast.serving.signature import SharedSlice
 
 __all__ = ["SharedMemory"]
@@ -54,7 +54,7 @@ class SharedMemory:
             raise Refusal(403, "shared memory is off; start the server with it to let clients register regions")
         match = _KEY.fullmatch(key) if isinstance(key, str) else None
         if not name or match is None:
-            raise Refusal(400, f"shared memory key {str(key)[:80]!r} is no plain name")
+            raise Refusal(400, f"shared memory key {shown(key)} is no plain name")
         if type(offset) is not int or type(size) is not int or offset < 0 or size <= 0:
             raise Refusal(400, "a region needs an 'offset' of at least 0 and a 'byte_size' above 0")
         if name in self._regions or len(self._regions) >= _MOST_REGIONS:
@@ -77,12 +77,15 @@ class SharedMemory:
         """Write to a part of a region.
 
         Raises:
-            Refusal: There is no such region, or the part reaches past its end (400).
+            Refusal: There is no such region, the part reaches past its end, or its memory is used up (400).
         """
         region, start = self._at(place)
         if os.fstat(region.descriptor).st_size < region.offset + region.size:
             raise Refusal(400, f"the object behind region {place.region!r} has become smaller")
-        os.pwrite(region.descriptor, data, start)
+        try:
+            os.pwrite(region.descriptor, data, start)
+        except OSError as error:
+            raise Refusal(400, f"region {place.region!r} cannot be written: {error.strerror}") from None
 
     def _at(self, place: SharedSlice) -> tuple[_Region, int]:
         region = self._regions.get(place.region)

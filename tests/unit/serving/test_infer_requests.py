@@ -362,3 +362,66 @@ def test_any_change_to_a_good_request_is_read_or_refused(
     for place, value in changes:
         body[place % len(body)] = value
     check_anything(bytes(body), max(1, len(head) + off))
+
+
+@pytest.mark.parametrize("count", [1, 100])
+@pytest.mark.parametrize(
+    ("datatype", "value"),
+    [("FP32", 3.4028235e38), ("FP32", -3.4028235677973362e38), ("FP16", 65519.99), ("BF16", 3.3895314e38)],
+)
+def test_the_largest_numbers_as_they_are_commonly_written(datatype: str, value: float, count: int) -> None:
+    """Shortest decimal fractions may lie above the number that they stand for."""
+    read_back = decode_json("x", DATATYPES[datatype], (count,), [value] * count)
+    assert np.isfinite(read_back).all()
+    largest = np.array(np.inf, DATATYPES[datatype].dtype).view(f"u{read_back.dtype.itemsize}") - 1
+    assert (np.abs(read_back).view(f"u{read_back.dtype.itemsize}") == largest).all()
+
+
+@pytest.mark.parametrize("count", [1, 100])
+@pytest.mark.parametrize(
+    ("datatype", "value"), [("FP32", 2.0**128 - 2.0**103), ("FP16", 65520), ("BF16", -(2.0**128 - 2.0**119))]
+)
+def test_the_smallest_numbers_that_are_rounded_to_infinity(datatype: str, value: float, count: int) -> None:
+    with pytest.raises(Refusal, match="out of the range"):
+        decode_json("x", DATATYPES[datatype], (count,), [value] * count)
+
+
+#: Stands for arrays as deep as JSON may be, which is deeper than Python shows.
+DEEP = "a deep array"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        described(data=[1, DEEP]),
+        described(datatype=DEEP),
+        described(parameters={"binary_data_size": DEEP}, data=None),
+        described() | {"parameters": {"priority": DEEP}},
+        described() | {"parameters": {"timeout": DEEP}},
+        described() | {"outputs": [{"name": DEEP}]},
+        described(datatype="F" * 10**6),
+        described(name="x" * 10**6),
+    ],
+    ids=["data", "datatype", "size", "priority", "timeout", "output", "long datatype", "long name"],
+)
+def test_what_is_wrong_is_shown_in_short(document: dict[str, Any]) -> None:
+    text = json.dumps(document).replace(f'"{DEEP}"', "[" * 1000 + "]" * 1000)
+    with pytest.raises(Refusal) as caught:
+        read(text.encode())
+    assert caught.value.status == 400
+    assert len(caught.value.message) <= 2000
+
+
+def test_shared_memory_of_a_request_is_bounded() -> None:
+    """A region may say that it is large without taking any memory: what is read of it is bounded before it is read."""
+    huge = 1 << 40
+    item = {"name": "x", "datatype": "FP32", "shape": [huge // 16, 4]}
+    item["parameters"] = {"shared_memory_region": "r", "shared_memory_byte_size": huge}
+    with pytest.raises(Refusal, match="shared memory; allowed") as caught:
+        read({"inputs": [item]})
+    assert caught.value.status == 413
+
+
+def test_elements_that_are_neither_text_nor_bytes_are_no_zeros() -> None:
+    with pytest.raises(TypeError):
+        encode_binary(DATATYPES["BYTES"], np.array([3], object))

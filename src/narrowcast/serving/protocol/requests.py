@@ -11,7 +11,7 @@ import orjson
 
 from narrowcast.serving.datatypes import Datatype, decode_binary, decode_json
 from narrowcast.serving.limits import Limits
-from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.refusals import Refusal, shown
 from narrowcast.serving.signature import RequestedOutput, SharedSlice, Signature, Tensors
 
 __all__ = [
@@ -161,7 +161,7 @@ class _Tail:
             self._part, self._at = self._part + 1, 0
         left = len(self._parts[self._part]) - self._at if self._parts else 0
         if type(size) is not int or not 0 <= size <= left:
-            raise Refusal(400, f"input {name!r}: 'binary_data_size' is {size!r}, but {left} bytes are left")
+            raise Refusal(400, f"input {name!r}: 'binary_data_size' is {shown(size)}, but {left} bytes are left")
         self._at += size
         return self._parts[self._part][self._at - size : self._at] if self._parts else memoryview(b"")
 
@@ -180,6 +180,7 @@ def _read_inputs(
     specs = signature.input_by_name
     tail = _Tail(data) if data else _NO_TAIL
     inputs: Tensors = {}
+    left = limits.decompressed_bytes
     for item in _objects(document, "inputs", limits):
         name = item.get("name")
         if not isinstance(name, str):
@@ -191,10 +192,11 @@ def _read_inputs(
             raise Refusal(400, f"input {name!r} is given twice")
         datatype = spec.datatype
         if item.get("datatype") != datatype.name:
-            raise Refusal(400, f"input {name!r} has datatype {item.get('datatype')!r}; allowed: {datatype.name}")
+            raise Refusal(400, f"input {name!r} has datatype {shown(item.get('datatype'))}; allowed: {datatype.name}")
         shape = _read_shape(name, item.get("shape"), limits)
         if "parameters" in item:
-            inputs[name] = _read_elsewhere(name, datatype, shape, item, tail, shared)
+            inputs[name] = _read_elsewhere(name, datatype, shape, item, tail, shared, left)
+            left -= inputs[name].nbytes
         else:
             inputs[name] = decode_json(name, datatype, shape, item.get("data"))
     if data and tail.left:
@@ -203,9 +205,12 @@ def _read_inputs(
 
 
 def _read_elsewhere(
-    name: str, datatype: Datatype, shape: Sequence[int], item: Object, tail: _Tail, shared: SharedRegions
+    name: str, datatype: Datatype, shape: Sequence[int], item: Object, tail: _Tail, shared: SharedRegions, most: int
 ) -> Any:
-    """Return an input whose parameters may say that its values are behind the JSON, or in shared memory."""
+    """Return an input whose parameters may say that its values are behind the JSON, or in shared memory.
+
+    What is read of shared memory is bounded like a body: a region takes no memory before somebody writes to it.
+    """
     parameters = _object(item, "parameters", f"input {name!r}")
     size = parameters.get("binary_data_size")
     place = _shared_slice("input", name, parameters)
@@ -213,6 +218,10 @@ def _read_elsewhere(
         return decode_json(name, datatype, shape, item.get("data"))
     if "data" in item or (size is not None and place is not None):
         raise Refusal(400, f"input {name!r} has more than one of 'data', 'binary_data_size' and a shared memory region")
+    if place is not None and place.size > most:
+        raise Refusal(
+            413, f"input {name!r} takes {place.size} bytes of shared memory; allowed of a request: {most} more"
+        )
     data = tail.take(name, size) if place is None else memoryview(shared.read(place))
     return decode_binary(name, datatype, shape, data)
 
@@ -264,7 +273,7 @@ def _read_named_outputs(
     for item in _objects(document, "outputs", limits):
         name = item.get("name")
         if not isinstance(name, str) or name not in specs:
-            raise Refusal(400, f"the model has no output {name!r}; allowed: {', '.join(map(repr, specs))}")
+            raise Refusal(400, f"the model has no output {shown(name)}; allowed: {', '.join(map(repr, specs))}")
         if name in outputs:
             raise Refusal(400, f"output {name!r} is asked for twice")
         owner = f"output {name!r}"
@@ -290,12 +299,14 @@ def _apply(parameters: Object, request: InferRequest) -> None:
             raise Refusal(501, f"{key!r}: this server keeps no sequences")
     priority = parameters.get("priority", 0)
     if type(priority) is not int or not 0 <= priority <= _MAX_PRIORITY:
-        raise Refusal(400, f"'priority' is {priority!r}; allowed: 0 (the default) to {_MAX_PRIORITY}, 1 goes first")
+        raise Refusal(
+            400, f"'priority' is {shown(priority)}; allowed: 0 (the default) to {_MAX_PRIORITY}, 1 goes first"
+        )
     request.priority = priority
     timeout = parameters.get("timeout")
     if timeout is not None:
         if type(timeout) is not int or timeout < 0:
-            raise Refusal(400, f"'timeout' is {timeout!r}; allowed: microseconds")
+            raise Refusal(400, f"'timeout' is {shown(timeout)}; allowed: microseconds")
         request.timeout = timeout * 1e-6 if timeout else None
 
 
