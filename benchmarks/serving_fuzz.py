@@ -3,7 +3,8 @@
     python benchmarks/serving_fuzz.py document [--minutes 10]
     python benchmarks/serving_fuzz.py parser [--minutes 10] [--corpus FOLDER]
 
-``document`` starts a server and lets schemathesis ask it for everything that its OpenAPI document allows and forbids.
+``document`` starts a server and lets schemathesis ask it for everything that its OpenAPI document allows and forbids, and
+writes what came of it to benchmarks/results/serving-fuzz.json.
 ``parser`` lets atheris, a fuzzer that is guided by coverage, change the bytes of requests with binary data, and reads them as
 the server does. Atheris is no dependency: ``pip install atheris``.
 
@@ -23,9 +24,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from narrowcast.measure.environment import environment
+
 HERE = Path(__file__).parent
+RESULT = HERE / "results" / "serving-fuzz.json"
 #: Names that are asked for; the document says only that they are texts.
 NAMES = {"name": ["noop", "large", "none"], "version": ["1", "2", "x"]}
+#: The same for the fields of requests, by schema: others would hardly ever be those of a tensor.
+FIELDS = {
+    "Input": {"name": ["x", "none"], "datatype": ["FP32", "BF16", "BYTES"]},
+    "WantedOutput": {"name": ["y", "none"]},
+}
 #: What fits the document may still have a shape or type that the model does not take, and is refused then.
 EXCLUDED_CHECKS = "positive_data_acceptance"
 
@@ -45,6 +54,9 @@ def fuzz_document(minutes: float) -> int:
         for item in document["paths"].values():
             for parameter in item.get("parameters", ()):
                 parameter["schema"] |= {"enum": NAMES[parameter["name"]]} if parameter["name"] in NAMES else {}
+        for schema, fields in FIELDS.items():
+            for field, values in fields.items():
+                document["components"]["schemas"][schema]["properties"][field] = {"enum": values}
         place = Path(folder) / "openapi.json"
         place.write_text(json.dumps(document))
         command = [Path(sys.executable).parent / "schemathesis", "run", place, "--url", url]
@@ -55,8 +67,37 @@ def fuzz_document(minutes: float) -> int:
             "--max-time",
             str(round(minutes * 60)),
             "--continue-on-failure",
+            *("--report", "json", "--report-json-path", "report.json"),
         ]
-        return subprocess.run(command, check=False, cwd=folder).returncode
+        code = subprocess.run(command, check=False, cwd=folder).returncode
+        with urllib.request.urlopen(f"{url}/v2/health/live") as answer:
+            assert answer.status == 200
+        write_result(json.loads((Path(folder) / "report.json").read_text()))
+    return code
+
+
+def write_result(report: dict[str, Any]) -> None:
+    """Keep what a run of schemathesis says of itself, and on what it ran."""
+    kept = (
+        "started_at",
+        "running_time",
+        "stop_reason",
+        "seed",
+        "operations",
+        "phases",
+        "test_cases",
+        "failures",
+        "errors",
+    )
+    outcomes = [phase for phases in report["valid_rates"].values() for phase in phases.values()]
+    result = {
+        "schemathesis": report["schemathesis_version"],
+        "excluded_checks": EXCLUDED_CHECKS,
+        **{name: report[name] for name in kept},
+        "answers": {name: sum(phase[name] for phase in outcomes) for name in ("accepted", "rejected", "unreachable")},
+        "environment": environment().model_dump(mode="json"),
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def fuzz_parser(minutes: float, corpus: Path) -> None:
