@@ -94,13 +94,13 @@ class Ranks:
             )
             return cls(rank, world, place, init_device_mesh(kind, (world,)), timeout_s)
 
-    def all_finite(self, flag: Tensor) -> Tensor:
-        """Return whether a flag (0-d, bool, on the device) is true on every rank, without a host synchronisation."""
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Return the greatest of all ranks' numbers, element by element, without a host synchronisation."""
         if self.world == 1:
-            return flag
-        agreed = flag.to(torch.int32)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        return agreed.bool()
+            return tensor
+        greatest = tensor.detach().clone()
+        dist.all_reduce(greatest, dist.ReduceOp.MAX)
+        return greatest
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks, without a host synchronisation."""

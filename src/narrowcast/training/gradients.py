@@ -6,8 +6,7 @@ nothing: the norm is taken of the scaled gradients, and unscaling, normalisation
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from narrowcast.training import multi_tensor
 
-__all__ = ["Broken", "Census", "CountingUpdate", "Counts", "FusedUpdate", "Gradients", "Norms", "Ranks"]
+__all__ = ["Broken", "CountingUpdate", "FusedUpdate", "Gradients", "Ranks"]
 
 
 class Ranks(Protocol):
@@ -31,8 +30,8 @@ class Ranks(Protocol):
         """How many there are."""
         ...
 
-    def all_finite(self, flag: Tensor) -> Tensor:
-        """Return whether a flag (0-d, bool, on the device) is true on every rank, without a host synchronisation."""
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Return the greatest of all ranks' numbers, element by element, without a host synchronisation."""
         ...
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -83,58 +82,6 @@ class Broken(NamedTuple):
         return "nan" if self.nan else "inf"
 
 
-class Census(Protocol):
-    """What tells where numbers broke when the gradients are gone."""
-
-    @property
-    def row(self) -> Tensor:
-        """Numbers on the device that it has to be given back on the host: FP32, 1-d, perhaps none."""
-        ...
-
-    def broken(self, row: Tensor) -> tuple[Broken, ...]:
-        """Return the parameters whose gradients are not finite, in the order of the backward pass; may wait for the device.
-
-        Args:
-            row: The numbers, wherever they are.
-        """
-        ...
-
-
-class Norms(NamedTuple):
-    """The census by norms.
-
-    Args:
-        names: Of the parameters, in the order of the forward pass.
-        row: Norms of their gradients, FP32, [names].
-    """
-
-    names: tuple[str, ...]
-    row: Tensor
-
-    def broken(self, row: Tensor) -> tuple[Broken, ...]:
-        sizes = zip(self.names, row.tolist(), strict=True)
-        found = [Broken(name, int(math.isinf(size)), int(math.isnan(size))) for name, size in sizes]
-        return tuple(one for one in reversed(found) if one.inf or one.nan)
-
-
-class Counts(NamedTuple):
-    """The census by an optimizer that counts.
-
-    Args:
-        names: Of the parameters by their ids, in the order of the forward pass.
-        optimizer: It; its next update has not come yet when it is asked.
-        row: Nothing.
-    """
-
-    names: Mapping[int, str]
-    optimizer: CountingUpdate
-    row: Tensor
-
-    def broken(self, row: Tensor) -> tuple[Broken, ...]:
-        counted = {id(one): (inf, nan) for one, inf, nan in self.optimizer.broken()}
-        return tuple(Broken(self.names[key], *counted[key]) for key in reversed(list(self.names)) if key in counted)
-
-
 class Gradients:
     """The gradients that parameters hold now.
 
@@ -144,6 +91,7 @@ class Gradients:
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], device: torch.device) -> None:
+        self._names = tuple(parameters)
         self._named = {name: one for name, one in parameters.items() if one.grad is not None}
         self._device = device
         self._values = [_stored(one) for one in self._named.values()]
@@ -160,22 +108,36 @@ class Gradients:
         """
         if not self._values:
             return torch.zeros((), device=self._device)
+        self._each = self._norms(self._values)
         sharded = self._sharded() if ranks is not None and ranks.world > 1 else set[int]()
         if ranks is None or not sharded:
-            self._each = self._norms(self._values)
             return torch.linalg.vector_norm(self._each)
-        whole = [one for one in self._values if id(one) not in sharded]
-        squares = ranks.sum(self._norms([one for one in self._values if id(one) in sharded]).square().sum())
-        return (squares + self._norms(whole).square().sum()).sqrt() if whole else squares.sqrt()
+        if len(sharded) == len(self._values):
+            return ranks.sum(self._each.square().sum()).sqrt()
+        each = list(zip(self._values, self._each.square().unbind(), strict=True))
+        squares = ranks.sum(torch.stack([square for one, square in each if id(one) in sharded]).sum())
+        return (squares + torch.stack([square for one, square in each if id(one) not in sharded]).sum()).sqrt()
 
-    def norms(self) -> Norms:
-        """Return the norms that :meth:`norm` took; no gradient is kept by it."""
-        return Norms(tuple(self._named), self._each if self._each is not None else torch.empty(0, device=self._device))
+    def norms(self) -> Tensor:
+        """Return the norms that :meth:`norm` took, of all parameters, 0 where there is no gradient: FP32, [parameters]."""
+        each = self._each if self._each is not None else torch.empty(0, device=self._device)
+        if len(self._named) == len(self._names):
+            return each
+        found, nothing = dict(zip(self._named, each.unbind(), strict=True)), torch.zeros((), device=self._device)
+        return torch.stack([found.get(name, nothing) for name in self._names])
 
-    def counts(self, optimizer: CountingUpdate) -> Counts:
-        """Return what an optimizer will say of its update; no gradient is kept by it."""
+    def counted(self, optimizer: CountingUpdate) -> Callable[[], tuple[Broken, ...]]:
+        """Return what asks an optimizer which gradients were not finite in its last update, in the order of the backward pass.
+
+        No gradient is kept by it.
+        """
         names = {id(one): name for name, one in self._named.items()}
-        return Counts(names, optimizer, torch.empty(0, device=self._device))
+
+        def count() -> tuple[Broken, ...]:
+            found = {id(one): (inf, nan) for one, inf, nan in optimizer.broken()}
+            return tuple(Broken(names[key], *found[key]) for key in reversed(list(names)) if key in found)
+
+        return count
 
     @torch.no_grad()
     def multiply(self, factor: Tensor | float) -> None:

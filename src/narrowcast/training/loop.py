@@ -235,6 +235,7 @@ class Loop:
     def _save(self) -> None:
         """Write a checkpoint, and before it the doctor's record up to it."""
         keep = self._config.checkpoint.keep
+        self._trainer.finish()  # has the doctor told of the last update
         if self._watch is not None:
             self._watch.save(self._trainer.steps, keep=keep)
         checkpoints.save(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["add_", "copy_", "multiply_", "norms", "subtract_"]
+__all__ = ["add_", "copy_", "multiplied", "multiply_", "norms", "subtract_"]
 
 
 def norms(tensors: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor, ...]:
@@ -23,6 +23,11 @@ def norms(tensors: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor, ...]:
 def multiply_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
     """Multiply each tensor by one number, in place."""
     torch._foreach_mul_(list(tensors), factor)
+
+
+def multiplied(tensors: Sequence[Tensor], factor: Tensor | float) -> list[Tensor]:
+    """Return each tensor multiplied by one number, in its dtype."""
+    return list(torch._foreach_mul(list(tensors), factor))
 
 
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

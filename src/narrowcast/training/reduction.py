@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,31 +13,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from narrowcast.errors import TrainingError
 from narrowcast.training import multi_tensor
+from narrowcast.training.census import Census
 from narrowcast.training.checks import replicas_in, unwrapped
-from narrowcast.training.gradients import Broken, Ranks
+from narrowcast.training.gradients import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import GradBucket
 
-__all__ = ["Origin", "Reduction"]
+__all__ = ["Reduction"]
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = 1 << 24  # elements that are summed over ranks at once
-
-
-class Origin(NamedTuple):
-    """Where numbers of an update broke first.
-
-    Args:
-        rank: The first rank whose own gradient of the first of the layers, or whose own loss, was not finite; None if only
-            the ranks' sum is known.
-        layers: Parameters whose gradients are not finite, in the order of the backward pass.
-        kind: What the first of them holds.
-    """
-
-    rank: int | None
-    layers: tuple[str, ...]
-    kind: Literal["inf", "nan"]
 
 
 class Reduction:
@@ -77,12 +63,12 @@ class Reduction:
         self._parameters = parameters
         self._names = {id(one): name for name, one in parameters.items()}
         self._afterwards = afterwards
-        self._heard: list[tuple[list[str], Tensor]] = []  # parameters, and the norm of their gradients on this rank
+        self._heard: dict[str, Tensor] = {}  # norms by parameter, of the gradients on this rank; 0-d
         if self._ranks is not None and guards:
             if self._replicas is None:
                 from narrowcast.training.sharding import listen
 
-                listen(unwrapped(model), lambda names, row: self._heard.append((names, torch.linalg.vector_norm(row))))
+                listen(unwrapped(model), lambda names, row: self._hear(names, torch.linalg.vector_norm(row)))
             elif not afterwards:
                 self._listen(self._replicas)
 
@@ -90,9 +76,8 @@ class Reduction:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         def heard(bucket: GradBucket) -> None:
-            norms = multi_tensor.norms(bucket.gradients())
-            names = [self._names.get(id(one), "") for one in bucket.parameters()]
-            self._heard.extend(([name], norm) for name, norm in zip(names, norms, strict=True))
+            for one, norm in zip(bucket.parameters(), multi_tensor.norms(bucket.gradients()), strict=True):
+                self._hear([self._names.get(id(one), "")], norm)
 
         try:  # a lambda, as annotations that are strings are refused
             replicas.register_comm_hook(
@@ -101,9 +86,14 @@ class Reduction:
         except RuntimeError:  # there is one already
             _log.info("the replicas have a communication hook of their own: the ledger will name no ranks")
 
+    def _hear(self, names: list[str], norm: Tensor) -> None:
+        """Note the norm of some parameters' gradients; a window of sharded modules hears of each several times."""
+        before = self._heard.get(names[0])
+        self._heard |= dict.fromkeys(names, norm if before is None else before + norm)
+
     def open(self) -> None:
         """Forget what was heard in the window before."""
-        self._heard = []
+        self._heard = {}
 
     def backward(self, *, last: bool) -> AbstractContextManager[None]:
         """Return the context of a backward pass; gradients of replicas come together in the last one of a window."""
@@ -125,43 +115,20 @@ class Reduction:
             if one.grad is None:  # it may have one on another rank
                 one.grad = torch.zeros_like(one, dtype=one.grad_dtype)
             held.append(one.grad)
-        self._heard += [([name], norm) for name, norm in zip(self._parameters, multi_tensor.norms(held), strict=True)]
+        self._heard = dict(zip(self._parameters, multi_tensor.norms(held), strict=True))
         for part in _parts(held):
             flat = torch.cat([one.reshape(-1) for one in part])
             means = (self._ranks.sum(flat) / self._ranks.world).split([one.numel() for one in part])
             multi_tensor.copy_(part, [mean.view_as(one) for mean, one in zip(means, part, strict=True)])
 
-    def origin(self, broken: tuple[Broken, ...], loss: Tensor) -> Origin:
-        """Return where numbers broke first. All ranks must ask, and all get the same answer.
+    def census(self, loss: Tensor, *, located: bool) -> Census:
+        """Return what takes the census of an update, once gradients have come together.
 
         Args:
-            broken: What is broken on this rank after gradients came together, in the order of the backward pass.
-            loss: This rank's own loss.
+            loss: This rank's own loss, 0-d.
+            located: Whether somebody will want to know where numbers broke.
         """
-        if self._ranks is not None:
-            broken = self._on_all(broken, self._ranks, loss.device)
-        kind = broken[0].kind if broken else "nan" if loss.isnan() else "inf"
-        layers = tuple(one.name for one in broken)
-        if self._ranks is None:
-            return Origin(0, layers, kind)
-        heard = any(layers[0] in names and not norm.isfinite() for names, norm in self._heard) if layers else False
-        said = torch.zeros(2, self._ranks.world, device=loss.device)
-        said[:, self._ranks.rank] = torch.tensor([heard, not loss.isfinite()])
-        by_gradient, by_loss = self._ranks.sum(said).tolist()
-        ranks = [rank for found in (by_gradient, by_loss) for rank, one in enumerate(found) if one]
-        return Origin(ranks[0] if ranks else None, layers, kind)
-
-    def _on_all(self, broken: tuple[Broken, ...], ranks: Ranks, device: torch.device) -> tuple[Broken, ...]:
-        """Return what is broken on any rank: each has seen its own parts of sharded gradients."""
-        found = {one.name: (max(one.inf, int(not one.nan)), one.nan) for one in broken}
-        counts = torch.tensor([found.get(name, (0, 0)) for name in self._parameters], dtype=torch.float64)
-        summed = ranks.sum(counts.to(device)).tolist()
-        named = [
-            Broken(name, int(inf), int(nan))
-            for name, (inf, nan) in zip(self._parameters, summed, strict=True)
-            if inf or nan
-        ]
-        return tuple(reversed(named))
+        return Census(tuple(self._parameters), loss, self._ranks, self._heard, located)
 
 
 def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:

@@ -55,12 +55,19 @@ class WideUpdate:
         device = self._narrow[0].device if self._narrow else torch.device("cpu")
         self._generator = torch.Generator(device)
         self._seed = seed
-        self._rounds = 0  # so far; they and the seed decide the next one's bits, however many other ranks draw
         self._lost = [torch.zeros_like(one) for one in self._narrow] if method == "kahan" else []
+        self._begun = False
+        self._left_out: Tensor | None = None
 
     @contextmanager
-    def widened(self) -> Generator[None]:
-        """Hold FP32 weights in the parameters; round what has become of them at the end, unless an exception ends it."""
+    def widened(self, step: int) -> Generator[None]:
+        """Hold FP32 weights in the parameters, and round what has become of them at the end, if :meth:`begin` was called.
+
+        An exception leaves the weights as they were.
+
+        Args:
+            step: Updates made so far; it and the seed decide the random bits, however many other ranks draw.
+        """
         if not self._narrow:
             yield
             return
@@ -70,11 +77,26 @@ class WideUpdate:
             part.view_as(one) for part, one in zip(flat.split([one.numel() for one in stored]), stored, strict=True)
         ]
         multi_tensor.copy_(wide, stored)
-        if self._lost:
-            multi_tensor.add_(wide, [_local(one) for one in self._lost])
+        self._begun = False
         with self._holding(wide):
             yield
-            self._round(stored, wide, flat)
+            if self._begun:
+                self._round(stored, wide, flat, step)
+
+    @torch.no_grad()
+    def begin(self, left_out: Tensor | None) -> None:
+        """Make the wide weights ready to move: add what rounding cut off before.
+
+        Args:
+            left_out: 1 if the update will leave them as they are after all, else 0 (0-d): then nothing is added and nothing
+                is cut off anew, so that not a bit of either changes. None if it is known that they move.
+        """
+        self._begun, self._left_out = True, left_out
+        if self._lost:
+            lost = [_local(one) for one in self._lost]
+            if left_out is not None:
+                lost = multi_tensor.multiplied(lost, 1 - left_out)
+            multi_tensor.add_([_local(one) for one in self._narrow], lost)
 
     @contextmanager
     def held(self) -> Generator[None]:
@@ -95,23 +117,22 @@ class WideUpdate:
                 _hold(one, values)
 
     @torch.no_grad()
-    def _round(self, stored: list[Tensor], wide: list[Tensor], flat: Tensor) -> None:
-        if self._method == "stochastic":
-            round_stochastically_(flat, self._generator.manual_seed(_mixed(self._seed, self._rounds)))
-        self._rounds += 1
+    def _round(self, stored: list[Tensor], wide: list[Tensor], flat: Tensor, step: int) -> None:
+        if self._method == "stochastic":  # what BF16 holds stays as it is
+            round_stochastically_(flat, self._generator.manual_seed(_mixed(self._seed, step)))
         multi_tensor.copy_(stored, wide)
         if self._lost:
+            lost = [_local(one) for one in self._lost]
             multi_tensor.subtract_(wide, stored)
-            multi_tensor.copy_([_local(one) for one in self._lost], wide)
+            if self._left_out is None:
+                multi_tensor.copy_(lost, wide)
+            else:
+                multi_tensor.multiply_(lost, self._left_out)
+                multi_tensor.add_(lost, wide)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next rounding depends on: how many there were, and what rounding cut off."""
-        return {
-            "method": self._method,
-            "device": self._generator.device.type,
-            "rounds": self._rounds,
-            "lost": list(self._lost),
-        }
+        """Return what the next rounding depends on, beside the updates made so far: what rounding cut off."""
+        return {"method": self._method, "device": self._generator.device.type, "lost": list(self._lost)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned; on another kind of device with other random bits.
@@ -124,7 +145,6 @@ class WideUpdate:
                 f"the state was saved with update {state['method']!r} of BF16 weights, and this trainer has {self._method!r}",
                 next_step=f"build the precision with update={state['method']!r}",
             )
-        self._rounds = state["rounds"]
         if state["device"] != self._generator.device.type:
             _log.warning("stochastic rounding goes on with other random bits: saved on %s", state["device"])
         for one, saved in zip(self._lost, state["lost"], strict=True):
@@ -156,9 +176,9 @@ def _hold(parameter: nn.Parameter, values: Tensor) -> None:
         parameter._spec = values._spec  # pyright: ignore[reportPrivateUsage]
 
 
-def _mixed(seed: int, rounds: int) -> int:
-    """Return the seed of a round: 32 bits, as many as the CPU's generator takes (the finaliser of SplitMix64)."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + rounds + 1) * 0xBF58476D1CE4E5B9 & _WORD
+def _mixed(seed: int, step: int) -> int:
+    """Return the seed of an update: 32 bits, as many as the CPU's generator takes (the finaliser of SplitMix64)."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1) * 0xBF58476D1CE4E5B9 & _WORD
     mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _WORD
     return mixed >> 32
 

@@ -3,6 +3,8 @@
 Where the device itself leaves an update out, the host need not wait to learn whether it did: everything that it would do
 with the answer (count, schedule, scale, ledger) can wait until the next backward pass needs the loss scale. By then the
 next forward pass is queued, so the device is busy while the host asks.
+
+What the host gets is the same on all ranks and whole: each rank may ask when it likes, and none needs the others for it.
 """
 
 from __future__ import annotations
@@ -13,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from narrowcast.errors import TrainingError
-from narrowcast.training.gradients import Census
+from narrowcast.errors import TrainingError, UserError
+from narrowcast.training.census import Finding, Origin
 from narrowcast.training.ledger import Ledger, Skip
 from narrowcast.training.loss_scale import Scale
-from narrowcast.training.reduction import Origin, Reduction
 from narrowcast.training.window import Decision, Fate
 
 __all__ = ["Books", "Courier", "Settling"]
@@ -90,55 +91,60 @@ class Settling:
 
     Args:
         books: What the decision will be entered in.
-        reduction: Knows where numbers broke.
         device: Where decisions are made.
-        parameters: How many there are.
     """
 
-    def __init__(self, books: Books, reduction: Reduction, device: torch.device, parameters: int) -> None:
+    def __init__(self, books: Books, device: torch.device) -> None:
         self._books = books
-        self._reduction = reduction
-        self._courier = Courier(device, parameters + 2)
-        self._pending: tuple[Decision, Census] | None = None
+        self._courier = Courier(device)
+        self._pending: tuple[Decision, Finding] | None = None
+        self._error: UserError | None = None
 
     @property
     def under_way(self) -> int:
         """How many decisions the host does not know: 0 or 1."""
         return self._pending is not None
 
-    def later(self, census: Census, loss: Tensor, finite: Tensor) -> Decision:
-        """Return a decision that is on its way to the host; the one before must be settled.
+    @property
+    def decision(self) -> Decision:
+        """The decision that is under way."""
+        assert self._pending is not None
+        return self._pending[0]
 
-        Args:
-            census: What tells where numbers broke.
-            loss: This rank's own loss, 0-d.
-            finite: Whether the update was made, 0-d, bool.
-        """
+    def later(self, finding: Finding) -> None:
+        """Send on its way to the host what a decision follows from; the one before must be settled."""
         assert self._pending is None
-        self._courier.send(torch.cat([census.row, torch.stack([loss.float(), finite.float()])]))
-        decision = Decision(ask=self.settled)
-        self._pending = decision, census
-        return decision
+        self._courier.send(finding.row)
+        self._pending = Decision(ask=self.settled), finding
 
     def settled(self) -> Books:
-        """Return the books with every decision in them; waits for the device if one is on its way.
+        """Return the books with every decision in them; waits for the device if one is on its way."""
+        if self._pending is None:
+            return self._books
+        decision, finding = self._pending
+        row = self._courier.receive()
+        self._pending = None
+        made = not row[-1]
+        decision.settle(Fate.of(self._books.steps, updated=made))
+        try:
+            if made:
+                self._books.count()
+            else:
+                self._books.leave_out(finding.read(row))
+        except UserError as error:
+            self._error = error
+        return self._books
+
+    def check(self) -> None:
+        """Raise what a decision led to; all ranks check at the same places, whichever of them asked before.
 
         Raises:
             OutputError: The ledger's file cannot be written.
             TrainingError: An update was left out, and the scale has no answer left.
         """
-        if self._pending is None:
-            return self._books
-        decision, census = self._pending
-        row = self._courier.receive()
-        rest, loss, finite = row[:-2], row[-2], bool(row[-1])
-        self._pending = None
-        decision.settle(Fate.of(self._books.steps, updated=finite))
-        if finite:
-            self._books.count()
-        else:
-            self._books.leave_out(self._reduction.origin(census.broken(rest), loss))
-        return self._books
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 class Courier:
@@ -146,17 +152,18 @@ class Courier:
 
     Args:
         device: Where rows come from.
-        longest: How many numbers a row has at most.
     """
 
-    def __init__(self, device: torch.device, longest: int) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._host = torch.empty(longest, pin_memory=device.type == "cuda")
-        self._row = self._host[:0]
+        self._host = torch.empty(0)
+        self._row = self._host
         self._arrival: torch.cuda.Event | None = None
 
     def send(self, row: Tensor) -> None:
         """Start to copy a row (1-d, FP32) to the host; the row before it is lost."""
+        if len(row) > len(self._host):
+            self._host = torch.empty(len(row), pin_memory=self._device.type == "cuda")
         self._row = self._host[: len(row)]
         self._row.copy_(row, non_blocking=True)
         if self._device.type == "cuda":

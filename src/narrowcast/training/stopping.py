@@ -27,7 +27,7 @@ class Stopping:
         self._asked = False
         self._agreed = False
         self._alone = ranks is None or ranks.world == 1
-        self._courier = Courier(device, 1)
+        self._courier = Courier(device)
         self._late = device.type == "cuda"
         self._under_way = False
 

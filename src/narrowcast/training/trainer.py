@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from narrowcast.errors import TrainingError
+from narrowcast.training.census import Finding
 from narrowcast.training.checks import (
     check_rounding,
     check_settings,
@@ -35,34 +36,11 @@ from narrowcast.training.rounding import WideUpdate, accumulate_in_fp32
 from narrowcast.training.settling import Books, Settling
 from narrowcast.training.stopping import Stopping
 from narrowcast.training.updates import update_for
+from narrowcast.training.watching import BrokenStep, Watch
 from narrowcast.training.weighing import Unit
 from narrowcast.training.window import Batch, Decision, Fate, Loss, StepInfo, Window, as_batch, as_loss, samples_in
 
 __all__ = ["Loss", "StepInfo", "Trainer", "Watch"]
-
-
-class Watch(Protocol):
-    """What looks at the numbers of a run."""
-
-    def before_forward(self, trainer_step: int, batch: Batch) -> None:
-        """Called before each micro-batch, with the updates done so far."""
-        ...
-
-    def after_backward(self, model: nn.Module, scale: float) -> None:
-        """Called after each backward pass: gradients are those of the window so far, times ``scale``."""
-        ...
-
-    def before_update(self, model: nn.Module) -> None:
-        """Called before the weights move; gradients are unscaled and clipped unless the optimizer does that itself."""
-        ...
-
-    def after_update(self, model: nn.Module, info: StepInfo) -> None:
-        """Called when the weights have moved."""
-        ...
-
-    def on_nonfinite(self, trainer: Trainer, batch: Batch, step: int) -> None:
-        """Called when a loss or a gradient of an update was not finite, with the first micro-batch that shows it."""
-        ...
 
 
 class Trainer:
@@ -73,10 +51,11 @@ class Trainer:
     ``steps`` move, and the skip is in the step's info, in the log and in ``ledger``.
 
     Without loss scaling no step waits for the device. With it an update waits once, for the decision; but with fused
-    optimizers, PyTorch's and :class:`~narrowcast.training.fused.FusedAdamW` (in one process, without a watch), the device
-    leaves updates out itself, and the host learns of it just before the next backward pass, when a forward pass is queued.
-    Only then do the schedule and the log move, and are errors raised. What is read of the trainer or of a step's info is
-    right at any time, and is waited for; ``steps_at_most`` and ``StepInfo.closed`` alone are not.
+    optimizers, PyTorch's and :class:`~narrowcast.training.fused.FusedAdamW`, the device leaves updates out itself. The host
+    learns of it just before the next backward pass, when a forward pass is queued (with a watch, before that forward pass,
+    when the update is). Only then do the schedule and the log move. What is read of the trainer or of a step's info is right
+    at any time, on each rank by itself, and is waited for; ``steps_at_most`` and ``StepInfo.closed`` alone are not. That
+    training cannot go on is raised by the next step, ``flush``, ``discard``, ``finish`` or ``state_dict``, on all ranks.
 
     Args:
         model: Any module, compiled or not; it is cast or converted in place where the precision asks for it.
@@ -148,8 +127,9 @@ class Trainer:
         looks_out = self.device.type == "cuda" and not self._guards
         self._lookout = Lookout(self.device, together=several) if looks_out else None
         self._books = Books(self.precision.scale, schedule, ranked=ranks is not None)  # without a decision under way
-        self._settling = Settling(self._books, self._reduction, self.device, len(self._parameters))
-        self._settles_late = self._guards and self.device.type == "cuda" and (ranks is None or ranks.world == 1)
+        self._settling = Settling(self._books, self.device)
+        self._settles_late = self._guards and self.device.type == "cuda"
+        self._untold: StepInfo | None = None  # an update of which the watch has not heard yet what became of it
 
     @property
     def steps(self) -> int:
@@ -202,6 +182,8 @@ class Trainer:
         """
         inputs, targets = as_batch(batch)
         self._look_out()
+        if self.watch is not None or self._untold is not None:
+            self._settle()
         last = self._window.count + 1 == self.accumulate
         if not self._window.count:
             self._reduction.open()  # what replays between two windows said of gradients is not this one's
@@ -213,7 +195,7 @@ class Trainer:
                 value = self.loss(self._outputs(inputs), targets)
             loss, weight, mean = as_loss(value, samples)
             total, weight = self._unit.share(loss, weight, mean)
-            factor = self.scale / self.accumulate  # settles the update before, with this forward pass queued
+            factor = self._settle().scale.value / self.accumulate  # of the update before, with this forward pass queued
             (total if factor == 1.0 else total * factor).backward()
         if self.watch is not None:
             self._window.batches.append((batch, loss.detach()))
@@ -228,13 +210,14 @@ class Trainer:
 
         With several ranks all must flush, with the same number of micro-batches.
         """
-        self._settling.settled()
+        self._settle()
         return self._close(early=True) if self._window.count else None
 
     def discard(self) -> None:
         """Drop the micro-batches of a window that has not closed."""
-        self._settling.settled()
+        self._settle()
         self._open()
+        self._closed_at = time.perf_counter()
 
     def finish(self) -> None:
         """Wait until it is known of all updates so far whether they were finite.
@@ -242,8 +225,21 @@ class Trainer:
         Raises:
             TrainingError: One was not, and training cannot go on.
         """
-        self._settling.settled()
+        self._settle()
         self._look_out(wait=True)
+
+    def _settle(self) -> Books:
+        """Return the books with every decision in them, at a place where all ranks are."""
+        books = self._settling.settled()
+        if self._untold is not None:
+            info, self._untold = self._untold, None
+            if self.watch is not None and info.updated:
+                self.watch.after_update(self.model, info)
+            elif self.watch is not None:
+                self._show_broken(self.watch, info.scale, info.step)
+            self._open()
+        self._settling.check()
+        return books
 
     def _outputs(self, inputs: Any) -> Any:
         inputs = self.precision.inputs(inputs)
@@ -265,50 +261,60 @@ class Trainer:
         if self._guards:
             self._unit.closed(weight, window.count)
         factor = self.accumulate * world / (weight * self._books.scale.value)
-        late = self._settles_late and self.watch is None and self._update.leaves_out()
-        with self._wide.widened():
+        late = self._settles_late and self._update.leaves_out()
+        decide = self._settling.later if late else _at_once if self._decides else _never
+        census = self._reduction.census(window.total, located=self._decides)
+        with self._wide.widened(self._books.steps):
             gradients = Gradients(self._parameters, self.device)
-            outcome = self._update(gradients, factor, loss, decide=not late and self._decides)
+            norm, finding, finite = self._update(gradients, factor, loss, census, decide)
         if late:
-            decision = self._settling.later(self._update.census(gradients), window.total, outcome.finite)
-            info = self._info(loss, weight, decision, norm=outcome.norm)
-            self._open()
-            return info
-        made = outcome.known is not False
-        info = self._info(loss, weight, Decision(Fate.of(self._books.steps, updated=made)), norm=outcome.norm)
-        if made:
-            self._made(outcome.finite, info)
+            info = self._info(loss, weight, self._settling.decision, norm=norm)
+            if self.watch is None:
+                self._open()
+            else:
+                self._untold = info
         else:
-            self._left_out(gradients)
+            fate = Fate.of(self._books.steps, updated=finite is not False)
+            info = self._info(loss, weight, Decision(fate), norm=norm)
+            if fate.updated:
+                self._made(finding, info)
+            else:
+                self._left_out(finding)
+        self._closed_at = time.perf_counter()
         return info
 
-    def _made(self, finite: Tensor, info: StepInfo) -> None:
+    def _made(self, finding: Finding, info: StepInfo) -> None:
         """Enter an update that was made, and open the next window."""
         if self._lookout is not None:
             batches = self._window.batches
-            self._lookout.send(finite, Sighting(self._books.steps, batches[-1][0] if batches else None))
+            self._lookout.send(finding.broken == 0, Sighting(self._books.steps, batches[-1][0] if batches else None))
         self._books.count()
         if self.watch is not None:
             self.watch.after_update(self.model, info)
         self._open()
 
-    def _left_out(self, gradients: Gradients) -> None:
+    def _left_out(self, finding: Finding) -> None:
         """Say where the numbers broke, and open the next window with what the scale makes of it.
 
         Raises:
             TrainingError: Without loss scaling, unless told to skip; or when a scale has no answer left.
         """
-        window, own = self._window, self._window.total
-        assert own is not None
-        origin = self._reduction.origin(gradients.broken(), own)  # before replays, whose gradients would be heard too
-        if self.watch is not None and (batch := window.first_broken()) is not None:
-            self.watch.on_nonfinite(self, batch, self._books.steps)
+        origin = finding.origin()
+        if self.watch is not None:
+            self._show_broken(self.watch, self._books.scale.value, self._books.steps)
         if not self._guards:
             where = "" if self.ranks is None or origin.rank is None else f" on rank {origin.rank}"
             layer = f"; the first in the backward pass is {origin.layers[0]}" if origin.layers else ""
             raise self._stopped(self._books.steps, where + layer)
         self._open()
         self._books.leave_out(origin)
+
+    def _show_broken(self, watch: Watch, scale: float, step: int, batch: Batch | None = None) -> None:
+        """Show a watch the first broken micro-batch of the window at hand, or another one."""
+        batch = self._window.first_broken() if batch is None else batch
+        if batch is not None:
+            factor = scale / self.accumulate
+            watch.on_nonfinite(BrokenStep(self.model, self.loss, batch, self.precision, scale, factor, step))
 
     def _over_ranks(self, total: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor | float, int]:
         """Return a window's loss and weight summed over ranks, and how many ranks gradients are the mean of.
@@ -322,7 +328,8 @@ class Trainer:
         self.stopping.heard(sums[2])
         return sums[0], sums[1], self.ranks.world
 
-    def _before_update(self) -> None:
+    def _before_update(self, left_out: Tensor | None) -> None:
+        self._wide.begin(left_out)
         if self.watch is not None:
             self.watch.before_update(self.model)
 
@@ -331,7 +338,7 @@ class Trainer:
         if seen is None:
             return
         if self.watch is not None and seen.batch is not None:
-            self.watch.on_nonfinite(self, seen.batch, seen.step)
+            self._show_broken(self.watch, self._books.scale.value, seen.step, seen.batch)
         raise self._stopped(seen.step, "")
 
     def _stopped(self, step: int, where: str) -> TrainingError:
@@ -346,7 +353,6 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         self._reduction.open()
         self._window = Window()
-        self._closed_at = time.perf_counter()
 
     def _info(
         self, loss: Tensor | None, weight: Tensor | float, decision: Decision, *, norm: Tensor | None = None
@@ -409,7 +415,7 @@ class Trainer:
                 f"{'none' if self.schedule is None else 'one'}",
                 next_step="build the trainer as it was when the state was saved",
             )
-        if "unit" not in state or "rounds" not in state["rounding"]:
+        if "unit" not in state:
             raise TrainingError(
                 "the state was saved by an earlier version of narrowcast, which kept less than the next step depends on now",
                 next_step="finish the run with the version that began it, or begin anew; load state['model'] alone to go on "
@@ -428,3 +434,13 @@ class Trainer:
         counters = state["counters"]
         self._books.steps, self._books.skipped = counters["steps"], counters["skipped"]
         self._unit.load_state_dict(state["unit"])
+
+
+def _at_once(finding: Finding) -> bool:
+    """Return whether everything is finite; waits for the device."""
+    broken = finding.broken
+    return not (broken.numpy() if broken.device.type == "cpu" else bool(broken))
+
+
+def _never(finding: Finding) -> None:
+    """Wait for nothing."""

@@ -10,29 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from narrowcast.training.gradients import Census, CountingUpdate, FusedUpdate, Gradients, Ranks
+from narrowcast.training.census import Census, Finding
+from narrowcast.training.gradients import CountingUpdate, FusedUpdate, Gradients, Ranks
 
-__all__ = ["Outcome", "Update", "update_for"]
+__all__ = ["Decide", "Update", "update_for"]
 
 
-class Outcome(NamedTuple):
-    """What an update came to.
-
-    Args:
-        norm: Norm of all gradients, unscaled and before clipping; 0-d.
-        finite: Whether the losses and all gradients are finite, on every rank; 0-d, bool.
-        known: The same on the host; None if it was not to be known there.
-    """
-
-    norm: Tensor
-    finite: Tensor
-    known: bool | None
+#: Takes what was found as soon as the device has it, and returns whether everything is finite; None if the host is not to
+#: wait for that. Weights are then harmed by what is not finite, unless the update leaves itself out.
+Decide = Callable[[Finding], bool | None]
 
 
 class Update(Protocol):
@@ -42,25 +34,26 @@ class Update(Protocol):
         """Return whether the device leaves the next update out by itself, and a census says what broke."""
         ...
 
-    def census(self, gradients: Gradients) -> Census:
-        """Return what tells of the last update where numbers broke, without the gradients; only where it leaves out."""
-        ...
-
-    def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
+    def __call__(
+        self, gradients: Gradients, factor: Tensor | float, loss: Tensor, census: Census, decide: Decide
+    ) -> tuple[Tensor, Finding, bool | None]:
         """Update.
 
         Args:
             gradients: As the backward passes left them.
             factor: What makes them the gradients of the mean loss: unscales and normalises.
             loss: The window's loss, 0-d; one that is not finite stops the update as a gradient does.
-            decide: Whether the host must know the outcome before it goes on, at the price of waiting for the device. Without,
-                weights are harmed by what is not finite unless the update leaves itself out.
+            census: Says where numbers broke.
+            decide: Called once.
+
+        Returns:
+            The norm of all gradients, unscaled and before clipping (0-d), what was found, and what ``decide`` returned.
         """
         ...
 
 
 def update_for(
-    optimizer: Optimizer, clip_norm: float | None, ranks: Ranks | None, before: Callable[[], None]
+    optimizer: Optimizer, clip_norm: float | None, ranks: Ranks | None, before: Callable[[Tensor | None], None]
 ) -> Update:
     """Return the update for an optimizer.
 
@@ -68,7 +61,8 @@ def update_for(
         optimizer: Any.
         clip_norm: The largest norm of all gradients together.
         ranks: The processes that train together.
-        before: Called before the weights move.
+        before: Called before the weights move, with 1 if the device will leave the update out after all and 0 if not (0-d);
+            None if it is known that they move, or if the optimizer finds that out itself.
     """
     if isinstance(optimizer, FusedUpdate):
         return _Own(optimizer, clip_norm, before)
@@ -89,60 +83,59 @@ class _Measure:
     ranks: Ranks | None
 
     def __call__(
-        self, gradients: Gradients, factor: Tensor | float, loss: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        self, gradients: Gradients, factor: Tensor | float, loss: Tensor, census: Census
+    ) -> tuple[Tensor, Finding, Tensor | float]:
         """Return the norm, whether everything is finite, and the factor with clipping in it."""
         norm = gradients.norm(self.ranks)
         if not (isinstance(factor, float) and factor == 1.0):
             norm = norm * factor
-        finite = torch.isfinite(norm + loss)
-        if self.ranks is not None and self.ranks.world > 1:
-            finite = self.ranks.all_finite(finite)
+        finding = census.take(torch.isfinite(norm + loss), gradients)
         if self.clip_norm is not None:  # with the epsilon of torch.nn.utils.clip_grad_norm_
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0) * factor
-        return norm, finite, factor
+        return norm, finding, factor
 
 
 @dataclass(frozen=True)
 class _Own:
     optimizer: FusedUpdate
     clip_norm: float | None
-    before: Callable[[], None]
+    before: Callable[[Tensor | None], None]
 
     def leaves_out(self) -> bool:
         return isinstance(self.optimizer, CountingUpdate)  # the others do, but cannot say what broke
 
-    def census(self, gradients: Gradients) -> Census:
-        assert isinstance(self.optimizer, CountingUpdate)
-        return gradients.counts(self.optimizer)
-
-    def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
-        self.before()
+    def __call__(
+        self, gradients: Gradients, factor: Tensor | float, loss: Tensor, census: Census, decide: Decide
+    ) -> tuple[Tensor, Finding, bool | None]:
+        self.before(None)
         inverse = torch.where(loss.isfinite(), factor, torch.nan)  # a factor of NaN makes every gradient one
         norm, finite = self.optimizer.update(inverse, self.clip_norm)
-        return Outcome(norm, finite, _on_host(finite, decide))
+        own = self.optimizer
+        finding = census.counted(
+            finite, gradients.counted(own) if isinstance(own, CountingUpdate) else gradients.broken
+        )
+        return norm, finding, decide(finding)
 
 
 @dataclass(frozen=True)
 class _Plain:
     optimizer: Optimizer
     measure: _Measure
-    before: Callable[[], None]
+    before: Callable[[Tensor | None], None]
 
     def leaves_out(self) -> bool:
         return False
 
-    def census(self, gradients: Gradients) -> Census:
-        return gradients.norms()
-
-    def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
-        norm, finite, factor = self.measure(gradients, factor, loss)
-        known = _on_host(finite, decide)
-        if known is not False:
+    def __call__(
+        self, gradients: Gradients, factor: Tensor | float, loss: Tensor, census: Census, decide: Decide
+    ) -> tuple[Tensor, Finding, bool | None]:
+        norm, finding, factor = self.measure(gradients, factor, loss, census)
+        finite = decide(finding)
+        if finite is not False:
             gradients.multiply(factor)
-            self.before()
+            self.before(None)
             self.optimizer.step()
-        return Outcome(norm, finite, known)
+        return norm, finding, finite
 
 
 @dataclass(frozen=True)
@@ -153,9 +146,6 @@ class _Fused:
 
     def leaves_out(self) -> bool:
         return not self._begins()
-
-    def census(self, gradients: Gradients) -> Census:
-        return gradients.norms()
 
     def _begins(self) -> bool:
         """Return whether an SGD is about to keep its first gradients as momentum.
@@ -170,40 +160,35 @@ class _Fused:
             for one in group["params"]
         )
 
-    def __call__(self, gradients: Gradients, factor: Tensor | float, loss: Tensor, *, decide: bool) -> Outcome:
+    def __call__(
+        self, gradients: Gradients, factor: Tensor | float, loss: Tensor, census: Census, decide: Decide
+    ) -> tuple[Tensor, Finding, bool | None]:
         if self._begins():
-            return self.plain(gradients, factor, loss, decide=decide)
-        norm, finite, factor = self.plain.measure(gradients, factor, loss)
-        known = _on_host(finite, decide)  # before the step, so that the device works on it while the host goes on
-        if known is False:
-            return Outcome(norm, finite, known)
-        self.plain.before()
+            return self.plain(gradients, factor, loss, census, decide)
+        norm, finding, factor = self.plain.measure(gradients, factor, loss, census)
+        finite = decide(finding)  # before the step, so that the device works on it while the host goes on
+        if finite is False:
+            return norm, finding, finite
+        broken = None if finite else finding.broken
+        self.plain.before(broken)
         if isinstance(factor, Tensor):
             divisor = factor.float().reciprocal()
         else:
             divisor = None if factor == 1.0 else torch.full((), 1 / factor, device=norm.device)
         told: Any = self.plain.optimizer  # by attributes, as torch.amp.GradScaler does
-        told.grad_scale, told.found_inf = divisor, None if known else finite.logical_not().float()
+        told.grad_scale, told.found_inf = divisor, broken
         try:
             told.step()
         finally:
             del told.grad_scale, told.found_inf
-        return Outcome(norm, finite, known)
-
-
-def _on_host(flag: Tensor, decide: bool) -> bool | None:
-    """Return a flag on the host, which waits for it, or None."""
-    if not decide:
-        return None
-    return bool(flag.numpy()) if flag.device.type == "cpu" else bool(flag)
+        return norm, finding, finite
 
 
 def _is_fused(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer is one of PyTorch's fused ones; of sharded weights, PyTorch has Adam and AdamW alone."""
     from torch.distributed.tensor import DTensor
 
     groups = optimizer.param_groups
-    return (
-        isinstance(optimizer, Adam | AdamW | SGD | Adagrad)
-        and all(group.get("fused") for group in groups)
-        and not any(isinstance(one, DTensor) for group in groups for one in group["params"])
-    )
+    sharded = any(isinstance(one, DTensor) for group in groups for one in group["params"])
+    kinds = (Adam, AdamW) if sharded else (Adam, AdamW, SGD, Adagrad)
+    return isinstance(optimizer, kinds) and all(group.get("fused") for group in groups)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from narrowcast.errors import TrainingError
 from narrowcast.training import DynamicScale, Loss, Trainer, precision
 from narrowcast.training.checks import unwrapped
 from narrowcast.training.distributed import Ranks
+from narrowcast.training.fused import FusedAdamW
 from narrowcast.training.sharding import shard
 
 #: Policy, whether weights are sharded, and whether windows are closed early.
@@ -160,6 +163,94 @@ def weightless(ranks: Ranks) -> list[float | str]:
     return seen
 
 
+#: By number of a step: what is added to gradients on rank 1 alone.
+FAULTS = {3: float("inf"), 4: float("nan"), 8: float("inf"), 13: float("nan")}
+#: Policy and optimizer of runs whose decisions are learnt late, and whether weights are sharded.
+LATE = [
+    ("fp16-mixed", torch.optim.AdamW, False),
+    ("fp16-mixed", torch.optim.SGD, False),
+    ("fp16-mixed", FusedAdamW, False),
+    ("bf16-true", torch.optim.AdamW, False),
+    ("fp16-mixed", torch.optim.AdamW, True),
+    ("fp16-mixed", torch.optim.Adam, True),
+    ("bf16-true", torch.optim.AdamW, True),
+]
+
+
+def fused_trainer(ranks: Ranks, policy: str, kind: type, *, sharded: bool, late: bool, **options) -> Trainer:
+    """Return a trainer that can leave updates out without the host, and does not wait for it if told so."""
+    model = Faulty()
+    settings = {"loss_scale": DynamicScale(initial=64.0, interval=3)} if policy == "fp16-mixed" else {"update": "kahan"}
+    chosen = precision(policy, **settings)
+    chosen.prepare(model)
+    called = model
+    if sharded:
+        shard(model, ranks, chosen, units=["second"])
+    else:
+        called = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = kind(model.parameters(), lr=0.02, **({} if kind is FusedAdamW else {"fused": True}))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    trainer = Trainer(
+        called,
+        optimizer,
+        weighted,
+        precision=chosen,
+        schedule=schedule,
+        clip_norm=0.5,
+        ranks=ranks,
+        nonfinite="skip",
+        **options,
+    )
+    trainer._settles_late = late
+    return trainer
+
+
+def plain(state: object) -> object:
+    """Return a state as JSON holds it, with this rank's part of what is sharded."""
+    if isinstance(state, torch.Tensor):
+        return (state.to_local() if isinstance(state, DTensor) else state).double().flatten().tolist()
+    if isinstance(state, dict):
+        return {str(key): plain(one) for key, one in state.items()}
+    return [plain(one) for one in state] if isinstance(state, list | tuple) else state
+
+
+def late_course(ranks: Ranks, policy: str, kind: type, *, sharded: bool, late: bool, accumulate: int, cut: int) -> str:
+    """Train with faults on rank 1, go on in another trainer from a state, and return all that was seen.
+
+    Rank 0 alone asks at once what became of each update.
+    """
+    made = {"sharded": sharded, "late": late, "accumulate": accumulate}
+    trainer = fused_trainer(ranks, policy, kind, **made)
+    inputs, targets = data(16)
+    infos, skips = [], []
+    for number in range(18):
+        if number == cut:
+            saved = copy.deepcopy(trainer.state_dict())
+            skips += list(trainer.ledger)
+            trainer = fused_trainer(ranks, policy, kind, **made)
+            trainer.step((inputs, targets))  # a window or a decision under way when the state is loaded
+            trainer.load_state_dict(saved)
+        unwrapped(trainer.model).fault = FAULTS.get(number, 0.0) if ranks.rank == 1 else 0.0
+        part = inputs.roll(number + ranks.rank, 0)
+        infos.append(trainer.step((part, part[:, :3].argmax(1))))
+        if ranks.rank == 0 and infos[-1].skipped:
+            assert trainer.skipped
+    seen = [[one.loss, one.grad_norm, one.lr, one.scale, one.step, one.updated, one.skipped] for one in infos]
+    return json.dumps([seen, [asdict(one) for one in (*skips, *trainer.ledger)], plain(trainer.state_dict())])
+
+
+def late_decisions(ranks: Ranks) -> dict[str, list[str]]:
+    """Return what runs came to whose decisions were known at once, and late."""
+    seen = {}
+    for policy, kind, sharded in LATE:
+        for accumulate, cut in ((1, 5), (1, 7), (2, 10)):
+            how = {"sharded": sharded, "accumulate": accumulate, "cut": cut}
+            seen[f"{policy} {kind.__name__} {sharded} {accumulate} {cut}"] = [
+                late_course(ranks, policy, kind, late=late, **how) for late in (False, True)
+            ]
+    return seen
+
+
 def main(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), 2)
@@ -176,6 +267,7 @@ def main(folder: str, rank: int) -> None:
         seen["faults"][f"forward{end}"] = fault_on_one(ranks, "forward", float("nan"), sharded=sharded)
     seen["stopped"] = stopped(ranks)
     seen["weightless"] = weightless(ranks)
+    seen["late"] = late_decisions(ranks)
     dist.destroy_process_group()
     print(json.dumps(seen))
 

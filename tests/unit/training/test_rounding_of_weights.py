@@ -17,9 +17,10 @@ def drifted(method: str, step: float, steps: int = 1000, count: int = 256) -> fl
     weight = nn.Parameter(torch.ones(count, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([weight], lr=step)
     wide = WideUpdate([weight], method)
-    for _ in range(steps):
+    for number in range(steps):
         weight.grad = torch.ones_like(weight)
-        with wide.widened():
+        with wide.widened(number):
+            wide.begin(None)
             weight.grad = torch.ones_like(weight)
             optimizer.step()
         weight.grad = None
@@ -74,7 +75,8 @@ def test_kahan_keeps_about_16_bits_of_a_weight():
     weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     wide = WideUpdate([weight], "kahan")
-    with wide.widened():
+    with wide.widened(0):
+        wide.begin(None)
         weight.grad = torch.full((1,), 2.0**-15)
         optimizer.step()
     assert float(weight.detach()) == 1.0
@@ -86,7 +88,9 @@ def test_an_exception_leaves_the_weights_as_they_were():
     address = weight.data_ptr()
 
     def fail() -> None:
-        with WideUpdate([weight], "stochastic").widened():
+        wide = WideUpdate([weight], "stochastic")
+        with wide.widened(0):
+            wide.begin(None)
             weight.data.zero_()
             raise ZeroDivisionError
 
@@ -98,7 +102,9 @@ def test_an_exception_leaves_the_weights_as_they_were():
 
 def test_weights_of_other_dtypes_are_left_alone():
     narrow, full = nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), nn.Parameter(torch.full((2,), 1.0001))
-    with WideUpdate([narrow, full], "stochastic").widened():
+    wide = WideUpdate([narrow, full], "stochastic")
+    with wide.widened(0):
+        wide.begin(None)
         assert narrow.dtype == torch.float32
         full.data.add_(1e-6)
     assert narrow.dtype == torch.bfloat16
@@ -166,3 +172,19 @@ def test_an_optimizer_that_rounds_by_itself_must_agree_with_the_precision():
     optimizer = FusedAdamW(model.parameters(), rounding="stochastic")
     trainer = Trainer(model, optimizer, cross_entropy, precision="bf16-true")
     assert trainer.step((torch.ones(4, 8), torch.tensor([0, 1, 0, 0]))).updated
+
+
+@pytest.mark.parametrize("left_out", [None, 0.0, 1.0], ids=["not-begun", "made", "left-out"])
+def test_what_rounding_cut_off_moves_a_weight_only_with_an_update(left_out):
+    """Half the spacing of a weight, a tie: added and rounded again it goes to the even neighbour."""
+    weight = nn.Parameter(torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16))
+    wide = WideUpdate([weight], "kahan")
+    lost = torch.tensor([2**-8, 2**-8], dtype=torch.bfloat16)
+    wide.load_state_dict({**wide.state_dict(), "lost": [lost]})
+    before = weight.detach().clone()
+    with wide.widened(0):
+        if left_out is not None:
+            wide.begin(torch.tensor(left_out))
+    moved = left_out == 0.0
+    assert torch.equal(weight, torch.tensor([1.0, 1.015625], dtype=torch.bfloat16) if moved else before)
+    assert torch.equal(wide.state_dict()["lost"][0], torch.tensor([2**-8, -(2**-8)]).bfloat16() if moved else lost)

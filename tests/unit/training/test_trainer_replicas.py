@@ -87,3 +87,21 @@ def test_a_window_that_weighs_nothing_on_one_rank_is_an_update_and_one_without_a
         first, second, said = seen["weightless"]
         assert 0 < second < first
         assert "weigh nothing" in said
+
+
+@pytest.mark.parametrize(("policy", "kind", "sharded"), replicas.LATE)
+@pytest.mark.parametrize(("accumulate", "cut"), [(1, 5), (1, 7), (2, 10)])
+def test_it_comes_to_the_same_on_all_ranks_whenever_decisions_are_learnt(both, policy, kind, sharded, accumulate, cut):
+    """With faults on rank 1, of which rank 0 alone asks, and a state loaded with a decision under way."""
+    key = f"{policy} {kind.__name__} {sharded} {accumulate} {cut}"
+    at_once = [seen["late"][key][0] for seen in both]
+    assert [seen["late"][key][1] for seen in both] == at_once
+    (steps, skips, state), (others, their_skips, _) = map(json.loads, at_once)
+    closed = slice(accumulate - 1, None, accumulate)
+    assert str(steps[closed]) == str(others[closed])  # which hold NaN
+    assert skips == their_skips
+    skipped = [number // accumulate for number in replicas.FAULTS]
+    assert [one["attempt"] for one in skips] == sorted(set(skipped))
+    assert state["counters"] == {"steps": 18 // accumulate - len(skips), "skipped": len(skips)}
+    assert {(one["rank"], one["layers"][0]) for one in skips} == {(1, "second.bias")}
+    assert [one["kind"] for one in skips] == ["inf", "nan", "inf", "nan"]

@@ -232,11 +232,10 @@ class Watch:
 
     def after_update(self, model, info): ...
 
-    def on_nonfinite(self, trainer, batch, step): ...
+    def on_nonfinite(self, broken): ...
 
 
 IMMEDIATE = {
-    "watch": lambda: trainer_of(late=True, watch=Watch()),
     "no-fused-optimizer": lambda: other(torch.optim.AdamW),
     "own-optimizer-that-does-not-count": lambda: other(Uncounted),
     "first-momentum": lambda: trainer_of("sgd-momentum", late=True),
@@ -262,7 +261,7 @@ def other(kind) -> Trainer:
 
 
 @pytest.mark.parametrize("case", IMMEDIATE)
-def test_where_the_device_cannot_decide_alone_or_somebody_watches_it_is_known_at_once(case):
+def test_where_the_device_cannot_decide_alone_it_is_known_at_once(case):
     trainer = IMMEDIATE[case]()
     schedule = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.5)
     trainer.schedule = schedule
@@ -279,7 +278,9 @@ def test_a_watch_that_comes_later_finds_everything_settled():
     watch.before_forward = lambda step, batch: steps.append((step, schedule.last_epoch))
     fed(trainer, 1)
     assert steps == [(1, 1)]
-    assert schedule.last_epoch == 2
+    trainer.watch = None
+    fed(trainer, 2)
+    assert schedule.last_epoch == trainer.steps_at_most - 1 == 2
 
 
 class Growing(nn.Module):
@@ -322,27 +323,99 @@ def test_no_momentum_begins_with_an_update_that_is_left_out(late):
     assert all(one.isfinite().all() for state in optimizer.state.values() for one in state.values())
 
 
-def test_patience_ends_with_the_step_after_or_with_whoever_reads_before():
-    for read in (lambda trainer, info: fed(trainer, 0), lambda trainer, info: info.skipped):
+class Noted(Watch):
+    """A watch that writes down what it is called with, and what it finds then."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+        self.model: Faulty | None = None
+
+    def note(self, *what) -> None:
+        held = None if self.model is None else [float(one.detach().sum()) for one in self.model.parameters()]
+        gradient = (
+            None if self.model is None or self.model.head.bias.grad is None else self.model.head.bias.grad.tolist()
+        )
+        self.calls.append((*what, held, gradient))
+
+    def before_forward(self, trainer_step, batch):
+        self.note("before_forward", trainer_step, batch[0].tolist())
+
+    def after_backward(self, model, scale):
+        self.model = model
+        self.note("after_backward", scale)
+
+    def before_update(self, model): ...  # the device may leave the update out after it
+
+    def after_update(self, model, info):
+        self.note("after_update", seen(info))
+
+    def on_nonfinite(self, broken):
+        self.note("on_nonfinite", broken.step, broken.scale, broken.factor, broken.batch[0].tolist())
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("alone", [False, True], ids=["told", "asked"])
+def test_a_watch_is_told_the_same_in_the_same_order_with_the_gradients_there(accumulate, alone):
+    """Whoever asks for a decision before the watch is told of it changes nothing of what it is told."""
+    calls = []
+    for late in (False, True):
+        watch = Noted()
+        trainer = trainer_of("own", late=late, accumulate=accumulate, watch=watch)
+        run(trainer, 0, 26, read_at_once=alone)
+        trainer.finish()
+        calls.append(watch.calls)
+    assert {call[0] for call in calls[0]} == {"before_forward", "after_backward", "after_update", "on_nonfinite"}
+    assert all(call[-1] is not None for call in calls[0] if call[0] in ("after_update", "on_nonfinite"))
+    assert str(calls[1]) == str(calls[0])
+
+
+def test_patience_ends_with_the_step_after_whoever_reads_before():
+    for read in (lambda info: None, lambda info: info.skipped):
         trainer = trainer_of(late=True)
         trainer._books._rule = StaticScale(256.0, patience=2)
         infos = [fed(trainer, 3), fed(trainer, 4)]
+        read(infos[-1])
         with pytest.raises(
             TrainingError, match=r"2 updates in a row .* \(nan in the gradient of second.bias, step 0\)"
         ):
-            read(trainer, infos[-1])
+            fed(trainer, 0)
         assert [info.skipped for info in infos] == [True, True]
         assert trainer.skipped == len(trainer.ledger) == 2
         assert fed(trainer, 0).updated
 
 
-def test_a_ledger_that_cannot_be_written_says_so_late_too(tmp_path):
+@pytest.mark.parametrize("place", ["flush", "discard", "finish", "state_dict"])
+def test_a_ledger_that_cannot_be_written_says_so_late_too(tmp_path, place):
     trainer = trainer_of(late=True)
     trainer.ledger.write_to(tmp_path / "missing" / "skips.jsonl")
     info = fed(trainer, 3)
-    with pytest.raises(OutputError, match="skip ledger"):
-        _ = info.updated
     assert info.skipped
+    with pytest.raises(OutputError, match="skip ledger"):
+        READERS[place](trainer, info)
+    READERS[place](trainer, info)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
+@pytest.mark.parametrize("policy", ["bf16-true", "bf16-true-kahan"])
+def test_an_update_that_is_left_out_changes_no_bit_of_bf16_weights(late, policy):
+    """What rounding cut off is half the spacing of its weight: added and rounded again, it would move every odd one."""
+    trainer = trainer_of(policy=policy, late=late)
+    for number in range(3):
+        fed(trainer, number)
+    before = copy.deepcopy(trainer.state_dict())
+    for lost in before["rounding"]["lost"]:
+        lost.copy_(torch.full_like(lost, 2.0**-9))
+    trainer.load_state_dict(before)
+    before = copy.deepcopy(trainer.state_dict())
+    for fault in (3, 4):
+        assert fed(trainer, fault).skipped
+    after = trainer.state_dict()
+    assert after["counters"] == {"steps": 3, "skipped": 2}
+    ours = {"counters", "scale", "unit"}
+    batch_norm = {name for name in after["model"] if "running" in name or "tracked" in name}
+    for state in (before, after):
+        state["model"] = {name: one for name, one in state["model"].items() if name not in batch_norm}
+    assert same(*({key: state[key] for key in state.keys() - ours} for state in (before, after)))
 
 
 def test_an_overflow_of_the_loss_alone_names_no_layer():

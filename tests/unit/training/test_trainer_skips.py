@@ -231,8 +231,9 @@ class Noted:
     def after_update(self, model, info):
         self.calls.append(("after_update", info.step, info.updated))
 
-    def on_nonfinite(self, trainer, batch, step):
-        self.calls.append(("on_nonfinite", step, float(batch[0][0, 0]), trainer.model.head.bias.grad is not None))
+    def on_nonfinite(self, broken):
+        held = broken.model.head.bias.grad is not None
+        self.calls.append(("on_nonfinite", broken.step, float(broken.batch[0][0, 0]), held))
 
 
 def test_a_watch_is_called_in_order_and_shown_the_first_broken_batch():

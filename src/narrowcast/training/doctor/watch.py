@@ -33,7 +33,7 @@ from narrowcast.training.doctor.whatif import element
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
 from narrowcast.training.random_state import random_state
-from narrowcast.training.trainer import Trainer
+from narrowcast.training.watching import BrokenStep
 from narrowcast.training.window import StepInfo
 
 __all__ = ["Watch"]
@@ -230,22 +230,23 @@ class Watch:
             journal.save()
         self._explain(everyone=sampled)
 
-    def on_nonfinite(self, trainer: Trainer, batch: tuple[Any, Any], step: int) -> None:
+    def on_nonfinite(self, broken: BrokenStep) -> None:
         """Find out why a step broke, or that it is the loss scale being found."""
+        step, batch = broken.step, broken.batch
         sampler, _, journal, *_ = self._begin(step)
         self._micro = 0
         sampler.stop()
         scene = Scene(
-            trainer.model,
-            trainer.loss,
+            broken.model,
+            broken.loss,
             batch,
-            trainer.precision,
-            trainer.scale / trainer.accumulate,
+            broken.precision,
+            broken.factor,
             self._state(batch),
             step,
             self._rank,
         )
-        journal.keep(Reading(step=step, scale=trainer.scale, skipped=True))
+        journal.keep(Reading(step=step, scale=broken.scale, skipped=True))
         journal.note(self._diagnosis.nonfinite(scene, step))
         journal.write()
 
