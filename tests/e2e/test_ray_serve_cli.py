@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import queue
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ import tritonclient.http
 from onnx import TensorProto, helper
 from test_serve_cli import artifact
 
+import narrowcast.serving.ray
 from e2e.command import Cli
 from narrowcast.artifacts.manifest import Manifest
 from narrowcast.artifacts.store import save_artifact
@@ -48,12 +52,13 @@ def models(tmp_path: Path, manifest_of: ManifestOf) -> Path:
     [
         (["--engine", "rya"], "engine 'rya' is unknown Allowed: local, ray (did you mean ray?)"),
         (["--engine", "ray", "--placement", "inline"], "--placement means nothing with --engine ray: Ray places"),
-        (["--engine", "ray", "--metrics-port", "9000"], "--metrics-port means nothing with --engine ray"),
+        (["--engine", "ray", "--memory-budget", "1GiB"], "--memory-budget means nothing with --engine ray"),
         (["--engine", "ray", "--shared-memory"], "--shared-memory means nothing with --engine ray"),
-        (["--engine", "ray", "--admin-token", "x"], "--admin-token means nothing with --engine ray"),
         (["--engine", "ray", "--batch-timeout", "5"], "--batch-timeout means nothing with --engine ray"),
         (["--engine", "ray", "--render", "compose"], "--render means nothing with --engine ray"),
         (["--engine", "ray", "--port", "0"], "Ray cannot choose a port"),
+        (["--engine", "ray", "--metrics-port", "0"], "Ray cannot choose a port"),
+        (["--engine", "ray", "--workers", "4", "--max-workers", "3"], "4 workers at least and 3 at most"),
         (["--engine", "ray", "--versions", "=9"], "none of the versions that the policy names"),
         (["--max-workers", "3"], "--max-workers and --ray-address are for Ray"),
     ],
@@ -66,15 +71,9 @@ def test_what_means_nothing_with_ray_is_refused_by_name(
     assert said in done.words
 
 
-def test_a_token_of_the_environment_is_refused_too(models: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NARROWCAST_ADMIN_TOKEN", "x")
-    done = cli("serve", models, "--engine", "ray")
-    assert done.code == 2
-    assert "leave it out, and NARROWCAST_ADMIN_TOKEN too" in done.words
-
-
 def test_without_ray_the_way_to_install_it_is_said(models: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "narrowcast.serving.ray.engine", raising=False)
+    monkeypatch.delattr(narrowcast.serving.ray, "engine", raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)
     done = cli("serve", models, "--engine", "ray")
     assert done.code == 2
@@ -212,12 +211,64 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
+def values(port: int, family: str) -> dict[str, float]:
+    """Return the numbers of a family of metrics by version."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    found = (re.fullmatch(rf'{family}{{model="[^"]*",version="(\d+)"}} (.*)', line) for line in lines)
+    return {match[1]: float(match[2]) for match in found if match}
+
+
+def change(port: int, target: str, token: str = "secret", body: bytes = b"") -> tuple[int, Any]:
+    headers = {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v2/repository/models/{target}", data=body, method="POST", headers=headers
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+class Load:
+    """Clients that ask without a pause, and remember every answer that is not one version's."""
+
+    def __init__(self, ports: list[int]) -> None:
+        self.wrong: list[Any] = []
+        self.seen: Counter[str] = Counter()
+        self._over = False
+        self._threads = [threading.Thread(target=self._ask, args=(port,)) for port in ports]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, port: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        item = {"name": "x", "shape": [2, 4], "datatype": "FP32", "data": [1.0] * 8}
+        while not self._over:
+            connection.request("POST", "/v2/models/scale/infer", json.dumps({"inputs": [item]}))
+            response = connection.getresponse()
+            document = json.loads(response.read())
+            version = document.get("model_version", "")
+            if response.status != 200 or document["outputs"][0]["data"] != [float(version) + 1] * 8:
+                self.wrong.append((response.status, document))
+            self.seen[version] += 1
+        connection.close()
+
+    def end(self) -> None:
+        self._over = True
+        for thread in self._threads:
+            thread.join(60)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_two_nodes_serve_the_protocol_and_one_of_them_may_go(models: Path, nodes: Nodes) -> None:
     rest, grpc = nodes.ports[:2]
+    (metrics,) = free_ports(1)
     program = Program(
-        *(models, "--ray-address", nodes.address, "--port", rest, "--grpc-port", grpc),
+        *(models, "--ray-address", nodes.address, "--port", rest, "--grpc-port", grpc, "--metrics-port", metrics),
         *("--workers", 2, "--delay", 50, "--max-batch", 4),
     )
     try:
@@ -239,7 +290,9 @@ def test_two_nodes_serve_the_protocol_and_one_of_them_may_go(models: Path, nodes
         (counted,) = get(rest, "/v2/models/scale/stats")[1]["model_stats"]
         assert counted["inference_count"] == 43
         assert counted["execution_count"] < 43, "requests that came together ran together"
-        assert get(rest, "/v2/models/none/infer")[0] == 404
+        assert values(metrics, "nv_inference_count") == {"2": 43}
+        assert values(metrics, "narrowcast_workers") == {"2": 2}
+        assert get(rest, "/v2/models/none")[0] == 404
         nodes.lose_second()
         with tritonclient.http.InferenceServerClient(f"127.0.0.1:{rest}") as client:
 
@@ -251,12 +304,63 @@ def test_two_nodes_serve_the_protocol_and_one_of_them_may_go(models: Path, nodes
 
             wait_for(answers)
             wait_for(lambda: all(answers() for _ in range(10)))
-        assert get(rest, "/v2/health/ready")[0] == 200
+        wait_for(lambda: get(rest, "/v2/health/ready")[0] == 200)
+        assert values(metrics, "nv_inference_count")["2"] >= 43, "what the lost replica counted is not forgotten"
     finally:
         code = program.end()
     assert code == 0
     assert not any("Traceback" in line for line in program.errors), "".join(program.errors)
     assert not answered(rest), "the application is taken down, and the cluster stays"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_changes_under_load_reach_both_nodes_and_streams_are_answered(models: Path, nodes: Nodes) -> None:
+    rest, grpc, other, _ = nodes.ports
+    (metrics,) = free_ports(1)
+    program = Program(
+        *(models, "--ray-address", nodes.address, "--port", rest, "--grpc-port", grpc, "--metrics-port", metrics),
+        *("--admin-token", "secret", "--max-batch", 4),
+    )
+    load = Load([])
+    try:
+        assert change(rest, "scale/versions/1/promote", "guess")[0] == 401
+        with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}") as client:
+            answers: queue.Queue[Any] = queue.Queue()
+            client.start_stream(lambda result, error: answers.put(error or result.get_response().id))
+            item = tritonclient.grpc.InferInput("x", [1, 4], "FP32")
+            item.set_data_from_numpy(np.ones((1, 4), np.float32))
+            for number in range(20):
+                client.async_stream_infer("none" if number == 7 else "scale", [item], request_id=str(number))
+            found = [answers.get(timeout=60) for _ in range(20)]
+            client.stop_stream()
+            assert "is not found" in str(found.pop(7))
+            assert found == [str(number) for number in range(20) if number != 7]
+            with pytest.raises(tritonclient.grpc.InferenceServerException, match="UNAUTHENTICATED"):
+                client.load_model("scale")
+            client.load_model("scale", headers={"authorization": "Bearer secret"})
+        load = Load([rest, other, rest])
+        for _ in range(2):
+            for target, version in (("versions/1/promote", "1"), ("rollback", "2")):
+                assert change(rest, f"scale/{target}") == (200, {"traffic": {version: 1.0}, "kept": True})
+                for port in (rest, other):
+                    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{port}") as client:
+                        assert infer(client, tritonclient.http) == float(version) + 1
+        done = change(other, "scale/traffic", body=b'{"weights": {"1": 1, "2": 1}}')
+        assert done == (200, {"traffic": {"1": 0.5, "2": 0.5}, "kept": True})
+        time.sleep(1)
+        load.end()
+        assert load.wrong == []
+        assert load.seen.keys() == {"1", "2"}
+        counted = values(metrics, "nv_inference_request_success")
+        assert counted["1"] + counted["2"] == load.seen.total() + 19 + 8, "ended replicas count too"
+        assert change(rest, "scale/unload") == (200, {"traffic": {}, "kept": True})
+        assert get(other, "/v2/models/scale")[0] == 404
+    finally:
+        load.end()
+        code = program.end()
+    assert code == 0
+    assert json.loads((models / "serving-state.json").read_text())["models"]["scale"]["history"]
 
 
 def slow_artifact(folder: Path, manifest: Manifest, steps: int) -> Path:
@@ -322,7 +426,7 @@ def test_clients_that_leave_are_not_served_and_replicas_that_die_come_back(
         monkeypatch.setenv(name, value)
     (port,) = free_ports(1)
     folder = slow_artifact(tmp_path / "slow", manifest_of(), 2_000_000)
-    program = Program(folder, "--port", port, "--max-batch", 1)
+    program = Program(folder, "--port", port, "--metrics-port", -1, "--max-batch", 1)
     try:
         answers: list[tuple[int, Any]] = []
         first = threading.Thread(target=ask, args=(port, answers))

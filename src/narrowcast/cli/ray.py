@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import typer
 
 from narrowcast.cli.console import console, print_json
 from narrowcast.cli.given import given, written
-from narrowcast.errors import ConfigError
+from narrowcast.errors import ConfigError, RuntimeMissingError
 from narrowcast.serving.hosting import Hosting
-from narrowcast.serving.ray.plan import Scale, plan
+from narrowcast.serving.ray.plan import Scale, check_places
 from narrowcast.serving.server import ServerOptions
 
 __all__ = ["serve_on_ray"]
@@ -18,7 +19,7 @@ __all__ = ["serve_on_ray"]
 #: Parameters of the command that mean the same with Ray.
 _MEANT = frozenset(
     {
-        *("places", "host", "port", "grpc_port", "workers", "versions", "grace"),
+        *("places", "host", "port", "grpc_port", "metrics_port", "workers", "versions", "load", "grace", "token"),
         *("max_batch", "batching", "preferred", "pad", "delay", "queue", "timeout"),
         *("engine", "max_workers", "ray_address", "json", "debug"),
     }
@@ -26,8 +27,6 @@ _MEANT = frozenset(
 #: Why others mean nothing there.
 _WHY = {
     "placement": "Ray places the replicas, and each runs its model in a thread",
-    "metrics_port": "Ray has metrics of its own, and statistics are at /v2/models/stats",
-    "token": "what is served is changed by serving again",
     "shared_memory": "replicas may be on other machines than clients",
     "batch_timeout": "a thread cannot be ended, and Ray watches over replicas",
     "log": "Ray keeps the logs of the replicas",
@@ -43,33 +42,37 @@ def serve_on_ray(
 
     Raises:
         ConfigError: An option means nothing with Ray.
+        RuntimeMissingError: Ray is not installed.
         NarrowcastError: A model cannot be loaded, or the cluster or a port cannot be had.
     """
     typed = given(context)
-    refused = [name for name in typed if name not in _MEANT]
-    if options.token is not None and "token" not in refused:
-        refused.append("token")
-    for name in refused:
+    for name in typed:
+        if name in _MEANT:
+            continue
         raise ConfigError(
             f"{written(context)[name].name} means nothing with --engine ray: "
             f"{_WHY.get(name, 'it is an option of servers on one machine')}",
-            next_step="leave it out, and NARROWCAST_ADMIN_TOKEN too" if name == "token" else "leave it out",
+            next_step="leave it out",
         )
-    if options.port == 0 or ("grpc_port" in typed and options.grpc_port == 0):
-        raise ConfigError("Ray cannot choose a port", allowed="numbers; gRPC may be left out with -1")
+    if options.port == 0 or options.metrics_port == 0 or ("grpc_port" in typed and options.grpc_port == 0):
+        raise ConfigError("Ray cannot choose a port", allowed="numbers; gRPC and metrics may be left out with -1")
     if "grpc_port" not in typed:
         # Ray's proxy listens for gRPC on all addresses, whatever --host says: nobody gets that without asking for it.
-        options = ServerOptions(options.host, options.port, None, None, options.limits, grace=options.grace)
-    models = plan(places, hosting, options.limits, options.grace)
+        options = replace(options, grpc_port=None)
+    names = check_places(places, hosting, scale)
 
-    from narrowcast.serving.ray import engine
+    try:
+        from narrowcast.serving.ray import engine
+    except ImportError as error:
+        raise RuntimeMissingError(
+            f"the engine ray needs {error.name}, which is not installed", next_step="pip install 'narrowcast[ray]'"
+        ) from error
 
     def listening(ports: dict[str, int]) -> None:
         addresses = {
             name: f"{options.host}:{port}" if name == "grpc" else f"http://{options.host}:{port}"
             for name, port in ports.items()
         }
-        names = [model.name for model in models]
         if json:
             print_json({"listening": addresses, "models": names})
             return
@@ -77,4 +80,4 @@ def serve_on_ray(
             console().print(f"{name}: {address}", markup=False)
         console().print(f"models: {', '.join(names)}", markup=False)
 
-    engine.run(models, scale, options, listening)
+    engine.run(places, hosting, scale, options, listening)

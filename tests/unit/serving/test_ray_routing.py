@@ -1,11 +1,11 @@
-"""What the Ray engine does without Ray: the plan, the ingress, the replicas behind it, and statistics of several."""
+"""What the Ray engine does without Ray: keeper, ingress and replicas in one process, and what goes between them pickled."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import pickle
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,31 @@ import tritonclient.grpc.service_pb2 as triton
 from serving_models import request, write_artifact
 
 from narrowcast.artifacts.manifest import Manifest
-from narrowcast.errors import ArtifactError, ConfigError
+from narrowcast.errors import ArtifactError, ConfigError, RuntimeFailedError
 from narrowcast.recipes.target import Target
 from narrowcast.serving.hosting import Hosting
 from narrowcast.serving.http.message import Request, Response, refused
 from narrowcast.serving.limits import Limits
-from narrowcast.serving.ray.ingress import Ingress, RoutedModel
-from narrowcast.serving.ray.merging import merged_statistics
-from narrowcast.serving.ray.plan import PlannedModel, plan
+from narrowcast.serving.ray.counting import Ledger, total
+from narrowcast.serving.ray.ingress import Ingress
+from narrowcast.serving.ray.keeper import Keeper
+from narrowcast.serving.ray.metrics import ClusterMetrics
+from narrowcast.serving.ray.plan import PlannedVersion, Scale, check_places, planned_version
 from narrowcast.serving.ray.replica import ModelReplica
-from narrowcast.serving.ray.wire import Call, CallAnswer, Remote
+from narrowcast.serving.ray.wire import Call, CallAnswer, Keeping, Refused, Remote, Report, Table
 from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.repository import VersionPolicy
 from narrowcast.serving.scheduling.queue import Batching
 from narrowcast.serving.scheduling.scheduler import Settings
+from narrowcast.serving.scheduling.statistics import Statistics
+from narrowcast.serving.server import ServerOptions
+from narrowcast.serving.signature import Signature
 from narrowcast.serving.state import ModelState, write_state
 from narrowcast.serving.workers.sources import Placement
 
 ManifestOf = Callable[..., Manifest]
-ALL = Hosting(settings=Settings(Batching(4)), policy=VersionPolicy(latest=0), workers=3)
+ALL = Hosting(settings=Settings(Batching(4)), policy=VersionPolicy(latest=0))
+TOKEN = {"authorization": "Bearer secret"}
 
 
 @pytest.fixture
@@ -46,83 +52,162 @@ def models(tmp_path: Path, manifest_of: ManifestOf) -> Path:
     return tmp_path / "models"
 
 
-def planned(*places: Path, hosting: Hosting = ALL) -> tuple[PlannedModel, ...]:
-    return plan(places, hosting, Limits(), 5.0)
+def sent(value: Any) -> Any:
+    """Return what another process would get."""
+    return pickle.loads(pickle.dumps(value))
 
 
 class Copies(Remote):
     """Several replicas in this process, asked in turn; what goes to them and comes from them is pickled, as by Ray."""
 
-    def __init__(self, replicas: list[ModelReplica]) -> None:
+    def __init__(self, key: str, planned: PlannedVersion, replicas: list[ModelReplica]) -> None:
+        self.name = key
+        self.planned = planned
         self.replicas = replicas
         self.turn = 0
+        self.hold: asyncio.Event | None = None
+        self.ended = False
+
+    @property
+    def key(self) -> str:
+        return self.name
 
     def next(self) -> ModelReplica:
+        assert not self.ended, "a request has come after the end"
         if not self.replicas:
             raise Refusal(503, "no replica of the model can take the request", retry_after=1)
         self.turn += 1
         return self.replicas[self.turn % len(self.replicas)]
 
     async def ask(self, request: Request) -> Response:
-        answer = await self.next().ask(pickle.loads(pickle.dumps(request)))
-        return pickle.loads(pickle.dumps(answer))
-
-    async def ask_all(self, request: Request) -> list[Response]:
-        return [await replica.ask(request) for replica in self.replicas]
+        if self.hold is not None:
+            await self.hold.wait()
+        return sent(await self.next().ask(sent(request)))
 
     async def call(self, call: Call) -> CallAnswer:
-        return pickle.loads(pickle.dumps(await self.next().call(pickle.loads(pickle.dumps(call)))))
+        return sent(await self.next().call(sent(call)))
+
+    async def signature(self) -> Signature:
+        return sent(self.next().signature())
+
+    async def reports(self) -> list[Report]:
+        return sent([replica.report() for replica in self.replicas])
+
+    async def close(self) -> None:
+        pass
+
+
+class LocalFleet:
+    """A cluster in this process."""
+
+    def __init__(self) -> None:
+        self.remotes: list[Copies] = []
+        self.broken: set[int] = set()
+        self.keeper: Keeper | None = None
+
+    async def deploy(self, planned: PlannedVersion) -> Remote:
+        if planned.version in self.broken:
+            raise RuntimeFailedError("the machines are on fire")
+        key = f"{planned.name}-{planned.version}-{len(self.remotes)}"
+        started = [await ModelReplica.started(sent(planned), f"{key}-{copy}") for copy in range(planned.fewest)]
+        self.remotes.append(Copies(key, planned, started))
+        return self.remotes[-1]
+
+    async def remove(self, remote: Remote) -> None:
+        assert isinstance(remote, Copies)
+        remote.ended = True
+        assert self.keeper is not None
+        for replica in remote.replicas:
+            await replica.stop()
+            self.keeper.farewell(remote.planned.name, remote.planned.version, sent(replica.report()))
+
+    def running(self, name: str, version: int) -> Copies:
+        """Return the replicas of a version that were started last."""
+        found = [remote for remote in self.remotes if (remote.planned.name, remote.planned.version) == (name, version)]
+        return found[-1]
+
+
+class DirectKeeping(Keeping):
+    """The keeper in this process, or none at all."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper: Keeper | None = keeper
+
+    def here(self) -> Keeper:
+        if self.keeper is None:
+            raise Refusal(503, "the keeper cannot be reached", retry_after=1)
+        return self.keeper
+
+    async def ask(self, request: Request) -> Response:
+        return sent(await self.here().ask(sent(request)))
+
+    async def call(self, call: Call) -> CallAnswer:
+        return sent(await self.here().call(sent(call)))
+
+    async def wake(self, name: str, version: str) -> Table | Refused:
+        return await self.here().wake(name, version)
+
+    async def follow(self, who: str, applied: int, settled: int) -> Table | None:
+        return await self.here().follow(who, applied, settled)
 
 
 class Asked:
-    """An ingress with its replicas."""
+    """A keeper with its replicas, and ingresses before them."""
 
-    def __init__(self, ingress: Ingress, remotes: dict[tuple[str, int], Copies]) -> None:
-        self.ingress = ingress
-        self.remotes = remotes
+    def __init__(self, keeper: Keeper, fleet: LocalFleet) -> None:
+        self.keeper = keeper
+        self.fleet = fleet
+        self.keeping = DirectKeeping(keeper)
+        self.ingresses: list[Ingress] = []
+        self.add()
 
-    async def ask(self, method: str, target: str, body: bytes = b"", **headers: str) -> tuple[int, Any]:
+    def add(self) -> None:
+        draws = iter([0.05, 0.95, 0.5] * 1000)
+        self.ingresses.append(Ingress(self.keeping, Limits(), lambda: next(draws)))
+
+    async def ask(
+        self, method: str, target: str, body: bytes = b"", through: int = 0, **headers: str
+    ) -> tuple[int, Any]:
         named = {name.replace("_", "-").lower().encode(): value.encode() for name, value in headers.items()}
         try:
-            outcome = self.ingress.handle(Request(method.encode(), target.encode(), named, body))
+            outcome = self.ingresses[through].handle(Request(method.encode(), target.encode(), named, body))
             response = outcome if isinstance(outcome, Response) else await outcome
         except Refusal as refusal:
             response = refused(refusal)
         joined = b"".join(response.body)
         return response.status, json.loads(joined) if joined.startswith((b"{", b"[")) else joined
 
-    async def infer(self, target: str) -> Any:
-        status, document = await self.ask("POST", f"/v2/models/{target}/infer", request(1.0))
+    async def change(self, target: str, body: bytes = b"") -> Any:
+        status, document = await self.ask("POST", f"/v2/repository/models/{target}", body, **TOKEN)
+        return document.get("traffic") if status == 200 else (status, document["error"])
+
+    async def infer(self, target: str, through: int = 0) -> Any:
+        status, document = await self.ask("POST", f"/v2/models/{target}/infer", request(1.0), through)
         return document["outputs"][0]["data"][0] if status == 200 else (status, document["error"])
 
-    async def call(self, method: str, message: Any) -> CallAnswer:
-        return await self.ingress.call(Call(method, message.SerializeToString()))
+    async def call(self, method: str, message: Any, metadata: tuple[tuple[str, str], ...] = ()) -> CallAnswer:
+        return await self.ingresses[0].call(Call(method, message.SerializeToString(), metadata))
 
 
-def with_ingress(
-    deployed: tuple[PlannedModel, ...], check: Callable[[Asked], Coroutine[Any, Any, None]], copies: int = 1
+def with_keeper(
+    places: Path,
+    check: Callable[[Asked], Coroutine[Any, Any, None]],
+    hosting: Hosting = ALL,
+    token: str | None = "secret",
 ) -> None:
-    """Run a check on an ingress before so many replicas of each version."""
+    """Run a check on an ingress before the replicas of a repository."""
 
     async def run() -> None:
-        remotes: dict[tuple[str, int], Copies] = {}
-        for model in deployed:
-            for version in model.versions:
-                started = [await ModelReplica.started(version) for _ in range(copies)]
-                remotes[model.name, version.version] = Copies(started)
-        draws = iter([0.05, 0.95, 0.5] * 10)
-        routes = {
-            model.name: RoutedModel(
-                model.traffic, {version.version: remotes[model.name, version.version] for version in model.versions}
-            )
-            for model in deployed
-        }
+        fleet = LocalFleet()
+        keeper = fleet.keeper = Keeper([places], hosting, ServerOptions(token=token, grace=5.0), fleet)
+        await keeper.start()
+        asked = Asked(keeper, fleet)
         try:
-            await check(Asked(Ingress(routes, Limits(), lambda: next(draws)), remotes))
+            await check(asked)
         finally:
-            for remote in remotes.values():
-                for replica in remote.replicas:
-                    await replica.stop()
+            for ingress in asked.ingresses:
+                await ingress.stop()
+            await keeper.stop()
 
     asyncio.run(run())
 
@@ -130,37 +215,40 @@ def with_ingress(
 # the plan -------------------------------------------------------------------------------------------------------------
 
 
-def test_each_version_is_a_deployment_with_one_worker_in_a_thread(models: Path) -> None:
-    other, scale = planned(models)
-    assert [version.deployment for version in (*other.versions, *scale.versions)] == ["other-1", "scale-1", "scale-2"]
-    assert scale.traffic.versions == (2,)
-    version = scale.versions[1]
+def test_a_replica_runs_one_worker_in_a_thread(models: Path) -> None:
+    folder = models / "scale" / "2" / "artifact"
+    version = planned_version("scale", 2, folder, replace(ALL, workers=3), Limits(), 5.0)
     assert (version.threads, version.fewest, version.ongoing) == (2, 3, 1024 + 4)
     assert version.hosting == replace(ALL, placement=Placement.THREAD, workers=1)
-    assert pickle.loads(pickle.dumps(scale)) == scale
+    assert sent(version) == version
+
+
+def test_what_cannot_be_deployed_is_refused(models: Path, tmp_path: Path) -> None:
+    assert check_places([models], ALL, Scale(most=2)) == ["other", "scale"]
+    with pytest.raises(ConfigError, match="none of the versions"):
+        check_places([models], replace(ALL, policy=VersionPolicy(named=(5,))), Scale())
+    (models / "other" / "serving.json").write_text(json.dumps({"workers": 7}))
+    with pytest.raises(ConfigError, match="'other' has 7 workers at least and 2 at most"):
+        check_places([models], ALL, Scale(most=2))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match="no model"):
+        check_places([tmp_path / "empty"], ALL, Scale())
+    graph = models / "other" / "1" / "artifact" / "model.onnx"
+    graph.write_bytes(graph.read_bytes() + b"x")
+    with pytest.raises(ArtifactError, match="damaged"):
+        check_places([models], ALL, Scale())
 
 
 def test_promotions_and_files_of_options_are_kept_to(models: Path) -> None:
     write_state(models, "scale", ModelState(traffic={1: 1.0}))
-    (models / "other" / "serving.json").write_text(json.dumps({"workers": 7}))
-    other, scale = planned(models, hosting=replace(ALL, policy=VersionPolicy(latest=1)))
-    assert scale.traffic.versions == (1,)
-    assert [version.version for version in scale.versions] == [1, 2]
-    assert other.versions[0].fewest == 7
-    write_state(models, "scale", ModelState(traffic={1: 1.0, 9: 1.0}))
-    assert planned(models)[1].traffic.versions == (2,)
+    (models / "other" / "serving.json").write_text(json.dumps({"workers": 2}))
 
+    async def check(asked: Asked) -> None:
+        assert await asked.infer("scale") == 2.0
+        assert len(asked.fleet.running("other", 1).replicas) == 2
+        assert (await asked.ask("GET", "/v2/models/other/config"))[1]["instance_group"][0]["count"] == 2
 
-def test_what_cannot_be_deployed_is_refused(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none of the versions"):
-        planned(models, hosting=replace(ALL, policy=VersionPolicy(named=(5,))))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ArtifactError, match="no model"):
-        planned(tmp_path / "empty")
-    graph = models / "other" / "1" / "artifact" / "model.onnx"
-    graph.write_bytes(graph.read_bytes() + b"x")
-    with pytest.raises(ArtifactError, match="damaged"):
-        planned(models)
+    with_keeper(models, check)
 
 
 # the ingress ----------------------------------------------------------------------------------------------------------
@@ -174,7 +262,7 @@ def test_requests_go_to_their_model_and_version(models: Path) -> None:
         assert await asked.infer("sc%61le") == 3.0
         assert await asked.infer("scale/versions/9") == (404, "model 'scale' has no version '9' loaded; allowed: 1, 2")
         assert await asked.infer("scale/versions/x") == (404, "model 'scale' has no version 'x' loaded; allowed: 1, 2")
-        assert (await asked.infer("none"))[0] == 404
+        assert await asked.infer("none") == (404, "model 'none' is not found: unknown")
         status, document = await asked.ask("GET", "/v2/models/scale/versions/1")
         assert (status, document["name"], document["versions"]) == (200, "scale", ["1", "2"])
         assert (await asked.ask("GET", "/v2/models/scale/config"))[1]["max_batch_size"] == 4
@@ -182,16 +270,17 @@ def test_requests_go_to_their_model_and_version(models: Path) -> None:
         assert (await asked.ask("GET", "/v2/models/other/infer"))[0] == 405
         assert (await asked.ask("GET", "/v2/models/other/ready"))[0] == 200
 
-    with_ingress(planned(models), check)
+    with_keeper(models, check)
 
 
 def test_a_split_that_is_remembered_is_drawn_for_each_request(models: Path) -> None:
     write_state(models, "scale", ModelState(traffic={1: 1.0, 2: 9.0}))
 
     async def check(asked: Asked) -> None:
+        await asked.infer("other")  # from now on the ingress has the table
         assert [await asked.infer("scale") for _ in range(3)] == [2.0, 3.0, 3.0]
 
-    with_ingress(planned(models), check)
+    with_keeper(models, check)
 
 
 def test_what_no_model_is_asked_is_answered_for_all(models: Path) -> None:
@@ -201,15 +290,15 @@ def test_what_no_model_is_asked_is_answered_for_all(models: Path) -> None:
         assert (await asked.ask("GET", "/v2/health/ready"))[0] == 200
         assert (await asked.ask("GET", "/elsewhere"))[0] == 404
         assert (await asked.ask("DELETE", "/v2/health/ready"))[0] == 405
-        assert (await asked.ask("POST", "/v2/repository/models/scale/load"))[0] == 403
         entries = (await asked.ask("POST", "/v2/repository/index"))[1]
         assert [(entry["name"], entry["version"], entry["state"]) for entry in entries] == [
             ("other", "1", "READY"),
             ("scale", "1", "READY"),
             ("scale", "2", "READY"),
         ]
-        gone = asked.remotes["scale", 1].replicas
+        gone = asked.fleet.running("scale", 1).replicas
         kept, gone[:] = gone[:], []
+        await asked.keeper.look()
         assert (await asked.ask("GET", "/v2/health/ready"))[0] == 503
         ready = (await asked.ask("POST", "/v2/repository/index", b'{"ready": true}'))[1]
         assert [entry["name"] + entry["version"] for entry in ready] == ["other1", "scale2"]
@@ -217,8 +306,169 @@ def test_what_no_model_is_asked_is_answered_for_all(models: Path) -> None:
         assert (await asked.infer("scale/versions/1"))[0] == 503
         assert await asked.infer("scale") == 3.0
         gone[:] = kept
+        await asked.keeper.look()
+        assert (await asked.ask("GET", "/v2/health/ready"))[0] == 200
 
-    with_ingress(planned(models), check)
+    with_keeper(models, check)
+
+
+def test_without_a_keeper_loaded_models_are_served_on(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        assert await asked.infer("scale") == 3.0
+        kept, asked.keeping.keeper = asked.keeping.keeper, None
+        assert await asked.infer("scale") == 3.0
+        assert (await asked.ask("GET", "/v2/health/live"))[0] == 200
+        assert (await asked.ask("GET", "/v2/models/scale"))[0] == 503
+        assert await asked.change("scale/load") == (503, "the keeper cannot be reached")
+        asked.keeping.keeper = kept
+
+    with_keeper(models, check)
+
+
+# changes --------------------------------------------------------------------------------------------------------------
+
+
+def test_changes_are_in_force_everywhere_when_they_are_answered(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        asked.add()
+
+        async def both(target: str = "scale") -> list[Any]:
+            return [await asked.infer(target, through) for through in (0, 1)]
+
+        assert await both() == [3.0, 3.0]
+        assert await asked.change("scale/versions/1/promote") == {"1": 1.0}
+        assert await both() == [2.0, 2.0]
+        asked.add()
+        assert await asked.infer("scale", 2) == 2.0, "a new ingress starts with what holds now"
+        assert await asked.change("scale/rollback") == {"2": 1.0}
+        assert await both() == [3.0, 3.0]
+        assert await asked.change("scale/traffic", b'{"weights": {"1": 1, "2": 9}}') == {"1": 0.1, "2": 0.9}
+        assert {await asked.infer("scale", 1) for _ in range(9)} == {2.0, 3.0}
+        assert (await asked.ask("GET", "/v2/repository/models/scale/traffic"))[1] == {"traffic": {"1": 0.1, "2": 0.9}}
+        assert await asked.change("scale/unload") == {}
+        assert await both() == [(404, "model 'scale' is not found: not loaded")] * 2
+        assert await asked.change("scale/load") == {"2": 1.0}
+        assert await both() == [3.0, 3.0]
+        assert (await asked.change("scale/versions/7/promote"))[0] == 404
+        assert await both("other") == [5.0, 5.0]
+
+    with_keeper(models, check)
+
+
+def test_a_version_that_is_loaded_again_runs_on_new_replicas(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        await asked.infer("other")
+        first = asked.fleet.running("other", 1)
+        assert await asked.change("other/load") == {"1": 1.0}
+        second = asked.fleet.running("other", 1)
+        assert second is not first
+        turn = second.turn
+        assert await asked.infer("other") == 5.0
+        assert second.turn == turn + 1
+        (counted,) = (await asked.ask("GET", "/v2/models/other/stats"))[1]["model_stats"]
+        assert counted["inference_count"] == 2, "what replicas counted outlives them"
+        while not first.ended:
+            await asyncio.sleep(0.01)
+        (counted,) = (await asked.ask("GET", "/v2/models/other/stats"))[1]["model_stats"]
+        assert counted["inference_count"] == 2
+
+    with_keeper(models, check)
+
+
+def test_replaced_replicas_end_when_nothing_is_under_way_to_them(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        asked.add()
+        assert [await asked.infer("scale", through) for through in (0, 1)] == [3.0, 3.0]
+        old = asked.fleet.running("scale", 2)
+        old.hold = asyncio.Event()
+        held = asyncio.ensure_future(asked.infer("scale", 1))
+        await asyncio.sleep(0)
+        assert await asked.change("scale/load") == {"2": 1.0}
+        assert [await asked.infer("scale", through) for through in (0, 1)] == [3.0, 3.0]
+        await asyncio.sleep(0.2)
+        assert not old.ended
+        assert not held.done()
+        old.hold.set()
+        assert await held == 3.0
+        while not old.ended:
+            await asyncio.sleep(0.01)
+
+    with_keeper(models, check)
+
+
+def test_no_request_fails_through_rollbacks_and_each_is_answered_by_one_version(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        asked.add()
+        over = False
+        seen: set[float] = set()
+
+        async def client(through: int) -> None:
+            while not over:
+                status, document = await asked.ask("POST", "/v2/models/scale/infer", request(1.0, 1.0), through)
+                assert status == 200, document
+                factor = {"1": 2.0, "2": 3.0}[document["model_version"]]
+                assert document["outputs"][0]["data"][::4] == [factor] * 2, "all rows ran on one version"
+                seen.add(factor)
+
+        clients = [asyncio.ensure_future(client(number % 2)) for number in range(4)]
+        for _ in range(5):
+            assert await asked.change("scale/versions/1/promote") == {"1": 1.0}
+            assert await asked.change("scale/rollback") == {"2": 1.0}
+        over = True
+        await asyncio.gather(*clients)
+        assert seen == {2.0, 3.0}
+
+    with_keeper(models, check, replace(ALL, policy=VersionPolicy()))
+
+
+def test_a_version_that_cannot_be_deployed_leaves_the_old_one_serving(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        asked.fleet.broken.add(1)
+        status, said = await asked.change("scale/versions/1/promote")
+        assert (status, "on fire" in said) == (400, True)
+        assert await asked.infer("scale") == 3.0
+        asked.fleet.broken.clear()
+        assert await asked.change("scale/versions/1/promote") == {"1": 1.0}
+        assert await asked.infer("scale") == 2.0
+
+    with_keeper(models, check, replace(ALL, policy=VersionPolicy()))
+
+
+def test_changes_need_the_token(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        assert (await asked.ask("POST", "/v2/repository/models/scale/load"))[0] == 401
+        wrong = {"authorization": "Bearer guess"}
+        assert (await asked.ask("POST", "/v2/repository/models/scale/rollback", **wrong))[0] == 401
+        load = triton.RepositoryModelLoadRequest(model_name="scale")
+        assert (await asked.call("RepositoryModelLoad", load)).code == "UNAUTHENTICATED"
+        assert (await asked.call("RepositoryModelLoad", load, tuple(TOKEN.items()))).code == ""
+        unload = triton.RepositoryModelUnloadRequest(model_name="scale")
+        assert (await asked.call("RepositoryModelUnload", unload, tuple(TOKEN.items()))).code == ""
+        assert (await asked.infer("scale"))[0] == 404
+
+    with_keeper(models, check)
+
+
+def test_without_a_token_nothing_is_changed(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        assert (await asked.change("scale/load"))[0] == 403
+
+    with_keeper(models, check, token=None)
+
+
+def test_a_model_is_loaded_at_its_first_request_once(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        assert asked.fleet.remotes == []
+        assert await asyncio.gather(*(asked.infer("scale") for _ in range(5))) == [3.0] * 5
+        assert [remote.planned.version for remote in asked.fleet.remotes] == [2]
+        asked.fleet.broken.add(1)
+        status, said = await asked.infer("scale/versions/1")
+        assert (status, "on fire" in said) == (503, True)
+
+    with_keeper(models, check, replace(ALL, on_demand=True))
+
+
+# counting -------------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_are_those_of_all_replicas(models: Path) -> None:
@@ -227,11 +477,8 @@ def test_statistics_are_those_of_all_replicas(models: Path) -> None:
             assert await asked.infer("scale/versions/1") == 2.0
         two = await asked.ask("POST", "/v2/models/scale/versions/1/infer", request(1.0, 2.0))
         assert two[0] == 200
-        counts = [
-            json.loads(b"".join(answer.body))["model_stats"][0]["execution_count"]
-            for answer in await asked.remotes["scale", 1].ask_all(Request(b"GET", b"/v2/models/scale/stats", {}, b""))
-        ]
-        assert sorted(counts) == [2, 2]
+        reports = await asked.fleet.running("scale", 1).reports()
+        assert sorted(report.statistics.executions for report in reports) == [2, 2]
         (counted,) = (await asked.ask("GET", "/v2/models/scale/versions/1/stats"))[1]["model_stats"]
         assert (counted["inference_count"], counted["execution_count"]) == (5, 4)
         assert counted["inference_stats"]["success"]["count"] == 4
@@ -245,31 +492,87 @@ def test_statistics_are_those_of_all_replicas(models: Path) -> None:
         assert [(item["name"], item["version"]) for item in of_all] == [("other", "1"), ("scale", "1"), ("scale", "2")]
         assert (await asked.ask("GET", "/v2/models/none/stats"))[0] == 404
 
-    with_ingress(planned(models), check, copies=2)
+    with_keeper(models, check, replace(ALL, workers=2))
 
 
-def test_statistics_are_added_by_name_and_batch_size() -> None:
-    def counted(last: int, sizes: dict[int, int]) -> dict[str, Any]:
-        batches = [{"batch_size": size, "compute_infer": {"count": n, "ns": 10 * n}} for size, n in sizes.items()]
-        return {"name": "net", "version": "3", "last_inference": last, "execution_count": 2, "batch_stats": batches}
+def test_metrics_are_those_of_all_replicas(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        for _ in range(3):
+            await asked.infer("scale/versions/1")
+        metrics = ClusterMetrics(asked.keeper)
+        body = (await metrics.handle(Request(b"GET", b"/metrics", {}, b""))).body
+        lines = b"".join(body).decode().splitlines()
+        one = '{model="scale",version="1"}'
+        assert f"nv_inference_request_success{one} 3" in lines
+        assert f"narrowcast_workers{one} 2" in lines
+        assert f"nv_inference_pending_request_count{one} 0" in lines
+        assert 'narrowcast_traffic_share{model="scale",version="2"} 1' in lines
+        assert "narrowcast_ready 1" in lines
+        assert not any("memory" in line for line in lines)
+        gone = asked.fleet.running("scale", 1).replicas
+        kept = gone.pop()
+        lines = b"".join((await metrics.handle(Request(b"GET", b"/metrics", {}, b""))).body).decode().splitlines()
+        assert f"narrowcast_workers{one} 1" in lines
+        assert f"nv_inference_request_success{one} 3" in lines, "a counter never falls"
+        gone.append(kept)
+        with pytest.raises(Refusal, match="/metrics"):
+            metrics.handle(Request(b"GET", b"/", {}, b""))
+        with pytest.raises(Refusal, match="only GET"):
+            metrics.handle(Request(b"POST", b"/metrics", {}, b""))
 
-    merged = merged_statistics([counted(5, {1: 1, 4: 1}), counted(9, {2: 2}), counted(7, {4: 2})])
-    assert merged == {
-        "name": "net",
-        "version": "3",
-        "last_inference": 9,
-        "execution_count": 6,
-        "batch_stats": [
-            {"batch_size": size, "compute_infer": {"count": n, "ns": 10 * n}} for size, n in ((1, 1), (2, 2), (4, 3))
-        ],
+    with_keeper(models, check, replace(ALL, workers=2))
+
+
+def counted(*requests: tuple[int, int]) -> Statistics:
+    """Return statistics of batches, each of so many rows and nanoseconds."""
+    result = Statistics()
+    for rows, ns in requests:
+        result.executed(rows, 1, (1, ns, 2), ns)
+        result.succeeded(10, ns)
+    return result
+
+
+def test_statistics_are_added_by_batch_size() -> None:
+    one, two = counted((1, 1_000_000), (4, 40)), counted((4, 80), (4, 80))
+    two.reject("deadline")
+    two.last = one.last + 5
+    both = total([one, two])
+    assert (both.inferences, both.executions, both.success.count) == (13, 4, 4)
+    assert both.success.ns == 1_000_000 + 40 + 80 + 80
+    assert both.last == two.last
+    assert both.rejected == {"deadline": 1}
+    assert {size: (times.count, times.infer_ns) for size, times in both.batches.items()} == {
+        1: (1, 1_000_000),
+        4: (3, 200),
     }
+    assert both.batches[4].mean_ns == pytest.approx(200 / 3)
+    assert both.buckets[0] == 4
+    assert total([]) == Statistics()
+
+
+def test_every_count_of_one_replica_is_kept() -> None:
+    one = counted((1, 5), (4, 6))
+    one.failed(7)
+    one.reject("queue_full")
+    one.expired, one.cancelled, one.overruns, one.padding = 1, 2, 3, 4
+    assert total([one]) == one
+
+
+def test_the_last_words_of_a_replica_stand() -> None:
+    ledger, statistics = Ledger(), Statistics()
+    ledger.note(Report("a", counted((1, 5))))
+    ledger.note(Report("a", counted((1, 5), (1, 5))), ended=True)
+    ledger.note(Report("a", counted((1, 5))))  # it was on its way before
+    ledger.note(Report("b", counted((1, 5))))
+    ledger.write(statistics)
+    assert statistics.executions == 3
 
 
 # gRPC -----------------------------------------------------------------------------------------------------------------
 
 
-def infer_message(model: str, version: str = "", values: int = 4) -> Any:
-    message = triton.ModelInferRequest(model_name=model, model_version=version, id="seven")
+def infer_message(model: str, version: str = "", values: int = 4, name: str = "seven") -> Any:
+    message = triton.ModelInferRequest(model_name=model, model_version=version, id=name)
     message.inputs.add(name="x", datatype="FP32", shape=[1, 4])
     message.raw_input_contents.append(np.ones(values, np.float32).tobytes())
     return message
@@ -301,9 +604,30 @@ def test_calls_of_the_stubs_of_triton_are_answered_like_requests(models: Path) -
         assert triton.ServerReadyResponse.FromString(server.message).ready
         name = await asked.call("ServerMetadata", triton.ServerMetadataRequest())
         assert triton.ServerMetadataResponse.FromString(name.message).name == "narrowcast"
-        load = await asked.call("RepositoryModelLoad", triton.RepositoryModelLoadRequest(model_name="scale"))
-        assert load.code == "UNIMPLEMENTED"
-        broken = await asked.ingress.call(Call("ModelInfer", b"\xff\xff"))
-        assert broken.code == "INVALID_ARGUMENT"
+        for method in ("ModelInfer", "ModelConfig"):
+            assert (await asked.ingresses[0].call(Call(method, b"\xff\xff"))).code == "INVALID_ARGUMENT"
 
-    with_ingress(planned(models), check)
+    with_keeper(models, check)
+
+
+def test_streams_are_answered_in_order_and_go_on_after_an_error(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        async def messages() -> AsyncIterator[bytes]:
+            for number in range(100):
+                model = "none" if number == 7 else ("scale", "other")[number % 2]
+                yield infer_message(model, name=str(number)).SerializeToString()
+            yield b"\xff\xff"
+
+        found = [
+            triton.ModelStreamInferResponse.FromString(answer) async for answer in asked.ingresses[0].stream(messages())
+        ]
+        assert [answer.infer_response.id for answer in found] == [*map(str, range(100)), ""]
+        failed = [number for number, answer in enumerate(found) if answer.error_message]
+        assert failed == [7, 100]
+        assert found[7].error_message == "model 'none' is not found: unknown"
+        values = [
+            np.frombuffer(found[number].infer_response.raw_output_contents[0], np.float32)[0] for number in (0, 1)
+        ]
+        assert values == [3.0, 5.0]
+
+    with_keeper(models, check)

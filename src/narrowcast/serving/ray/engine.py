@@ -1,61 +1,67 @@
-"""``narrowcast serve --engine ray``: the deployments, and the program that puts them on a cluster and takes them down."""
+"""``narrowcast serve --engine ray``: what runs on the cluster, and the program that puts it there and takes it down."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import os
 import signal
-import socket
 import threading
-from collections.abc import Awaitable, Callable, Generator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
+import ray
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from narrowcast.errors import ConfigError, OutputError, RuntimeFailedError, RuntimeMissingError
+from narrowcast.errors import ConfigError, NarrowcastError, OutputError, RuntimeFailedError
 from narrowcast.serving.asgi import HandlerApplication
+from narrowcast.serving.hosting import Hosting
 from narrowcast.serving.http.message import Request, Response
+from narrowcast.serving.http.server import HttpServer
 from narrowcast.serving.limits import Limits
-from narrowcast.serving.ray.ingress import Ingress, RoutedModel
-from narrowcast.serving.ray.plan import PlannedModel, PlannedVersion, Scale
+from narrowcast.serving.ray.cluster import Cluster, brief
+from narrowcast.serving.ray.handles import ActorKeeping, HandleRemote
+from narrowcast.serving.ray.ingress import Ingress
+from narrowcast.serving.ray.keeper import Keeper
+from narrowcast.serving.ray.metrics import ClusterMetrics
+from narrowcast.serving.ray.plan import PlannedVersion, Scale
 from narrowcast.serving.ray.replica import ModelReplica
-from narrowcast.serving.ray.rpc import METHODS, RawMessage
-from narrowcast.serving.ray.wire import Call, CallAnswer, Remote
-from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.ray.rpc import METHODS, STREAM, RawMessage
+from narrowcast.serving.ray.wire import Call, CallAnswer, Refused, Remote, Report, Table
 from narrowcast.serving.server import ServerOptions
+from narrowcast.serving.signature import Signature
 
-try:
-    import ray
-    from ray import serve
-    from ray.exceptions import RayActorError, RayError
-    from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
-    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-    from ray.serve.grpc_util import RayServegRPCContext
-    from ray.serve.handle import DeploymentHandle
-except ImportError as error:
-    raise RuntimeMissingError(
-        f"the engine ray needs {error.name}, which is not installed", next_step="pip install 'narrowcast[ray]'"
-    ) from error
-
-__all__ = ["APPLICATION", "application", "run"]
+__all__ = ["APPLICATION", "run"]
 
 _log = logging.getLogger(__name__)
-#: What the application is called in the cluster.
+#: What the application that clients reach is called in the cluster; those of model versions begin with it.
 APPLICATION = "narrowcast"
-#: How long replicas have to answer a question that goes to all of them.
-_ALL_SECONDS = 5.0
-#: How long a cluster has to take a connection.
-_REACH_SECONDS = 5.0
-_START = "start one with ray start --head, or leave --ray-address out"
+_KEEPER = "keeper"
+_STEP_SECONDS = 0.2
+#: How often Ray asks a replica that ends whether it has finished.
+_FINISH_SECONDS = 0.2
+
+
+# model versions -------------------------------------------------------------------------------------------------------
 
 
 class _Replica:
     """What Ray runs in each process of a model version."""
 
-    async def __init__(self, planned: PlannedVersion) -> None:  # Ray awaits it, so that the model loads in its loop
-        self._replica = await ModelReplica.started(planned)
+    async def __init__(
+        self, planned: PlannedVersion, keeper: Any
+    ) -> None:  # Ray awaits it: the model loads in its loop
+        self._planned = planned
+        self._keeper = keeper
+        name = serve.get_replica_context().replica_id.unique_id
+        self._replica = await ModelReplica.started(planned, name)
 
     async def ask(self, request: Request) -> Response:
         return await self._replica.ask(request)
@@ -63,66 +69,176 @@ class _Replica:
     async def call(self, call: Call) -> CallAnswer:
         return await self._replica.call(call)
 
+    async def signature(self) -> Signature:
+        return self._replica.signature()
+
+    async def report(self) -> Report:
+        return self._replica.report()
+
     def check_health(self) -> None:
         if not self._replica.ready:
             raise RuntimeError("the model cannot run requests")
 
     async def __del__(self) -> None:
         await self._replica.stop()
+        with contextlib.suppress(RayError):  # at the end of all, nobody wants to know any more
+            await self._keeper.farewell.remote(self._planned.name, self._planned.version, self._replica.report())
 
 
-class _HandleRemote(Remote):
-    """The replicas of a model version, reached by Ray's handle."""
+class _RayFleet:
+    """Puts model versions on the cluster, each as an application of Ray Serve, and takes them off it.
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
+    Args:
+        scale: How many replicas a version has.
+        keeper: Is told what replicas have counted when they end.
+    """
+
+    def __init__(self, scale: Scale, keeper: Any) -> None:
+        self._scale = scale
+        self._keeper = keeper
+        self._mine: set[str] = set()
+
+    async def deploy(self, planned: PlannedVersion) -> Remote:
+        key = f"{APPLICATION}-{planned.name}-{planned.version}-{uuid.uuid4().hex[:8]}"
+        self._mine.add(key)
+        try:
+            handle = await asyncio.to_thread(self._begin, key, planned)
+            async with asyncio.timeout(self._scale.patience):
+                await self._running(key)
+        except BaseException as error:
+            await asyncio.shield(self._delete(key))
+            if isinstance(error, TimeoutError):
+                raise RuntimeFailedError(
+                    f"the cluster has not started model {planned.name!r} version {planned.version} within "
+                    f"{self._scale.patience:g} s",
+                    next_step=f"see whether {planned.fewest} times {planned.threads} processors are free",
+                ) from error
+            raise
+        return HandleRemote(key, handle)
+
+    def _begin(self, key: str, planned: PlannedVersion) -> Any:
+        target = serve.RunTarget(self._bound(planned), name=key, route_prefix=None)
+        return serve.run_many([target], wait_for_applications_running=False)[0]
+
+    def _bound(self, planned: PlannedVersion) -> Any:
+        scale = self._scale
+        replicas: dict[str, Any] = {"num_replicas": planned.fewest}
+        if scale.most is not None:
+            if scale.most < planned.fewest:
+                raise ConfigError(
+                    f"model {planned.name!r} has {planned.fewest} workers at least and {scale.most} at most",
+                    next_step="raise --max-workers",
+                )
+            replicas = {
+                "autoscaling_config": {
+                    "min_replicas": planned.fewest,
+                    "max_replicas": scale.most,
+                    # On average one batch runs and one is ready to follow it.
+                    "target_ongoing_requests": 2 * planned.hosting.settings.batching.largest,
+                    "upscale_delay_s": scale.up_seconds,
+                    "downscale_delay_s": scale.down_seconds,
+                }
+            }
+        deployment: Any = serve.deployment(_Replica)
+        settings = deployment.options(
+            name=f"{planned.name}-{planned.version}",
+            max_ongoing_requests=planned.ongoing,
+            ray_actor_options={"num_cpus": planned.threads},
+            graceful_shutdown_timeout_s=planned.grace,
+            graceful_shutdown_wait_loop_s=_FINISH_SECONDS,
+            **replicas,
+        )
+        return settings.bind(planned, self._keeper)
+
+    async def _running(self, key: str) -> None:
+        """Return when all replicas of an application run.
+
+        Raises:
+            RuntimeFailedError: They cannot be started.
+        """
+        while True:
+            status = await asyncio.to_thread(serve.status)
+            found = status.applications.get(key)
+            if found is not None and found.status == "RUNNING":
+                return
+            if found is not None and found.status == "DEPLOY_FAILED":
+                said = [item.message for item in found.deployments.values() if item.message] or [found.message]
+                raise RuntimeFailedError(f"Ray cannot deploy the model: {brief(said[0])}")
+            await asyncio.sleep(_STEP_SECONDS)
+
+    async def remove(self, remote: Remote) -> None:
+        await self._delete(remote.key)
+
+    async def _delete(self, key: str) -> None:
+        self._mine.discard(key)
+        try:
+            await asyncio.to_thread(serve.delete, key)
+        except (RayError, TimeoutError) as error:
+            _log.warning("%s does not end: %s", key, error)
+
+    async def sweep(self) -> None:
+        """Take off the cluster what a program left there that was killed."""
+        status = await asyncio.to_thread(serve.status)
+        left = [key for key in status.applications if key.startswith(f"{APPLICATION}-") and key not in self._mine]
+        await asyncio.gather(*map(self._delete, left))
+
+
+# the repository -------------------------------------------------------------------------------------------------------
+
+
+class _Keeper:
+    """What Ray runs on the machine of the program: the only one that changes what is served."""
+
+    def __init__(self, places: Sequence[Path], hosting: Hosting, options: ServerOptions, scale: Scale) -> None:
+        self._given = (places, hosting, options)
+        self._fleet = _RayFleet(scale, ray.get_runtime_context().current_actor)
+        self._options = options
+
+    async def start(self) -> None:
+        self._keeper = Keeper(*self._given, self._fleet)
+        await self._keeper.start()
+        options = self._options
+        if options.metrics_port is not None:
+            self._metrics = HttpServer(ClusterMetrics(self._keeper).handle, options.limits)
+            try:
+                await self._metrics.listen(options.host, options.metrics_port)
+            except OSError as error:
+                raise OutputError(
+                    f"{options.host}:{options.metrics_port} cannot be listened on: {error.strerror or error}",
+                    next_step="name another port with --metrics-port",
+                ) from error
+
+    async def sweep(self) -> None:
+        await self._fleet.sweep()
+
+    async def stop(self) -> None:
+        await self._keeper.stop()
 
     async def ask(self, request: Request) -> Response:
-        return await _reached(self._handle.ask.remote(request))
+        return await self._keeper.ask(request)
 
     async def call(self, call: Call) -> CallAnswer:
-        return await _reached(self._handle.call.remote(call))
+        return await self._keeper.call(call)
 
-    async def ask_all(self, request: Request) -> list[Response]:
-        try:
-            asked = self._handle.broadcast("ask", request)
-            found = await asked.results_async(timeout_s=_ALL_SECONDS, return_exceptions=True)
-        except (TimeoutError, RayError):
-            return []
-        return [answer for answer in found if isinstance(answer, Response)]
+    async def wake(self, name: str, version: str) -> Table | Refused:
+        return await self._keeper.wake(name, version)
+
+    async def follow(self, who: str, applied: int, settled: int) -> Table | None:
+        return await self._keeper.follow(who, applied, settled)
+
+    async def farewell(self, name: str, version: int, report: Report) -> None:
+        self._keeper.farewell(name, version, report)
 
 
-async def _reached(response: Any) -> Any:
-    """Return what a replica answers; cancelling goes on to it.
-
-    Raises:
-        Refusal: No replica can be reached, or it died (503).
-    """
-    try:
-        return await response
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
-    except RayActorError as error:
-        raise Refusal(503, "the replica that ran the request has died; it may be sent again", retry_after=1) from error
-    except (BackPressureError, DeploymentUnavailableError) as error:
-        raise Refusal(503, "no replica of the model can take the request", retry_after=1) from error
+# clients --------------------------------------------------------------------------------------------------------------
 
 
 class _Ingress:
     """What Ray runs behind its proxies: REST comes as ASGI, calls come to methods of their names."""
 
-    def __init__(
-        self, models: Sequence[PlannedModel], handles: dict[str, DeploymentHandle[Any]], limits: Limits
-    ) -> None:
+    def __init__(self, keeper: Any, limits: Limits) -> None:
+        self._keeper = ActorKeeping(keeper)
         self._limits = limits
-        self._routes = {
-            model.name: RoutedModel(
-                model.traffic,
-                {version.version: _HandleRemote(handles[version.deployment]) for version in model.versions},
-            )
-            for model in models
-        }
         self._ingress: Ingress | None = None
 
     def __serve_build_asgi_app__(self) -> HandlerApplication:
@@ -131,17 +247,25 @@ class _Ingress:
     def _here(self) -> Ingress:
         """Return the ingress, made in the loop that answers requests."""
         if self._ingress is None:
-            self._ingress = Ingress(self._routes, self._limits)
+            self._ingress = Ingress(self._keeper, self._limits)
         return self._ingress
 
     async def answer(self, method: str, message: bytes, context: RayServegRPCContext) -> RawMessage:
-        answer = await self._here().call(Call(method, message))
+        answer = await self._here().call(Call(method, message, _metadata(context)))
         if answer.code:
             context.set_code(grpc.StatusCode[answer.code])
             context.set_details(answer.details)
             context.set_trailing_metadata(list(answer.trailing))
             raise RuntimeError(answer.details)  # Ray sends the status of the context
         return RawMessage(answer.message)
+
+    async def answers(self, messages: AsyncIterator[bytes], context: RayServegRPCContext) -> AsyncIterator[RawMessage]:
+        async for message in self._here().stream(messages, _metadata(context)):
+            yield RawMessage(message)
+
+
+def _metadata(context: RayServegRPCContext) -> tuple[tuple[str, str], ...]:
+    return tuple((key, value) for key, value in context.invocation_metadata() if not key.endswith("-bin"))
 
 
 def _method(name: str) -> Callable[..., Awaitable[RawMessage]]:
@@ -152,62 +276,33 @@ def _method(name: str) -> Callable[..., Awaitable[RawMessage]]:
     return method
 
 
+async def _stream(
+    self: _Ingress, messages: gRPCInputStream[bytes], grpc_context: RayServegRPCContext
+) -> AsyncIterator[RawMessage]:
+    async for answer in self.answers(messages, grpc_context):
+        yield answer
+
+
 for _name in METHODS:
     setattr(_Ingress, _name, _method(_name))
+setattr(_Ingress, STREAM, _stream)
 
 
-def application(models: Sequence[PlannedModel], scale: Scale, options: ServerOptions) -> Any:
-    """Return the application that Ray Serve runs: a deployment for each model version, and the ingress."""
-    handles = {version.deployment: _bound(version, scale) for model in models for version in model.versions}
-    ingress: Any = serve.deployment(serve.ingress()(_Ingress))
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    settings = ingress.options(
-        name="ingress",
-        num_replicas=nodes,
-        max_ongoing_requests=options.limits.connections,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=options.grace,
-    )
-    return settings.bind(tuple(models), handles, options.limits)
-
-
-def _bound(version: PlannedVersion, scale: Scale) -> Any:
-    replicas: dict[str, Any] = {"num_replicas": version.fewest}
-    if scale.most is not None:
-        if scale.most < version.fewest:
-            raise ConfigError(
-                f"model {version.name!r} has {version.fewest} workers at least and {scale.most} at most",
-                next_step="raise --max-workers",
-            )
-        replicas = {
-            "autoscaling_config": {
-                "min_replicas": version.fewest,
-                "max_replicas": scale.most,
-                # On average one batch runs and one is ready to follow it.
-                "target_ongoing_requests": 2 * version.hosting.settings.batching.largest,
-            }
-        }
-    deployment: Any = serve.deployment(_Replica)
-    settings = deployment.options(
-        name=version.deployment,
-        max_ongoing_requests=version.ongoing,
-        ray_actor_options={"num_cpus": version.threads},
-        graceful_shutdown_timeout_s=version.grace,
-        **replicas,
-    )
-    return settings.bind(version)
+# the program ----------------------------------------------------------------------------------------------------------
 
 
 def run(
-    models: Sequence[PlannedModel],
+    places: Sequence[Path],
+    hosting: Hosting,
     scale: Scale,
     options: ServerOptions,
     listening: Callable[[dict[str, int]], None],
 ) -> None:
-    """Serve on a cluster until SIGTERM or SIGINT, then take the application down.
+    """Serve on a cluster until SIGTERM or SIGINT, then take everything down that was put there.
 
     Args:
-        models: What to serve.
+        places: Artifacts and folders of models, at the same path on every machine.
+        hosting: How models are run where their own files say nothing.
         scale: How many replicas there are, and on which cluster.
         options: Where to listen, and what is allowed.
         listening: Is told the ports when all models are loaded.
@@ -216,17 +311,83 @@ def run(
         OutputError: A port cannot be had.
         RuntimeFailedError: There is no such cluster, or a model cannot be loaded there.
     """
-    with _Cluster(scale, options), _signals() as ended:
+    with Cluster(scale.address, options), _signals() as ended:
+        keeper = _placed([place.absolute() for place in places], hosting, options, scale)
         try:
-            serve.run(application(models, scale, options), name=APPLICATION, route_prefix="/")
-        except RuntimeError as error:
-            raise RuntimeFailedError(
-                f"Ray cannot deploy the models: {_brief(error)}", next_step="the logs of Ray say more"
-            ) from error
-        ports = {"http": options.port, "grpc": options.grpc_port}
-        listening({name: port for name, port in ports.items() if port is not None})
-        ended.wait()
-        serve.delete(APPLICATION)
+            if not _done(keeper.start.remote(), ended):
+                return
+            _open(keeper, options)
+            _done(keeper.sweep.remote(), ended)
+            ports = {"http": options.port, "grpc": options.grpc_port, "metrics": options.metrics_port}
+            listening({name: port for name, port in ports.items() if port is not None})
+            ended.wait()
+            serve.delete(APPLICATION)
+        finally:
+            with contextlib.suppress(RayError):
+                ray.get(keeper.stop.remote())
+            ray.kill(keeper)
+
+
+def _placed(places: list[Path], hosting: Hosting, options: ServerOptions, scale: Scale) -> Any:
+    """Return the keeper, on this machine: what it remembers is written beside the models that were named here."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(_Keeper).options(
+        name=_KEEPER,
+        namespace=APPLICATION,
+        num_cpus=0,
+        max_concurrency=options.limits.connections,
+        scheduling_strategy=here,
+    )
+    try:
+        return actor.remote(places, hosting, options, scale)
+    except ValueError as error:
+        raise RuntimeFailedError(
+            "the cluster serves a repository already", next_step="end the other narrowcast serve first"
+        ) from error
+
+
+def _done(reference: Any, ended: threading.Event) -> bool:
+    """Return whether something was done before the program is to end.
+
+    Raises:
+        NarrowcastError: It failed.
+        RuntimeFailedError: Ray failed.
+    """
+    while not ended.is_set():
+        ready, _ = ray.wait([reference], timeout=_STEP_SECONDS)
+        if not ready:
+            continue
+        try:
+            ray.get(reference)
+        except RayTaskError as error:
+            if isinstance(error.cause, NarrowcastError):
+                raise error.cause from None
+            raise _undeployed(error) from error
+        except RayError as error:
+            raise _undeployed(error) from error
+        return True
+    return False
+
+
+def _open(keeper: Any, options: ServerOptions) -> None:
+    """Deploy what clients reach, a replica for each machine."""
+    ingress: Any = serve.deployment(serve.ingress()(_Ingress))
+    settings = ingress.options(
+        name="ingress",
+        num_replicas=sum(node["Alive"] for node in ray.nodes()),
+        max_ongoing_requests=options.limits.connections,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=options.grace,
+        graceful_shutdown_wait_loop_s=_FINISH_SECONDS,
+    )
+    try:
+        serve.run(settings.bind(keeper, options.limits), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise _undeployed(error) from error
+
+
+def _undeployed(error: Exception) -> RuntimeFailedError:
+    return RuntimeFailedError(f"Ray cannot deploy the models: {brief(error)}", next_step="the logs of Ray say more")
 
 
 @contextmanager
@@ -239,85 +400,3 @@ def _signals() -> Generator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Cluster:
-    """A connection to a cluster with Ray Serve on it; a cluster that was started here ends here."""
-
-    def __init__(self, scale: Scale, options: ServerOptions) -> None:
-        self._address = scale.address
-        self._options = options
-
-    def __enter__(self) -> None:
-        options = self._options
-        self._check_reachable()
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody without being asked for
-        try:
-            ray.init(
-                address=self._address,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                include_dashboard=None if self._address else False,
-            )
-        except Exception as error:  # what Ray raises when a cluster cannot be started or joined has many types
-            ray.shutdown()
-            raise RuntimeFailedError(
-                f"no Ray cluster can be had at {self._address or 'this machine'}: {_brief(error)}", next_step=_START
-            ) from error
-        try:
-            serve.start(
-                proxy_location=ProxyLocation.EveryNode,
-                http_options=HTTPOptions(host=options.host, port=options.port or 0),
-                grpc_options=gRPCOptions(
-                    port=options.grpc_port or 0,
-                    grpc_servicer_functions=["narrowcast.serving.ray.rpc.add_service"] if options.grpc_port else [],
-                ),
-            )
-        except Exception as error:  # what comes from the proxies has many types
-            self.__exit__()
-            raise OutputError(
-                f"Ray cannot listen on {options.host}:{options.port}: {_brief(error)}", next_step="name another port"
-            ) from error
-
-    def _check_reachable(self) -> None:
-        """Find out at once what Ray would find out after minutes: nobody at the address, or somebody on a port.
-
-        Raises:
-            RuntimeFailedError: Nobody answers at the address.
-            OutputError: A port is taken.
-        """
-        if self._address is None:
-            for port in (self._options.port, self._options.grpc_port):
-                _check_free(self._options.host, port)
-            return
-        host, separator, port = self._address.removeprefix("ray://").rpartition(":")
-        if not separator:
-            return  # auto, which Ray looks up
-        if not port.isdecimal():
-            raise ConfigError(f"Ray address {self._address!r} is none", allowed="HOST:PORT, or auto")
-        try:
-            socket.create_connection((host, int(port)), _REACH_SECONDS).close()
-        except (OSError, OverflowError) as error:
-            raise RuntimeFailedError(f"no Ray cluster answers at {self._address}: {error}", next_step=_START) from error
-
-    def __exit__(self, *_: object) -> None:
-        if self._address is None:
-            serve.shutdown()
-        ray.shutdown()
-
-
-def _check_free(host: str, port: int | None) -> None:
-    if port is None:
-        return
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise OutputError(
-            f"{host}:{port} cannot be listened on: {error.strerror or error}", next_step="name another port"
-        ) from error
-
-
-def _brief(error: Exception) -> str:
-    """Return the last line of what Ray says, which stands below the tracebacks of other processes."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else type(error).__name__

@@ -1,68 +1,151 @@
-"""The deployment that clients reach: it reads which model a request is for, and passes it on as it came.
+"""The deployment that clients reach: it sends inference to the replicas of the version that answers, as it came.
 
-What no model is asked (health, the index, statistics of several) it answers itself, in the words of the same handlers.
+What is no inference goes to the keeper of the repository, so that it is answered the same on all machines.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import grpc
-import orjson
-from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 
 from narrowcast.oip.messages import INFERENCE
-from narrowcast.serving.catalogue import Catalogue, IndexEntry
+from narrowcast.serving.catalogue import Catalogue
 from narrowcast.serving.hosting import Hosting
-from narrowcast.serving.http.message import Request, Response, json_response
+from narrowcast.serving.http.message import Request, Response
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol import documents
-from narrowcast.serving.ray.merging import merged_statistics
-from narrowcast.serving.ray.wire import Call, CallAnswer, Remote
+from narrowcast.serving.ray.wire import Call, CallAnswer, Keeping, Refused, Remote, Table
 from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.rest import RestApi
 from narrowcast.serving.rpc.service import CODES
 from narrowcast.serving.shared_memory import SharedMemory
-from narrowcast.serving.traffic import Traffic
 
-__all__ = ["Ingress", "RoutedModel"]
+__all__ = ["Ingress"]
 
-_MODEL = re.compile(rb"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?(?P<rest>/[a-z]+)?")
-_OK = 200
-
-
-@dataclass(frozen=True)
-class RoutedModel:
-    """A model as the ingress knows it."""
-
-    traffic: Traffic
-    versions: Mapping[int, Remote]
+_log = logging.getLogger(__name__)
+_INFER = re.compile(rb"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
+#: What the keeper answers; the rest needs no model.
+_KEPT = re.compile(rb"/v2/(?:models|repository)/.*|/v2/health/ready")
+#: Requests of one stream that are accepted before the answer to the first is taken.
+_STREAM_DEPTH = 64
+#: How long until a keeper that could not be reached is asked again.
+_AGAIN_SECONDS = 1.0
 
 
 class Ingress:
-    """Routes requests to the replicas of model versions.
+    """Routes requests.
+
+    It is made in the event loop that it runs in.
 
     Args:
-        models: All models by name.
+        keeper: Knows what is served.
         limits: Bounds on requests.
         draw: Gives numbers in [0, 1), by which requests are split among versions.
     """
 
-    def __init__(
-        self, models: Mapping[str, RoutedModel], limits: Limits, draw: Callable[[], float] = random.random
-    ) -> None:
-        self._models = models
+    def __init__(self, keeper: Keeping, limits: Limits, draw: Callable[[], float] = random.random) -> None:
+        self._keeper = keeper
         self._draw = draw
-        # It answers what needs no model, and refuses what is no target, is not allowed, or cannot be done here.
+        self._name = uuid.uuid4().hex
+        self._table = Table()
+        self._remotes: dict[str, Remote] = {}
+        #: Requests under way, by the revision of the table that they went by.
+        self._under_way: Counter[int] = Counter()
+        # It answers what needs no model, and refuses what is no target or cannot be done here.
         self._own = RestApi(Catalogue(Repository(), Hosting()), limits, SharedMemory(allowed=False))
+        self._following = asyncio.ensure_future(self._follow())
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    async def stop(self) -> None:
+        """Follow the keeper no longer."""
+        ending = [self._following, *self._leaving]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+
+    # the table --------------------------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                settled = min(self._under_way, default=self._table.revision)
+                table = await self._keeper.follow(self._name, self._table.revision, settled)
+            except Refusal as refusal:
+                _log.warning("%s", refusal.message)
+                await asyncio.sleep(_AGAIN_SECONDS)
+            else:
+                if table is not None:
+                    self._go_by(table)
+
+    def _go_by(self, table: Table) -> None:
+        """Go by a table if it is newer, and let go of what is in none any more."""
+        if table.revision <= self._table.revision:
+            return
+        self._table = table
+        remotes = [remote for model in table.models.values() for remote in model.versions.values()]
+        known = {remote.key: self._remotes.get(remote.key, remote) for remote in remotes}
+        gone = [remote for key, remote in self._remotes.items() if key not in known]
+        self._remotes = known
+        if gone:
+            leaving = asyncio.create_task(self._let_go(gone, table.revision))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+
+    async def _let_go(self, gone: list[Remote], revision: int) -> None:
+        """Close what replicas are reached by, when nothing is under way any more that went by an older table."""
+        while any(older < revision for older in self._under_way):
+            await asyncio.sleep(_AGAIN_SECONDS)
+        for remote in gone:
+            await remote.close()
+
+    @contextmanager
+    def _going(self) -> Generator[None]:
+        """Count a request that goes by the table as it is now."""
+        revision = self._table.revision
+        self._under_way[revision] += 1
+        try:
+            yield
+        finally:
+            self._under_way[revision] -= 1
+            if not self._under_way[revision]:
+                del self._under_way[revision]
+
+    def _routed(self, name: str, version: str) -> tuple[str, Remote | None]:
+        """Return the version that answers a request, and its replicas if the table has them."""
+        model = self._table.models.get(name)
+        if model is None:
+            return version, None
+        if not version:
+            number = model.traffic.pick(self._draw)
+        elif version.isascii() and version.isdecimal() and len(version) < 19:
+            number = int(version)
+        else:
+            return version, None
+        remote = model.versions.get(number)
+        return str(number), None if remote is None else self._remotes[remote.key]
+
+    async def _loaded(self, name: str, version: str) -> None:
+        """Have a version loaded that the table has not, or hear why it cannot be.
+
+        Raises:
+            Refusal: There is no such model or version (404), or it cannot be loaded (503, 504, 507).
+        """
+        told = await self._keeper.wake(name, version)
+        if isinstance(told, Refused):
+            raise told.refusal()
+        self._go_by(told)
 
     # REST -------------------------------------------------------------------------------------------------------------
 
@@ -73,155 +156,105 @@ class Ingress:
             Refusal: It gets no result.
         """
         path = request.target.partition(b"?")[0]
-        asked = (b"GET" if request.method == b"HEAD" else request.method, path)
-        match = _MODEL.fullmatch(path)
-        if asked == (b"GET", b"/v2/models/stats"):
-            return asyncio.ensure_future(self._statistics())
-        if asked == (b"GET", b"/v2/health/ready"):
-            return asyncio.ensure_future(self._ready())
-        if asked == (b"POST", b"/v2/repository/index"):
-            return asyncio.ensure_future(self._index(request))
-        if match is None:
-            return self._own.handle(request)
-        name, version = (_text(match[key]) for key in ("name", "version"))
-        if asked[0] == b"GET" and match["rest"] == b"/stats":
-            return asyncio.ensure_future(self._statistics(name, version))
-        remote = self._find(name, version)
-        if asked[0] == b"GET" and match["rest"] is None:
-            return asyncio.ensure_future(self._metadata(name, remote, request))
-        return asyncio.ensure_future(remote.ask(request))
+        match = _INFER.fullmatch(path) if request.method == b"POST" else None
+        if match is not None:
+            return asyncio.ensure_future(self._infer(_text(match["name"]), _text(match["version"]), request))
+        if _KEPT.fullmatch(path):
+            return asyncio.ensure_future(self._keeper.ask(request))
+        return self._own.handle(request)
 
-    def _find(self, name: str, version: str) -> Remote:
-        """Return the replicas that answer a request.
-
-        Raises:
-            Refusal: There is no such model or version (404).
-        """
-        model = self._models.get(name)
-        if model is None:
-            raise Refusal(404, f"model {name!r} is not found: unknown")
-        if not version:
-            return model.versions[model.traffic.pick(self._draw)]
-        remote = model.versions.get(int(version)) if version.isascii() and version.isdecimal() else None
-        if remote is None:
-            loaded = ", ".join(map(str, sorted(model.versions)))
-            raise Refusal(404, f"model {name!r} has no version {version!r} loaded; allowed: {loaded}")
-        return remote
-
-    async def _metadata(self, name: str, remote: Remote, request: Request) -> Response:
-        """Return what a replica says of its version, with all versions that are there."""
-        response = await remote.ask(request)
-        if response.status != _OK:
-            return response
-        document = orjson.loads(b"".join(response.body))
-        return json_response(document | {"versions": self._versions(name)})
-
-    def _versions(self, name: str) -> list[str]:
-        return [str(version) for version in sorted(self._models[name].versions)]
-
-    async def _ready(self) -> Response:
-        if not all(entry.state == "READY" for entry in await self._entries()):
-            raise Refusal(503, "a model has no replica that is alive", retry_after=1)
-        return json_response({"ready": True})
-
-    async def _index(self, request: Request) -> Response:
-        self._own.handle(request)  # refuses a body that is no JSON object; of an empty repository it has nothing to say
-        wanted = orjson.loads(request.body) if request.body.strip() else {}
-        return json_response(documents.index(await self._entries(), ready=bool(wanted.get("ready", False))))
-
-    async def _entries(self) -> list[IndexEntry]:
-        """Return all versions, and whether a replica of each can run requests."""
-        versions = [
-            (name, version, remote)
-            for name, model in sorted(self._models.items())
-            for version, remote in sorted(model.versions.items())
-        ]
-        answers = await asyncio.gather(
-            *(remote.ask_all(_get(f"/v2/models/{name}/ready")) for name, _, remote in versions)
-        )
-        return [
-            IndexEntry(name, str(version), "READY")
-            if any(answer.status == _OK for answer in found)
-            else IndexEntry(name, str(version), "UNAVAILABLE", "no replica is alive")
-            for (name, version, _), found in zip(versions, answers, strict=True)
-        ]
-
-    async def _statistics(self, name: str = "", version: str = "") -> Response:
-        return json_response(await self._counted(name, version))
-
-    async def _counted(self, name: str, version: str) -> dict[str, Any]:
-        """Return the statistics of model versions, those of all their replicas added up.
-
-        Raises:
-            Refusal: There is no such model or version (404).
-        """
-        if version:
-            chosen = [(name, self._find(name, version))]
-        else:
-            if name:
-                self._find(name, "")
-            names = [name] if name else sorted(self._models)
-            chosen = [(key, remote) for key in names for _, remote in sorted(self._models[key].versions.items())]
-        answers = await asyncio.gather(*(remote.ask_all(_get(f"/v2/models/{key}/stats")) for key, remote in chosen))
-        counted = [
-            [orjson.loads(b"".join(answer.body))["model_stats"][0] for answer in found if answer.status == _OK]
-            for found in answers
-        ]
-        return {"model_stats": [merged_statistics(found) for found in counted if found]}
+    async def _infer(self, name: str, version: str, request: Request) -> Response:
+        for _ in range(2):
+            with self._going():
+                number, remote = self._routed(name, version)
+                if remote is not None:
+                    return await remote.ask(request)
+            await self._loaded(name, number)
+        raise _between_changes(name)
 
     # gRPC -------------------------------------------------------------------------------------------------------------
 
     async def call(self, call: Call) -> CallAnswer:
         """Answer a call of the gRPC protocol; refusals are statuses."""
         try:
-            return await self._answer(call)
+            if call.method == "ModelInfer":
+                return await self._infer_call(call)
+            if call.method == "ServerLive":
+                return CallAnswer(INFERENCE["ServerLiveResponse"](live=True).SerializeToString())
+            if call.method == "ServerMetadata":
+                message = INFERENCE["ServerMetadataResponse"](**documents.server_metadata())
+                return CallAnswer(message.SerializeToString())
+            _read(call)  # the keeper would take a message for granted
+            return await self._keeper.call(call)
         except Refusal as refusal:
             code = CODES.get(refusal.status, grpc.StatusCode.INTERNAL)
             return CallAnswer(b"", code.name, refusal.message)
 
-    async def _answer(self, call: Call) -> CallAnswer:
+    async def _infer_call(self, call: Call) -> CallAnswer:
+        request = _read(call)
+        name, version = request.model_name, request.model_version
+        for _ in range(2):
+            with self._going():
+                number, remote = self._routed(name, version)
+                if remote is not None:
+                    return await remote.call(call)
+            await self._loaded(name, number)
+        raise _between_changes(name)
+
+    async def stream(
+        self, messages: AsyncIterator[bytes], metadata: tuple[tuple[str, str], ...] = ()
+    ) -> AsyncIterator[bytes]:
+        """Yield a ``ModelStreamInferResponse`` for each request of a stream, in order; one that fails does not end it.
+
+        Each is routed by itself, as if it had come alone.
+        """
+        waiting: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(_STREAM_DEPTH)
+
+        async def accept() -> None:
+            try:
+                async for message in messages:
+                    await waiting.put(asyncio.create_task(self._stream_one(Call("ModelInfer", message, metadata))))
+            finally:
+                await waiting.put(None)
+
+        accepting = asyncio.create_task(accept())
         try:
-            request = INFERENCE[f"{call.method}Request"].FromString(call.message)
-        except DecodeError as error:
-            raise Refusal(400, f"the message cannot be read: {error}") from None
-        fields = request.DESCRIPTOR.fields_by_name
-        name, version = (
-            (request.model_name, request.model_version)
-            if call.method == "ModelInfer"
-            else (request.name, request.version)
-            if "version" in fields
-            else ("", "")
-        )
-        if call.method == "ModelStatistics":
-            return _message_of(call, await self._counted(name, version))
-        if call.method == "ModelMetadata":
-            answer = await self._find(name, version).call(call)
-            return answer if answer.code else self._with_versions(name, answer)
-        if call.method in ("ModelInfer", "ModelReady", "ModelConfig"):
-            return await self._find(name, version).call(call)
-        if call.method == "RepositoryIndex":
-            return _message_of(call, {"models": documents.index(await self._entries(), ready=request.ready)})
-        if call.method == "ServerReady":
-            return _message_of(call, {"ready": all(entry.state == "READY" for entry in await self._entries())})
-        if call.method == "ServerLive":
-            return _message_of(call, {"live": True})
-        if call.method == "ServerMetadata":
-            return _message_of(call, documents.server_metadata())
-        raise Refusal(501, f"{call.method} is not there on Ray: models are changed by serving again")
+            while (task := await waiting.get()) is not None:
+                yield await task
+        finally:
+            accepting.cancel()
+            while not waiting.empty():
+                task = waiting.get_nowait()
+                if task is not None:
+                    task.cancel()
 
-    def _with_versions(self, name: str, answer: CallAnswer) -> CallAnswer:
-        message = INFERENCE["ModelMetadataResponse"].FromString(answer.message)
-        del message.versions[:]
-        message.versions.extend(self._versions(name))
-        return CallAnswer(message.SerializeToString())
+    async def _stream_one(self, call: Call) -> bytes:
+        answer = await self.call(call)
+        response = INFERENCE["ModelStreamInferResponse"](error_message=answer.details)
+        if answer.code:
+            try:
+                response.infer_response.id = _read(call).id
+            except Refusal:
+                response.infer_response.SetInParent()
+        else:
+            response.infer_response.ParseFromString(answer.message)
+        return response.SerializeToString()
 
 
-def _message_of(call: Call, document: dict[str, Any]) -> CallAnswer:
-    return CallAnswer(ParseDict(document, INFERENCE[f"{call.method}Response"]()).SerializeToString())
+def _read(call: Call) -> Any:
+    """Return the message of a call.
+
+    Raises:
+        Refusal: It cannot be read (400).
+    """
+    try:
+        return INFERENCE[f"{call.method}Request"].FromString(call.message)
+    except DecodeError as error:
+        raise Refusal(400, f"the message cannot be read: {error}") from None
 
 
-def _get(target: str) -> Request:
-    return Request(b"GET", target.encode(), {}, b"")
+def _between_changes(name: str) -> Refusal:
+    return Refusal(503, f"model {name!r} is being changed; the request may be sent again", retry_after=1)
 
 
 def _text(name: bytes | None) -> str:

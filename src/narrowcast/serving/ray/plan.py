@@ -1,4 +1,4 @@
-"""What is deployed: the models of a repository with their versions, and who answers requests that name none."""
+"""What a replica needs to know, and what can be refused before a cluster is asked for anything."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from narrowcast.serving.limits import Limits
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.settings import read_model_options
 from narrowcast.serving.state import read_state
-from narrowcast.serving.traffic import Traffic
 from narrowcast.serving.workers.sources import ArtifactSource, Placement
 
-__all__ = ["PlannedModel", "PlannedVersion", "Scale", "check_engine", "plan"]
+__all__ = ["PlannedVersion", "Scale", "check_engine", "check_places", "planned_version"]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas a version has.
+    """How many replicas a version has, and on which cluster.
 
     Attributes:
         most: At most so many; the fewest are the workers of the model. None for always the same number.
         address: The cluster, or None to start one on this machine.
+        up_seconds: How long load must ask for more replicas before there are more.
+        down_seconds: How long fewer must be enough before there are fewer.
+        patience: Seconds that a cluster has to start the replicas of a version, among them those that it takes to get
+            another machine.
     """
 
     most: int | None = None
     address: str | None = None
+    up_seconds: float = 30.0
+    down_seconds: float = 600.0
+    patience: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,6 @@ class PlannedVersion:
     grace: float
 
     @property
-    def deployment(self) -> str:
-        """The name of its deployment."""
-        return f"{self.name}-{self.version}"
-
-    @property
     def ongoing(self) -> int:
         """Requests that Ray gives to one replica at a time: all that its queue takes, and one more batch.
 
@@ -71,13 +72,25 @@ class PlannedVersion:
         return settings.queue + settings.batching.largest
 
 
-@dataclass(frozen=True)
-class PlannedModel:
-    """A model: its versions, and which of them answer requests that name none."""
+def planned_version(
+    name: str, version: int, folder: Path, hosting: Hosting, limits: Limits, grace: float
+) -> PlannedVersion:
+    """Return a version as its replicas run it.
 
-    name: str
-    versions: tuple[PlannedVersion, ...]
-    traffic: Traffic
+    Args:
+        name: The model.
+        version: Its version.
+        folder: The artifact.
+        hosting: How the model is run; its workers are the replicas at least.
+        limits: Bounds on requests.
+        grace: Seconds that requests have to finish when a replica ends.
+
+    Raises:
+        ArtifactError: The artifact is damaged.
+    """
+    threads = load_artifact(folder).manifest.target.threads
+    alone = replace(hosting, placement=Placement.THREAD, workers=1, on_demand=False)
+    return PlannedVersion(name, version, str(folder), alone, limits, threads, hosting.workers, grace)
 
 
 def check_engine(name: str) -> None:
@@ -90,25 +103,32 @@ def check_engine(name: str) -> None:
         raise ConfigError(f"engine {name!r} is unknown", allowed=choices(name, ["local", "ray"]))
 
 
-def plan(places: Sequence[Path], hosting: Hosting, limits: Limits, grace: float) -> tuple[PlannedModel, ...]:
-    """Return what is deployed for a repository as it is now, promotions and splits that it remembers included.
+def check_places(places: Sequence[Path], hosting: Hosting, scale: Scale) -> list[str]:
+    """Find what would keep the models of a repository from being served, and return their names.
 
     Args:
         places: Artifacts and folders of models.
         hosting: How models are run where their own files say nothing.
-        limits: Bounds on requests.
-        grace: Seconds that requests have to finish when a replica ends.
+        scale: How many replicas there are.
 
     Raises:
         ArtifactError: A place is neither, or an artifact is damaged.
         ConfigError: A file of options, or what is remembered, cannot be read.
     """
     repository = Repository([place.absolute() for place in places])
-    remembered = {root: read_state(root) for root in repository.roots}
-    planned: list[PlannedModel] = []
-    for name in repository.names():
+    for root in repository.roots:
+        read_state(root)
+    names = repository.names()
+    if not names:
+        raise ArtifactError("there is no model to serve", allowed="an artifact, or a folder of NAME/VERSION/artifact")
+    for name in names:
         root = repository.root(name)
         own = hosting if root is None else read_model_options(root / name, hosting)
+        if scale.most is not None and scale.most < own.workers:
+            raise ConfigError(
+                f"model {name!r} has {own.workers} workers at least and {scale.most} at most",
+                next_step="raise --max-workers",
+            )
         found = repository.versions(name)
         wanted = own.policy.select(sorted(found))
         if not wanted:
@@ -116,22 +136,8 @@ def plan(places: Sequence[Path], hosting: Hosting, limits: Limits, grace: float)
                 f"model {name!r} has none of the versions that the policy names",
                 allowed=", ".join(map(str, sorted(found))),
             )
-        state = None if root is None else remembered[root].get(name)
-        traffic = Traffic.all_to(max(wanted))
-        if state is not None and state.traffic is not None and set(state.traffic) <= set(found):
-            traffic = Traffic.of(state.traffic)
-        versions: list[PlannedVersion] = []
-        for version in sorted({*wanted, *traffic.versions}):
+        for version in wanted:
             source = found[version]
             assert isinstance(source, ArtifactSource)
-            versions.append(_planned(name, version, source.folder, own, limits, grace))
-        planned.append(PlannedModel(name, tuple(versions), traffic))
-    if not planned:
-        raise ArtifactError("there is no model to serve", allowed="an artifact, or a folder of NAME/VERSION/artifact")
-    return tuple(planned)
-
-
-def _planned(name: str, version: int, folder: Path, own: Hosting, limits: Limits, grace: float) -> PlannedVersion:
-    threads = load_artifact(folder).manifest.target.threads
-    alone = replace(own, placement=Placement.THREAD, workers=1, on_demand=False)
-    return PlannedVersion(name, version, str(folder), alone, limits, threads, own.workers, grace)
+            load_artifact(source.folder)
+    return names

@@ -13,7 +13,7 @@ import grpc
 
 from narrowcast.serving.rpc.service import SERVICE
 
-__all__ = ["METHODS", "RawMessage", "add_service"]
+__all__ = ["METHODS", "STREAM", "RawMessage", "add_service"]
 
 #: Calls with one request and one answer.
 METHODS = (
@@ -22,6 +22,8 @@ METHODS = (
     *("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"),
     *("SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister"),
 )
+#: The call with streams both ways.
+STREAM = "ModelStreamInfer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,10 @@ class RawMessage:
 
 def add_service(servicer: Any, server: Any) -> None:
     """Register the service's methods; Ray puts its own in their place, which call the ingress by the same names."""
-    handlers = {name: grpc.unary_unary_rpc_method_handler(_nobody) for name in METHODS}
+    handlers: dict[str, Any] = {name: grpc.unary_unary_rpc_method_handler(_nobody) for name in METHODS}
+    handlers[STREAM] = grpc.stream_stream_rpc_method_handler(_nobody)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
-def _nobody(request: bytes, context: Any) -> bytes:
+def _nobody(request: Any, context: Any) -> Any:
     raise NotImplementedError("Ray answers in its place")
