@@ -40,7 +40,7 @@ class Arena:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self._size = 0
         self._memory: mmap.mmap | None = None
 
@@ -68,7 +68,7 @@ class Arena:
         """Return views of tensors that the other process wrote; they hold until it writes again."""
         end = max((start + size for _, _, _, start, size in placed), default=0)
         if end > self._size:
-            self._map(os.fstat(self._descriptor).st_size)
+            self._map(os.fstat(self.descriptor).st_size)
         view = memoryview(self._memory) if self._memory is not None else memoryview(b"")
         return {
             name: decode_binary(name, DATATYPES[datatype], shape, view[start : start + size])
@@ -78,15 +78,15 @@ class Arena:
     def close(self) -> None:
         """Give the memory back when the last view of it is gone."""
         self._memory = None
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
     def _grow(self, size: int) -> None:
         whole = max(_SMALLEST, 1 << (size - 1).bit_length())
-        os.ftruncate(self._descriptor, whole)
+        os.ftruncate(self.descriptor, whole)
         self._map(whole)
 
     def _map(self, size: int) -> None:
-        self._memory = mmap.mmap(self._descriptor, size)
+        self._memory = mmap.mmap(self.descriptor, size)
         self._size = size
 
 

@@ -5,6 +5,7 @@ It ends when its server does, or closes the socket.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -27,6 +28,12 @@ def main(arguments: list[str]) -> int:
     """Load the artifact, then run one batch after the other; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the whole group; the server decides
     connection = socket.socket(fileno=int(arguments[0]))
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server has gone meanwhile
+        return _serve(connection, arguments)
+    return 0
+
+
+def _serve(connection: socket.socket, arguments: list[str]) -> int:
     inputs, outputs = (Arena(int(descriptor)) for descriptor in arguments[1:3])
     try:
         model = open_artifact(Path(arguments[3]))

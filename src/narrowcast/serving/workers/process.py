@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class ProcessWorker(Worker):
         link = _Link(self._lost)
         await link.open(self._folder)
         if link.ended:
+            await link.reap()
             raise RuntimeFailedError("the worker process ended as soon as it had loaded the model")
         self._link = link
         self.signature = link.signature
@@ -184,32 +186,38 @@ class _Link(asyncio.Protocol):
         try:
             self.signature = read_signature(await self._loaded)
         except BaseException:
+            self.kill()
             await self.close()
             raise
 
     async def _spawn(self, folder: Path) -> None:
-        """Start the process.
+        """Start the process, or leave nothing behind.
 
         Raises:
             OSError: The system has no process or descriptor left.
         """
-        ours, theirs = socket.socketpair()
-        inputs, outputs = anonymous_file(), anonymous_file()
-        self._inputs, self._outputs = Arena(inputs), Arena(outputs)
-        with theirs:
-            passed = (theirs.fileno(), inputs, outputs)
-            command = [sys.executable, "-m", "narrowcast.serving.workers.child", *map(str, passed), str(folder)]
-            try:
+        with ExitStack() as undo:
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            with theirs:
+                inputs = self._arena(undo)
+                outputs = self._arena(undo)
+                self._inputs, self._outputs = inputs, outputs
+                passed = (theirs.fileno(), inputs.descriptor, outputs.descriptor)
+                command = [sys.executable, "-m", "narrowcast.serving.workers.child", *map(str, passed), str(folder)]
                 self._process = await asyncio.create_subprocess_exec(
                     *command, pass_fds=passed, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
                 )
-            except OSError:
-                ours.close()
-                self._inputs.close()
-                self._outputs.close()
-                raise
-        self.pid = self._process.pid
-        self._transport, _ = await self._loop.create_connection(lambda: self, sock=ours)
+            undo.callback(self._kill_process)
+            self.pid = self._process.pid
+            self._transport, _ = await self._loop.create_connection(lambda: self, sock=ours)
+            undo.pop_all()
+
+    @staticmethod
+    def _arena(undo: ExitStack) -> Arena:
+        arena = Arena(anonymous_file())
+        undo.callback(arena.close)
+        return arena
 
     @property
     def ended(self) -> bool:
@@ -234,11 +242,11 @@ class _Link(asyncio.Protocol):
     def submit(self, batch: Batch, done: Done) -> None:
         """Put a batch into the shared memory and ring."""
         begun = time.monotonic_ns()
-        self._done = done
         tensors = [
             (spec.name, spec.datatype, [part[spec.name] for part in batch.parts]) for spec in self.signature.inputs
         ]
         placed = self._inputs.write(tensors)
+        self._done = done
         self._input_ns = time.monotonic_ns() - begun
         self._transport.write(pack({"inputs": placed}))
 
@@ -247,15 +255,22 @@ class _Link(asyncio.Protocol):
         if done is None:
             return
         self.answered = True
+        try:
+            result = self._result(document)
+        except Exception as error:  # such as no memory left for the copy: whatever it is, who waits must hear of it
+            result = Result(error=error)
+        done(result)
+
+    def _result(self, document: dict[str, Any]) -> Result:
+        """Return what the process says has become of its batch."""
         if "failed" in document:
             kind = _RUN_ERRORS.get(document["type"], RuntimeFailedError)
-            done(Result(error=kind(document["failed"])))
-            return
+            return Result(error=kind(document["failed"]))
         begun = time.monotonic_ns()
         # Copied, because the next batch is written to the same place while answers to this one are still being sent.
         outputs = {name: array.copy() for name, array in self._outputs.read(document["outputs"]).items()}
         moved = document["output_ns"] + time.monotonic_ns() - begun
-        done(Result(outputs, None, self._input_ns, document["infer_ns"], moved))
+        return Result(outputs, None, self._input_ns, document["infer_ns"], moved)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._inputs.close()
@@ -272,13 +287,19 @@ class _Link(asyncio.Protocol):
 
     def kill(self) -> None:
         """End the process now, whatever it does; it is lost at once, even if the system takes its time to end it."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._kill_process()
         self._transport.abort()
 
+    def _kill_process(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
     async def close(self) -> None:
-        """Close the socket, at which the process ends, and return when it has."""
-        self._transport.close()
+        """Close the socket, at which the process ends, and return when it has; one that runs a batch is killed."""
+        if self._done is None:
+            self._transport.close()
+        else:
+            self.kill()
         await self._ended.wait()
         await self.reap()
 
@@ -287,5 +308,5 @@ class _Link(asyncio.Protocol):
         try:
             await asyncio.wait_for(self._process.wait(), _CLOSE_SECONDS)
         except TimeoutError:
-            self._process.kill()
+            self._kill_process()
             await self._process.wait()
