@@ -16,6 +16,7 @@ import pytest
 
 from e2e.command import Cli, strict
 from unit.load.fake_oip_server import FakeServer, Plan
+from unit.load.made_certificates import Authority, server_context
 
 #: No run is void here because the machine is busy.
 PATIENT = ("--lateness", "60s", "--warmup", "0.2")
@@ -205,6 +206,9 @@ MISTAKES = [
     (["--rate", 5, "--input", "y=1x4"], "the model has no input 'y'"),
     (["--rate", 5, "--input", "1x5"], "cannot have the shape"),
     (["--rate", 5, "--serve", "--delay 1"], "--compare-batching"),
+    (["--rate", 5, "--insecure"], "talked to without TLS"),
+    (["--rate", 5, "--key", "own.key"], "--key says nothing without --cert"),
+    (["--rate", 5, "--header", "Authorization"], "cannot be sent"),
     (["--compare-batching", "--slo", "p99=1s"], "starts servers of its own"),
     (["--compare-batching", "--slo", "p99=1s", "--scenario", "stress"], "starts servers of its own"),
 ]
@@ -268,3 +272,25 @@ def test_requests_that_the_server_refuses_are_not_sent_again(cli: Cli) -> None:
     assert done.code == 2
     assert "refuses the first request (400): planted" in done.words
     assert server.requests == 1
+
+
+def test_nothing_that_is_kept_holds_a_secret_and_no_check_is_said_loudly(cli: Cli, tmp_path: Path) -> None:
+    context = server_context(Authority(tmp_path).certify("server"))
+    kept = [tmp_path / "load.html", tmp_path / "load.csv"]
+    with FakeServer(Plan(token="Bearer secret-token"), context) as server:
+        asked = ("--model", "fake", "--rate", 50, "--seconds", 0.5, *PATIENT, "--insecure", "--force")
+        sent = ("--header", "Authorization: Bearer secret-token", "--html", kept[0], "--records", kept[1])
+        shown = cli("load", server.url, *asked, *sent)
+        machine = cli("load", server.url, *asked, *sent, "--json")
+        closed = cli("load", server.url, *asked, "--header", "Authorization: Bearer secret-other")
+    assert shown.code == machine.code == 0, shown.err
+    assert closed.code == 2
+    assert "lets nobody in" in closed.words
+    texts = [shown.out, shown.err, machine.out, closed.err, *(file.read_text() for file in kept)]
+    assert not [text for text in texts if "secret" in text]
+    assert "INSECURE" in shown.out
+    assert "INSECURE" in kept[0].read_text()
+    found = strict(machine.out)
+    assert found["workload"]["headers"] == ["Authorization"]
+    assert found["run"]["findings"][0]["kind"] == "insecure"
+    assert "NOT checked" in found["server"]["security"]

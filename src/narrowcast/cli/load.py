@@ -24,6 +24,7 @@ __all__ = ["load"]
 _ASKED = "What is asked"
 _SENT = "What is sent"
 _HOW = "How it is sent"
+_LET_IN = "How one is let in"
 _SHOWN = "What is kept"
 _VOID = 1
 _INTERRUPTED = 130
@@ -33,7 +34,8 @@ def load(
     url: Annotated[
         str,
         typer.Argument(
-            help="The server: http://HOST:PORT or grpc://HOST:PORT; with --compare-batching an artifact or a folder of models.",
+            help="The server: http://HOST:PORT or grpc://HOST:PORT, https:// or grpcs:// over TLS; with --compare-batching an "
+            "artifact or a folder of models.",
             metavar="URL",
             show_default=False,
         ),
@@ -148,6 +150,40 @@ def load(
             rich_help_panel=_HOW,
         ),
     ] = None,
+    headers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--header",
+            help='Send it with every request: "Authorization: Bearer TOKEN"; @FILE for a file with one a line, which other '
+            "users cannot see as they can see commands. What headers hold is never kept.",
+            metavar="HEADER",
+            rich_help_panel=_LET_IN,
+        ),
+    ] = None,
+    cacert: Annotated[
+        Path | None,
+        typer.Option(
+            help="Certificates that may vouch for the server; those of the system unless given.",
+            metavar="FILE",
+            rich_help_panel=_LET_IN,
+        ),
+    ] = None,
+    cert: Annotated[
+        Path | None,
+        typer.Option(help="Certificate to show the server.", metavar="FILE", rich_help_panel=_LET_IN),
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(help="Its private key, unless it is in the same file.", metavar="FILE", rich_help_panel=_LET_IN),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            help="Do not check who the server is; the report says so.",
+            rich_help_panel=_LET_IN,
+        ),
+    ] = False,
     records: Annotated[
         Path | None,
         typer.Option(
@@ -173,6 +209,7 @@ def load(
     For example: narrowcast load http://127.0.0.1:8000 --model NAME --rate 200 --scenario server --slo p99=50ms
     """
     try:
+        from narrowcast.load.access import Access, read_access
         from narrowcast.load.asking import Wishes, check_sending, read_duration, settings_of
         from narrowcast.load.batching import compare_batching as compare
         from narrowcast.load.fleet import Options
@@ -190,7 +227,10 @@ def load(
             check_file(file, force)
     if encoding not in ("binary", "json"):
         raise UserError(f"encoding {encoding!r} is unknown", allowed="binary, json")
-    _check_comparison(compare_batching, url, {"--scenario": scenario or "", "--version": version}, serve_options)
+    access = read_access(headers or (), authorities=cacert, certificate=cert, key=key, insecure=insecure)
+    let_in = "" if access == Access() else "--header, --cacert, --cert or --insecure"
+    given = {"--scenario": scenario or "", "--version": version, "": let_in}
+    _check_comparison(compare_batching, url, given, serve_options)
     scenario = "server" if compare_batching else scenario
     wishes = Wishes(scenario, rate, arrivals, concurrency, seconds, warmup, slo, overload, lateness, seed)
     content = Content(data, inputs or (), read_batches(batch), encoding)
@@ -198,7 +238,7 @@ def load(
     asked = Load(settings_of(wishes), content, options)
     check_sending(asked.settings, options)
     served = _serve_words(serve_options)
-    target = None if compare_batching else read_target(url)
+    target = None if compare_batching else read_target(url, access)
     with _watching(quiet=json) as watch:
         if target is None:
             result, kept = compare(Path(url), model, served, asked, watch)
@@ -232,7 +272,8 @@ def _check_comparison(asked: bool, url: str, given: dict[str, str], serve_option
         )
     for name, value in given.items():
         if value and value != "server":
-            raise UserError(f"--compare-batching and {name} {value} contradict each other", next_step="leave one out")
+            words = f"{name} {value}".strip()
+            raise UserError(f"--compare-batching and {words} contradict each other", next_step="leave one out")
 
 
 def _serve_words(serve_options: str) -> list[str]:

@@ -75,8 +75,8 @@ async def _listen(stream: asyncio.StreamReader, frames: asyncio.Queue[Any], send
 
 
 def _client(document: dict[str, Any], payloads: list[bytes]) -> Client:
-    target = Target(**document["target"])
-    if target.scheme == "grpc":
+    target = Target.of(document["target"])
+    if target.grpc:
         from narrowcast.load.rpc import GrpcClient
 
         return GrpcClient(target, payloads, document["connections"], document["timeout"])

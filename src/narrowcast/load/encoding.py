@@ -69,7 +69,8 @@ def encode_http(
     version = f"/versions/{quote(known.model_version, safe='')}" if known.model_version else ""
     head = [
         f"POST {target.prefix}/v2/models/{quote(known.model, safe='')}{version}/infer HTTP/1.1",
-        f"Host: {target.authority}",
+        f"Host: {target.name}",
+        *(f"{name}: {value}" for name, value in target.access.others),
         f"Content-Type: {'application/octet-stream' if binary else 'application/json'}",
         f"Content-Length: {len(body)}",
         *([f"Inference-Header-Content-Length: {len(header)}"] if binary else []),

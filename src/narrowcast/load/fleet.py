@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from time import monotonic
 from types import TracebackType
 from typing import Self
@@ -74,7 +74,7 @@ class Fleet:
         self._senders = [_Process() for _ in range(options.processes)]
         setup = pack(
             {
-                "target": asdict(target),
+                "target": target.document(),
                 "connections": max(1, options.connections // options.processes),
                 "timeout": options.timeout,
                 "lengths": [len(request.payload) for request in requests],

@@ -35,6 +35,7 @@ class HttpClient(Client):
     def __init__(self, target: Target, payloads: Sequence[bytes], connections: int, timeout: float) -> None:
         super().__init__(payloads, connections, timeout)
         self._target = target
+        self._tls = target.access.context() if target.secured else None
         self._idle: list[_Connection] = []
         self._open = 0
         self._waiting: deque[int] = deque()
@@ -108,7 +109,11 @@ class HttpClient(Client):
         self.peak = max(self.peak, self._open)
         try:
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _Connection(self), self._target.host, self._target.port
+                lambda: _Connection(self),
+                self._target.host,
+                self._target.port,
+                ssl=self._tls,
+                ssl_handshake_timeout=self.timeout if self._tls else None,
             )
         except (OSError, asyncio.CancelledError):
             self._open -= 1

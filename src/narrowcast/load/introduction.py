@@ -13,12 +13,15 @@ from urllib.parse import quote
 
 from narrowcast.errors import DataError, ModelError, RuntimeMissingError, UserError, choices
 from narrowcast.load.target import Target
+from narrowcast.load.tls import check_handshake, tls_error
 
 __all__ = ["Introduction", "TensorSpec", "introduce", "try_once"]
 
 #: Seconds that a server has for each question.
 _PATIENCE = 30.0
 _START = "start it, or name another URL"
+#: Statuses that mean that somebody is not let in: of HTTP, and the names of gRPC's.
+_CLOSED = (401, 403, "UNAUTHENTICATED", "PERMISSION_DENIED")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ def introduce(target: Target, model: str, version: str) -> Introduction:
         UserError: Nobody answers, or somebody who does not speak the protocol.
         ModelError: The server has no such model, or it is not ready.
     """
+    if target.secured:
+        check_handshake(target)
     asker = _asker(target)
     server = asker.server()
     metadata = asker.metadata(model, version)
@@ -133,23 +138,49 @@ class _Asker(ABC):
     def unreachable(self, why: object) -> UserError:
         return UserError(f"nobody answers at {self.target}: {why}", next_step=_START)
 
+    def broken(self, error: OSError) -> UserError:
+        if self.target.secured:
+            return tls_error(self.target, error)
+        if isinstance(error, ConnectionError) and not isinstance(error, ConnectionRefusedError):
+            return UserError(
+                f"what answers at {self.target} ended the connection: {error.strerror or error}",
+                next_step=f"check scheme and port; over TLS, say {self.target.scheme}s://",
+            )
+        return self.unreachable(error.strerror or error)
+
+    def check_entry(self, status: int | str) -> None:
+        """Make sure that a status does not mean that one is not let in.
+
+        Raises:
+            UserError: It does.
+        """
+        if status in _CLOSED:
+            raise UserError(
+                f"the server at {self.target} lets nobody in without a proof, or not with this one ({status})",
+                next_step='send one: --header "Authorization: Bearer ..."; a file keeps it from others: --header @FILE',
+            )
+
     def stranger(self) -> UserError:
         return UserError(
             f"what answers at {self.target} does not speak the Open Inference Protocol, version 2",
             allowed="a server such as narrowcast serve, Triton, KServe or MLServer",
-            next_step="check port and path" + ("" if self.target.scheme == "grpc" else ": PATH/v2 has to answer"),
+            next_step="check scheme and port"
+            if self.target.grpc
+            else "check scheme, port and path: PATH/v2 has to answer",
         )
 
 
 class _HttpAsker(_Asker):
     def server(self) -> dict[str, Any]:
         status, document = self._ask("GET", "/v2")
+        self.check_entry(status)
         if status != 200 or not isinstance(document, dict) or "name" not in document:
             raise self.stranger()
         return cast(dict[str, Any], document)
 
     def metadata(self, model: str, version: str) -> dict[str, Any] | None:
         status, document = self._ask("GET", _model_path(model, version))
+        self.check_entry(status)
         if status != 200:
             return None
         if not isinstance(document, dict) or not isinstance(cast(dict[str, Any], document).get("inputs"), list):
@@ -181,16 +212,18 @@ class _HttpAsker(_Asker):
             connection.close()
         if response.status == 200:
             return 0, ""
-        return response.status, _error_of(body)
+        self.check_entry(response.status)
+        return response.status, self.target.access.hide(_error_of(body))
 
     def _ask(self, method: str, path: str) -> tuple[int, Any]:
         connection = self._connection()
         try:
-            connection.request(method, self.target.prefix + path)
+            headers = {"Host": self.target.name, **dict(self.target.access.others)}
+            connection.request(method, self.target.prefix + path, headers=headers)
             response = connection.getresponse()
             body = response.read()
         except OSError as error:
-            raise self.unreachable(error.strerror or error) from error
+            raise self.broken(error) from error
         except http.client.HTTPException as error:
             raise self.stranger() from error
         finally:
@@ -201,7 +234,10 @@ class _HttpAsker(_Asker):
             return response.status, None
 
     def _connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(self.target.host, self.target.port, timeout=_PATIENCE)
+        where = self.target.host, self.target.port
+        if self.target.secured:
+            return http.client.HTTPSConnection(*where, timeout=_PATIENCE, context=self.target.access.context())
+        return http.client.HTTPConnection(*where, timeout=_PATIENCE)
 
 
 class _GrpcAsker(_Asker):
@@ -210,6 +246,7 @@ class _GrpcAsker(_Asker):
         try:
             self._grpc: Any = importlib.import_module("grpc")
             self._messages: Any = importlib.import_module("narrowcast.oip.messages").INFERENCE
+            self._open: Any = importlib.import_module("narrowcast.load.channels").grpc_channel
         except ImportError as error:
             raise RuntimeMissingError(
                 f"load over gRPC needs {error.name}, which is not installed",
@@ -219,12 +256,14 @@ class _GrpcAsker(_Asker):
     def server(self) -> dict[str, Any]:
         found, code = self._ask("ServerMetadata")
         if found is None:
+            self.check_entry(code)
             raise self.unreachable("no connection") if code in ("UNAVAILABLE", "DEADLINE_EXCEEDED") else self.stranger()
         return {"name": found.name, "version": found.version, "extensions": list(found.extensions)}
 
     def metadata(self, model: str, version: str) -> dict[str, Any] | None:
-        found, _ = self._ask("ModelMetadata", name=model, version=version)
+        found, code = self._ask("ModelMetadata", name=model, version=version)
         if found is None:
+            self.check_entry(code)
             return None
         inputs = [{"name": one.name, "datatype": one.datatype, "shape": list(one.shape)} for one in found.inputs]
         return {"platform": found.platform, "inputs": inputs}
@@ -240,11 +279,12 @@ class _GrpcAsker(_Asker):
     def send(self, path: str, payload: bytes) -> tuple[int, str]:
         with self._channel() as channel:
             try:
-                channel.unary_unary(path)(payload, timeout=_PATIENCE)
+                channel.unary_unary(path)(payload, timeout=_PATIENCE, metadata=self.target.metadata)
             except self._grpc.RpcError as error:
                 if error.code().name == "UNAVAILABLE" and not error.details():
                     raise self.unreachable("no connection") from error
-                return error.code().value[0], error.details()
+                self.check_entry(error.code().name)
+                return error.code().value[0], self.target.access.hide(error.details())
         return 0, ""
 
     def _ask(self, method: str, **fields: str) -> tuple[Any, str]:
@@ -255,19 +295,18 @@ class _GrpcAsker(_Asker):
                 response_deserializer=self._messages[f"{method}Response"].FromString,
             )
             try:
-                return call(self._messages[f"{method}Request"](**fields), timeout=_PATIENCE), ""
+                return call(
+                    self._messages[f"{method}Request"](**fields), timeout=_PATIENCE, metadata=self.target.metadata
+                ), ""
             except self._grpc.RpcError as error:
                 return None, error.code().name
 
     def _channel(self) -> Any:
-        return self._grpc.insecure_channel(
-            self.target.authority,
-            options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
-        )
+        return self._open(self.target, asynchronous=False)
 
 
 def _asker(target: Target) -> _Asker:
-    return (_GrpcAsker if target.scheme == "grpc" else _HttpAsker)(target)
+    return (_GrpcAsker if target.grpc else _HttpAsker)(target)
 
 
 def _model_path(model: str, version: str) -> str:

@@ -12,19 +12,13 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from narrowcast.load.channels import grpc_channel
 from narrowcast.load.client import Client
 from narrowcast.load.encoding import INFER
 from narrowcast.load.target import Target
 from narrowcast.measure.load.records import Outcome, outcome_of
 
 __all__ = ["GrpcClient", "outcome_of_error"]
-
-_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.use_local_subchannel_pool", 1),
-]
-
 
 #: What the library says where it made the status itself, because the connection could not be made or ended.
 _TRANSPORT = re.compile(r"connect|socket|reset|stream|goaway|\bpipe\b")
@@ -50,6 +44,7 @@ class GrpcClient(Client):
     def __init__(self, target: Target, payloads: Sequence[bytes], connections: int, timeout: float) -> None:
         super().__init__(payloads, connections, timeout)
         self._target = target
+        self._metadata = target.metadata
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: deque[int] = deque()
         self._call: Any = None
@@ -57,7 +52,7 @@ class GrpcClient(Client):
 
     async def open(self, count: int) -> None:
         if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._target.authority, options=_OPTIONS)
+            self._channel = grpc_channel(self._target, asynchronous=True)
             self._call = self._channel.unary_unary(INFER)  # without serialisers: bytes in, bytes out
             try:
                 await asyncio.wait_for(self._channel.channel_ready(), self.timeout)
@@ -90,7 +85,7 @@ class GrpcClient(Client):
             log.end(number, Outcome.TIMEOUT)
             return
         try:
-            answer: bytes = await self._call(self.payloads[log.kind[number]], timeout=left)
+            answer: bytes = await self._call(self.payloads[log.kind[number]], timeout=left, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             status = error.code().value[0]
             log.end(number, outcome_of_error(status, error.details() or ""), status)

@@ -56,7 +56,9 @@ def run_load(subject: Subject, load: Load, watch: Watch) -> tuple[LoadResult, Re
             server=session.server(),
             workload=workload_of(session, load, answer.arrivals),
             slo=asked.slo,
-            run=measured.run.model_copy(update={"findings": (*measured.run.findings, *_findings(answer))}),
+            run=measured.run.model_copy(
+                update={"findings": (*_doubts(subject.target), *measured.run.findings, *_findings(answer))}
+            ),
             probes=answer.probes,
             largest=answer.largest,
             confirmed=answer.confirmed,
@@ -66,6 +68,13 @@ def run_load(subject: Subject, load: Load, watch: Watch) -> tuple[LoadResult, Re
             interrupted=measured.interrupted,
         )
     return result, measured.records
+
+
+def _doubts(target: Target) -> list[Finding]:
+    if target.access.checked:
+        return []
+    words = "INSECURE: the server's certificate was not checked (--insecure), so anybody may have answered"
+    return [Finding(kind="insecure", void=False, words=words)]
 
 
 def _findings(answer: Answer) -> list[Finding]:
@@ -82,12 +91,13 @@ def workload_of(session: Session, load: Load, arrivals: str) -> Workload:
     return Workload(
         scenario=load.settings.scenario,
         arrivals=arrivals,
-        encoding="grpc" if session.target.scheme == "grpc" else load.content.encoding,
+        encoding="grpc" if session.target.grpc else load.content.encoding,
         data=load.content.data,
         batches=load.content.batches,
         bytes=tuple(sorted({request.body for request in session.requests})),
         timeout=load.options.timeout,
         connections=load.options.connections,
+        headers=tuple(name for name, _ in session.target.access.headers),
         seed=load.settings.asked.seed,
         lateness=load.settings.asked.lateness,
     )

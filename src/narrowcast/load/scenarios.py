@@ -18,10 +18,10 @@ from narrowcast.load.session import Asked, Measured, Session, Watch
 from narrowcast.load.stress import stress
 from narrowcast.measure.load.progress import Progress
 from narrowcast.measure.load.summary import missed
-from narrowcast.measure.load.values import Probe, Recovery
+from narrowcast.measure.load.values import Probe, Recovery, Slo
 from narrowcast.measure.statistics import Estimate
 
-__all__ = ["Answer", "Guard", "Scenario", "Settings", "measure"]
+__all__ = ["Answer", "Guard", "Scenario", "Settings", "measure", "most_missed", "told"]
 
 #: Requests that a try of the search sends at the least for each one that may miss the bound: 1,000 for p99.
 _MISSES = 10
@@ -87,7 +87,9 @@ def measure(session: Session, settings: Settings, watch: Watch) -> Answer:
     return _SCENARIOS[settings.scenario](session, settings, watch)
 
 
-def _told(watch: Watch) -> Report:
+def told(watch: Watch) -> Report:
+    """Return a report of progress that never ends a run."""
+
     def report(progress: Progress) -> bool:
         watch.tick(progress)
         return False
@@ -98,14 +100,14 @@ def _told(watch: Watch) -> Report:
 def _rate(session: Session, settings: Settings, watch: Watch) -> Answer:
     assert settings.arrivals is not None
     watch.stage(f"open loop, {settings.arrivals}")
-    measured = session.open_loop(settings.arrivals, settings.asked, _told(watch))
+    measured = session.open_loop(settings.arrivals, settings.asked, told(watch))
     return Answer(measured, str(settings.arrivals), f"open loop, {_counted(settings.asked)}")
 
 
 def _closed(session: Session, settings: Settings, watch: Watch) -> Answer:
     streams, group = settings.concurrency, settings.group
     watch.stage(f"closed loop, {streams * group} under way")
-    measured = session.closed_loop(streams, group, settings.asked, _told(watch))
+    measured = session.closed_loop(streams, group, settings.asked, told(watch))
     words = {
         Scenario.CLOSED: f"capacity test: closed loop of {streams} streams, which wait when the server does; its latencies "
         "say nothing about a load that does not wait",
@@ -140,8 +142,7 @@ def _server(session: Session, settings: Settings, watch: Watch) -> Answer:
         watch.stage(f"try {len(runs) + 1}: {rate:.4g} requests/s")
         # Enough requests for the percentile, but not more than five times the time that was asked for.
         seconds = min(max(asked.seconds, _MISSES / allowed / rate), 5 * asked.seconds)
-        may_miss = allowed * rate * seconds
-        guard = Guard(slo.seconds, asked.warmup, may_miss + 3 * math.sqrt(may_miss) + _SPARE, watch)
+        guard = Guard(slo.seconds, asked.warmup, most_missed(slo, rate * seconds), watch)
         measured = session.open_loop(Poisson(rate), replace(asked, seconds=seconds, seed=seed), guard)
         runs.append((rate, measured))
         if measured.interrupted:
@@ -179,13 +180,19 @@ def _interrupted(last: Measured, probes: tuple[Probe, ...]) -> Answer:
 def _glance(session: Session, settings: Settings, watch: Watch) -> Measured:
     watch.stage("a glance at a single stream")
     glance = replace(settings.asked, seconds=_GLANCE, warmup=min(0.5, settings.asked.warmup))
-    return session.closed_loop(1, 1, glance, _told(watch))
+    return session.closed_loop(1, 1, glance, told(watch))
 
 
 def _first_rate(glance: Measured) -> float:
     """Return half the rate of a single stream: low enough for nearly every server."""
     rate = glance.run.rate
     return max(1.0, rate.value / 2) if rate is not None else 1.0
+
+
+def most_missed(slo: Slo, requests: float) -> float:
+    """Return how many of so many requests may miss a bound before it is certain that it does not hold."""
+    may_miss = (1 - slo.percentile / 100) * requests
+    return may_miss + 3 * math.sqrt(may_miss) + _SPARE
 
 
 class Guard:
@@ -217,11 +224,11 @@ class Guard:
 
 
 def _stress(session: Session, settings: Settings, watch: Watch) -> Answer:
-    measured, recovery, words = stress(session, settings.asked, settings.rate, settings.overload, watch, _told(watch))
+    measured, recovery, words = stress(session, settings.asked, settings.rate, settings.overload, watch, told(watch))
     if recovery is None:
         return Answer(measured, "Poisson", words)
-    told = tuple(one for one in measured.run.findings if one.kind not in _WANTED)
-    measured = replace(measured, run=measured.run.model_copy(update={"findings": told}))
+    others = tuple(one for one in measured.run.findings if one.kind not in _WANTED)
+    measured = replace(measured, run=measured.run.model_copy(update={"findings": others}))
     arrivals = f"Poisson, {recovery.normal:.4g}/s, then {recovery.overload:.4g}/s, then {recovery.normal:.4g}/s"
     return Answer(measured, arrivals, words, recovery=recovery)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from narrowcast.measure.load.estimates import share
 from narrowcast.measure.load.values import Probe
 from narrowcast.measure.statistics import CONFIDENCE, Estimate
 
-__all__ = ["Found", "Rules", "Trial", "find_largest"]
+__all__ = ["Found", "Rules", "Trial", "crossing", "find_largest", "verdict"]
 
 Floats = NDArray[np.float64]
 
@@ -196,7 +196,7 @@ class _Search:
                     rate=rate,
                     requests=len(trial.missed),
                     missed=found,
-                    verdict=_verdict(trial, found, self.rules.allowed),
+                    verdict="void" if trial.void else verdict(found, self.rules.allowed, ended=trial.ended),
                     confirming=confirming,
                 )
             )
@@ -213,12 +213,12 @@ class _Search:
         series = [np.concatenate([trial.missed for trial in self.trials[rate]]) for rate in rates]
         blocks = [_blocks(values) for values in series]
         weights = np.array([len(values) for values in series], np.float64)
-        middle = _crossing(rates, np.array([values.mean() for values in series]), weights, self.rules.allowed)
+        middle = crossing(rates, np.array([values.mean() for values in series]), weights, self.rules.allowed)
         if not 0 < middle < math.inf:
             return None
         rng = np.random.default_rng(0)
         drawn = [
-            _crossing(
+            crossing(
                 rates, np.array([rng.choice(part, len(part)).mean() for part in blocks]), weights, self.rules.allowed
             )
             for _ in range(_RESAMPLES)
@@ -234,15 +234,20 @@ def _blocks(values: Floats) -> Floats:
     return np.array([part.mean() for part in np.array_split(values, max(1, min(30, len(values) // 10)))])
 
 
-def _verdict(trial: Trial, missed: Estimate, allowed: float) -> Any:
-    if trial.void:
-        return "void"
-    if trial.ended or missed.low > allowed:
+def verdict(missed: Estimate, allowed: float, *, ended: bool) -> Literal["held", "missed", "unclear"]:
+    """Return whether a bound held in one try.
+
+    Args:
+        missed: Share of the requests that missed it.
+        allowed: Share that may.
+        ended: Whether the try was ended early, because it had missed the bound for certain.
+    """
+    if ended or missed.low > allowed:
         return "missed"
     return "held" if missed.high <= allowed else "unclear"
 
 
-def _crossing(rates: Floats, missed: Floats, weights: Floats, allowed: float) -> float:
+def crossing(rates: Floats, missed: Floats, weights: Floats, allowed: float) -> float:
     """Return where a curve that may only rise crosses a level, on a log scale of rates.
 
     Above the level everywhere it crosses at 0, below it everywhere at infinity.

@@ -132,6 +132,7 @@ class Session:
         known = self.known
         return ServerRecord(
             url=str(self.target),
+            security=self.target.access.words() if self.target.secured else "",
             name=known.server,
             version=known.version,
             extensions=known.extensions,
@@ -176,7 +177,7 @@ def _encode(target: Target, known: Introduction, content: Content, seed: int) ->
     tensors = make_tensors(known, content.batches, content.data, read_shapes(content.shapes, known.inputs), seed)
     return [
         encode_grpc(known, one, rows)
-        if target.scheme == "grpc"
+        if target.grpc
         else encode_http(target, known, one, rows, binary=content.encoding == "binary")
         for rows, variants in tensors.items()
         for one in variants

@@ -13,6 +13,7 @@ from narrowcast.measure.load.values import LoadResult, Run
 from narrowcast.report import text
 from narrowcast.report.load_plots import course, percentiles, search
 from narrowcast.report.load_words import (
+    batching_words,
     energy_words,
     estimate_words,
     headline,
@@ -20,6 +21,7 @@ from narrowcast.report.load_words import (
     keys,
     outcome_rows,
     percentile_name,
+    probe_words,
 )
 from narrowcast.report.page import template
 
@@ -53,7 +55,7 @@ def render_load(result: LoadResult) -> str:
         "badge": _badge(result),
         "findings": run.findings,
         "keys": keys(result),
-        "names": list(runs) if result.others else ["Value"],
+        "names": [batching_words(name) for name in runs] if result.others else ["Value"],
         "latencies": _latencies(list(runs.values())),
         "outcomes": outcome_rows(run),
         "failed": any(one.failed for one in run.bins),
@@ -119,7 +121,7 @@ def _try(probe: Any) -> tuple[str, str, str, str, str]:
         text.integer(probe.requests),
         text.part(probe.missed.value),
         text.interval(probe.missed.low, probe.missed.high, text.share),
-        probe.verdict + (", confirming" if probe.confirming else ""),
+        probe_words(probe),
     )
 
 
@@ -128,6 +130,7 @@ def _subject(result: LoadResult) -> Facts:
     mixed = len(work.batches) > 1
     return [
         ("Server", f"{server.name} {server.version} at {server.url}"),
+        ("Connections", server.security or "not encrypted"),
         (
             "Model",
             f"{server.model} {server.model_version}".rstrip() + (f" ({server.platform})" if server.platform else ""),
@@ -137,6 +140,7 @@ def _subject(result: LoadResult) -> Facts:
         ("Arrivals", work.arrivals or "closed loop"),
         ("Data", f"{work.data}, seed {work.seed}"),
         ("Encoding", work.encoding),
+        *([("Headers", f"{', '.join(work.headers)}; what they hold is not kept")] if work.headers else []),
         (
             "Rows of a request",
             ", ".join(f"{size}" + (f" ({text.share(share)})" if mixed else "") for size, share in work.batches.items()),

@@ -7,6 +7,7 @@ from html import escape
 
 from narrowcast.measure.load.values import Bin, LoadResult, Percentile, Probe, Run, Slo
 from narrowcast.report import text
+from narrowcast.report.load_words import batching_words
 from narrowcast.report.picture import Axis, svg
 
 __all__ = ["course", "percentiles", "search"]
@@ -16,7 +17,7 @@ _BAND, _GAP = 190.0, 34.0
 _WIDE = 600
 _LEFT, _RIGHT = 78.0, 18.0
 #: Classes of the lines of several runs, in their order.
-_LINES = ("first", "second")
+_LINES = ("first", "second", "third")
 #: Shares of requests that are slower, whose percentiles are marked on the axis.
 _MARKED = (0.9, 0.5, 0.1, 0.05, 0.01, 1e-3, 1e-4, 1e-5)
 
@@ -128,7 +129,7 @@ def percentiles(runs: dict[str, Run], slo: Slo | None, *, name: str, width: int 
     """Return latency by percentile as SVG: the share that is slower on a log axis, with 95 % bands; empty without any.
 
     Args:
-        runs: By what they are called; at most two.
+        runs: By what they are called; at most three.
         slo: The bound, drawn as a cross of dashed lines.
         name: Unique in the page.
         width: Of the picture, in pixels.
@@ -225,9 +226,10 @@ def search(result: LoadResult, *, name: str, width: int = 860, height: int = 330
 def _probe(probe: Probe, across: Axis, up: Axis) -> Iterator[str]:
     x, y = across.place(probe.rate), up.place(max(probe.missed.value, up.low))
     low, high = up.place(max(probe.missed.low, up.low)), up.place(max(probe.missed.high, up.low))
+    whose = f"{batching_words(probe.kind)}, " if probe.kind else ""
     words = (
-        f"{text.number(probe.rate)} requests/s: {text.part(probe.missed.value)} of {text.integer(probe.requests)} missed it, "
-        f"{probe.verdict}"
+        f"{whose}{text.number(probe.rate)} requests/s: {text.part(probe.missed.value)} of "
+        f"{text.integer(probe.requests)} missed it, {probe.verdict}"
     )
     yield f'<path class="whisker {probe.verdict}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
     yield f'<circle class="try {probe.verdict}" cx="{x:.1f}" cy="{y:.1f}" r="5.5"><title>{escape(words)}</title></circle>'

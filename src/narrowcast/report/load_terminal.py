@@ -12,12 +12,14 @@ from narrowcast.measure.load.values import LoadResult, Run
 from narrowcast.report import text
 from narrowcast.report.load_words import (
     about,
+    batching_words,
     energy_words,
     estimate_words,
     headline,
     holds,
     outcome_rows,
     percentile_name,
+    probe_words,
 )
 from narrowcast.report.screen import QUIET, Say, new_table, sayer
 
@@ -43,8 +45,10 @@ def render_load_terminal(result: LoadResult, console: Console) -> None:
         console.print(_latencies(result.run, say))
     console.print(_outcomes(result.run, say))
     for name, run in result.others.items():
-        console.print(say(f"{name}: {estimate_words(run.goodput, '/s')[0]} of goodput", "bold"))
+        console.print(say(f"{batching_words(name)} at {text.quantity(run.offered, '/s')}", "bold"))
         console.print(_latencies(run, say))
+    if result.gains:
+        console.print(_gains(result, say))
     if result.probes:
         console.print(_probes(result, say))
     for line in _facts(result):
@@ -73,6 +77,18 @@ def _outcomes(run: Run, say: Say) -> Table:
     return table
 
 
+def _gains(result: LoadResult, say: Say) -> Table:
+    table = new_table()
+    for name in ("goodput", "", "95% interval", "gain", "95% interval"):
+        table.add_column(name, justify="right" if name in ("", "gain") else "left", no_wrap=True)
+    for name, found in result.goodputs.items():
+        value, span = estimate_words(found, "/s")
+        gain = result.gains.get(name)
+        ratio = ("", "") if gain is None else (text.ratio(gain.value), text.interval(gain.low, gain.high, text.ratio))
+        table.add_row(say(batching_words(name)), say(value), say(span, QUIET), say(ratio[0]), say(ratio[1], QUIET))
+    return table
+
+
 def _probes(result: LoadResult, say: Say) -> Table:
     table = new_table()
     for name in ("rate", "requests", "missed", "95% interval", "verdict"):
@@ -86,7 +102,7 @@ def _probes(result: LoadResult, say: Say) -> Table:
             say(
                 text.interval(probe.missed.low, probe.missed.high, lambda value, extra: text.share(value, extra)), QUIET
             ),
-            say(probe.verdict + (", confirming" if probe.confirming else ""), styles[probe.verdict]),
+            say(probe_words(probe), styles[probe.verdict]),
         )
     return table
 
@@ -101,6 +117,8 @@ def _facts(result: LoadResult) -> Iterator[str]:
         yield f"goodput     {value} ({span}) within {text.quantity(result.slo.seconds, 's')}"
     if result.recovery is not None:
         yield f"recovery    {result.recovery.definition}"
+    if result.server.security:
+        yield f"connection  {result.server.security}"
     client = run.client
     late = f"; sent late by {text.quantity(run.lateness.p99, 's')} (p99)" if run.open else ""
     yield (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from narrowcast.measure.load.values import Energy, LoadResult, Run, Slo
+from narrowcast.measure.load.values import Energy, LoadResult, Probe, Run, Slo
 from narrowcast.measure.statistics import Estimate
 from narrowcast.report import text
 
 __all__ = [
     "Key",
     "about",
+    "batching_words",
     "energy_words",
     "estimate_words",
     "headline",
@@ -16,6 +17,7 @@ __all__ = [
     "keys",
     "outcome_rows",
     "percentile_name",
+    "probe_words",
 ]
 
 #: Name, value and detail of a number.
@@ -37,7 +39,7 @@ def holds(result: LoadResult) -> bool | None:
         return None
     if result.run.void:
         return False
-    if result.gain is not None:
+    if result.gains:
         return None
     if result.workload.scenario == "server":
         return result.confirmed is not None
@@ -56,7 +58,7 @@ def headline(result: LoadResult) -> str:
         return _interrupted(result)
     if run.void:
         return f"Void: {next(finding.words for finding in run.findings if finding.void)}."
-    if result.gain is not None:
+    if result.gains:
         return _gain(result)
     if result.workload.scenario == "server":
         return _largest(result)
@@ -103,16 +105,21 @@ def _largest(result: LoadResult) -> str:
 
 
 def _gain(result: LoadResult) -> str:
-    assert result.gain is not None
     assert result.slo is not None
-    first, second = result.others
-    rates = " against ".join(_rate(run.goodput.value) for run in result.others.values() if run.goodput is not None)
-    if text.tie(result.gain.low, result.gain.high):
-        return f"No difference beyond noise between {first} and {second} batching under {_bound(result.slo)}: {rates}."
-    return (
-        f"{first.capitalize()} batching has {text.ratio(result.gain.value)} the goodput of {second} batching under "
-        f"{_bound(result.slo)}: {rates}."
-    )
+    first = next(iter(result.goodputs))
+    parts = [
+        f"no more goodput beyond noise than {batching_words(name)}"
+        if text.tie(gain.low, gain.high)
+        else f"{text.ratio(gain.value)} the goodput of {batching_words(name)}"
+        for name, gain in result.gains.items()
+    ]
+    rates = ", ".join(f"{_rate(found.value)} {name}" for name, found in result.goodputs.items())
+    return f"{first.capitalize()} batching has {' and '.join(parts)} under {_bound(result.slo)}: {rates}."
+
+
+def batching_words(kind: str) -> str:
+    """Return a kind of batching as people say it."""
+    return "no batching" if kind == "none" else f"{kind} batching"
 
 
 def _bound(slo: Slo) -> str:
@@ -159,12 +166,15 @@ def about(result: LoadResult) -> str:
 def keys(result: LoadResult) -> list[Key]:
     """Return the numbers that matter most."""
     run, found = result.run, list[Key]()
-    if result.gain is not None:
-        span = text.interval(result.gain.low, result.gain.high, text.ratio)
-        found.append(
-            ("Goodput, gained", text.ratio(result.gain.value), f"{span}; {' over '.join(result.others)} batching")
-        )
-    elif result.largest is not None:
+    if result.gains:
+        for name, gain in result.gains.items():
+            span = text.interval(gain.low, gain.high, text.ratio)
+            found.append((f"Goodput, over {batching_words(name)}", text.ratio(gain.value), span))
+        for name, goodput in result.goodputs.items():
+            value, span = estimate_words(goodput, "/s")
+            found.append((f"Goodput, {batching_words(name)}", value, span))
+        return found
+    if result.largest is not None:
         value, span = estimate_words(result.largest, "/s")
         found.append(("Largest rate", value, f"{span}, where an isotonic fit of all tries crosses the bound"))
     elif run.rate is not None:
@@ -199,3 +209,9 @@ def energy_words(energy: Energy) -> str:
     total = ", ".join(f"{name} {text.quantity(joules, 'J')}" for name, joules in energy.joules.items())
     each = text.quantity(energy.per_request, "J") if energy.per_request is not None else text.MISSING
     return f"{each} a good answer, idle parts and other programs included ({total})"
+
+
+def probe_words(probe: Probe) -> str:
+    """Return what became of a try."""
+    parts = [*([batching_words(probe.kind)] if probe.kind else []), probe.verdict]
+    return ", ".join([*parts, *(["confirming"] if probe.confirming else [])])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Plan:
         stall: Seconds after the second request, and how long the queue then stands still.
         status: From the number of a request to the status of its answer.
         answers: Whether it answers at all, by number.
+        token: What the header Authorization has to hold; empty: nothing.
         metadata: Of the model.
         config: Of the model; None: there is no such path.
     """
@@ -51,6 +53,7 @@ class Plan:
     stall: tuple[float, float] | None = None
     status: Callable[[int], int] = lambda number: 200
     answers: Callable[[int], bool] = lambda number: True
+    token: str = ""
     metadata: dict[str, Any] = field(default_factory=lambda: METADATA)
     config: dict[str, Any] | None = field(default_factory=lambda: {"max_batch_size": 8})
 
@@ -60,12 +63,15 @@ class FakeServer:
 
     Attributes:
         bodies: Of the requests to the model, in the order of their arrival.
+        heads: Headers of all requests, names in lower case.
         requests: How many there were.
         largest_queue: Most requests that waited together.
     """
 
-    def __init__(self, plan: Plan | None = None) -> None:
+    def __init__(self, plan: Plan | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.plan = plan or Plan()
+        self._tls = tls
+        self.heads: list[dict[str, str]] = []
         self.bodies: list[bytes] = []
         self.requests = 0
         self.largest_queue = 0
@@ -79,7 +85,7 @@ class FakeServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -95,7 +101,8 @@ class FakeServer:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(self._loop.create_server(lambda: _Connection(self), "127.0.0.1", 0))
+        listening = self._loop.create_server(lambda: _Connection(self), "127.0.0.1", 0, ssl=self._tls)
+        server = self._loop.run_until_complete(listening)
         self.port: int = server.sockets[0].getsockname()[1]
         self._ready.set()
         self._loop.run_forever()
@@ -129,7 +136,9 @@ class FakeServer:
             "/v2/models/fake/config": self.plan.config,
             "/v2/repository/index": [{"name": "fake", "version": "1", "state": "READY", "reason": ""}],
         }
-        if path == "/v2/models/fake/infer":
+        if self.plan.token and self.heads[-1].get("authorization") != self.plan.token:
+            connection.send(401, b'{"error":"who are you?"}')
+        elif path == "/v2/models/fake/infer":
             self._infer(connection, body)
         elif documents.get(path) is not None:
             connection.send(200, json.dumps(documents[path]).encode())
@@ -167,6 +176,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._path = ""
         self._body = b""
+        self._head: dict[str, str] = {}
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -176,16 +186,24 @@ class _Connection(asyncio.Protocol):
         self._server.connections.discard(self)
 
     def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.transport.abort()
 
     def on_url(self, url: bytes) -> None:
         self._path = url.decode()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head[name.decode().lower()] = value.decode()
 
     def on_body(self, body: bytes) -> None:
         self._body += body
 
     def on_message_complete(self) -> None:
         body, self._body = self._body, b""
+        self._server.heads.append(self._head)
+        self._head = {}
         self._server.answer(self, self._path, body)
 
     def send(self, status: int, body: bytes) -> None:

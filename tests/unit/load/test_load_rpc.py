@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from planted_grpc import Planted, serving
 
 from narrowcast.errors import ModelError
 from narrowcast.load.arrivals import Constant
@@ -18,41 +16,8 @@ from narrowcast.load.rpc import outcome_of_error
 from narrowcast.load.session import Asked, Content, Session
 from narrowcast.load.target import read_target
 from narrowcast.measure.load.records import Outcome
-from narrowcast.oip.messages import INFERENCE
 
 ASKED = Asked(seconds=1.0, warmup=0.0, lateness=60.0)
-
-
-class Planted:
-    """A service whose answers follow each other in turn; the first request only asks whether all is well."""
-
-    def __init__(self) -> None:
-        self.codes: list[grpc.StatusCode | None] = [None]
-        self.seconds = 0.0
-        self.requests: list[Any] = []
-
-    def infer(self, request: Any, context: grpc.ServicerContext) -> Any:
-        self.requests.append(request)
-        time.sleep(self.seconds)
-        code = self.codes[len(self.requests) % len(self.codes)]
-        if code is not None:
-            context.abort(code, "planted")
-        return INFERENCE["ModelInferResponse"](model_name="fake")
-
-    def metadata(self, request: Any, context: grpc.ServicerContext) -> Any:
-        if request.name != "fake":
-            context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
-        found = INFERENCE["ModelMetadataResponse"](name="fake", platform="none")
-        found.inputs.add(name="x", datatype="FP32", shape=[-1, 4])
-        return found
-
-    def server(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return INFERENCE["ServerMetadataResponse"](name="fake server", version="1")
-
-    def index(self, request: Any, context: grpc.ServicerContext) -> Any:
-        found = INFERENCE["RepositoryIndexResponse"]()
-        found.models.add(name="fake", state="READY")
-        return found
 
 
 @pytest.fixture
@@ -62,29 +27,8 @@ def planted() -> Planted:
 
 @pytest.fixture
 def url(planted: Planted) -> Iterator[str]:
-    methods = {
-        "ModelInfer": planted.infer,
-        "ModelMetadata": planted.metadata,
-        "ServerMetadata": planted.server,
-        "RepositoryIndex": planted.index,
-    }
-    handlers = {
-        name: grpc.unary_unary_rpc_method_handler(
-            method,
-            request_deserializer=INFERENCE[f"{name}Request"].FromString,
-            response_serializer=lambda message: message.SerializeToString(),
-        )
-        for name, method in methods.items()
-    }
-    with ThreadPoolExecutor(8) as pool:
-        server = grpc.server(pool)
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers),)
-        )
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        yield f"grpc://127.0.0.1:{port}"
-        server.stop(None).wait()
+    with serving(planted) as where:
+        yield where
 
 
 def counts(session: Session, asked: Asked = ASKED) -> dict[str, int]:

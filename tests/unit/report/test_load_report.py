@@ -66,11 +66,21 @@ def test_searches_recoveries_and_comparisons_are_drawn() -> None:
         capacity=200, normal=100, overload=400, before=4, during=3, seconds=1.5, definition="so", accepted=None
     )
     assert "overload begins" in render_load(result(measured, recovery=recovery))
-    compared = result(measured, others={"dynamic": measured, "static": measured}, gain=Estimate(2.5, 2.3, 2.8, 5))
-    words = render_load(compared)
-    assert "Dynamic batching has 2.50× the goodput of static batching" in words
-    tied = result(measured, others={"dynamic": measured, "static": measured}, gain=Estimate(1.0, 0.9, 1.1, 5))
-    assert "No difference beyond noise" in render_load(tied)
+    rates = {
+        "dynamic": Estimate(500, 450, 550, 12),
+        "static": Estimate(200, 180, 220, 12),
+        "none": Estimate(490, 400, 600, 12),
+    }
+    kinds = dict.fromkeys(rates, measured)
+    gains = {"static": Estimate(2.5, 2.3, 2.8, 12), "none": Estimate(1.02, 0.9, 1.1, 12)}
+    probes = [probe.model_copy(update={"kind": "static"}) for probe in search().probes]
+    compared = result(measured, others=kinds, goodputs=rates, gains=gains, probes=probes)
+    words = "has 2.50× the goodput of static batching and no more goodput beyond noise than no batching"
+    screen = io.StringIO()
+    render_load_terminal(compared, Console(file=screen, width=200))
+    for text in (render_load(compared), screen.getvalue()):
+        assert words in text
+        assert "static batching, held" in text
 
 
 @pytest.mark.parametrize("scenario", ["server", "stress", "rate"])

@@ -109,7 +109,19 @@ class Lateness(_Value):
 class Finding(_Value):
     """Something that a reader has to know before believing the numbers; a run with a void one does not count."""
 
-    kind: Literal["late", "saturated", "drift", "behind", "unanswered", "unsupported", "failures", "interrupted"]
+    kind: Literal[
+        "late",
+        "saturated",
+        "drift",
+        "behind",
+        "unanswered",
+        "unsupported",
+        "failures",
+        "interrupted",
+        "insecure",
+        "gone",
+        "undecided",
+    ]
     void: bool
     words: str
 
@@ -190,6 +202,7 @@ class Probe(_Value):
         missed: Share of them that missed the bound, with its interval.
         verdict: Whether the bound held; ``unclear`` where noise leaves it open, ``void`` where the client failed.
         confirming: Whether it was repeated to confirm the answer.
+        kind: Of batching, where kinds are compared.
     """
 
     rate: float
@@ -197,6 +210,7 @@ class Probe(_Value):
     missed: Estimate
     verdict: Literal["held", "missed", "unclear", "void"]
     confirming: bool = False
+    kind: str = ""
 
 
 class Recovery(_Value):
@@ -225,9 +239,22 @@ class Recovery(_Value):
 
 
 class ServerRecord(_Value):
-    """The server and the model as they introduced themselves."""
+    """The server and the model as they introduced themselves.
+
+    Attributes:
+        url: Where it is.
+        security: How its connections were secured; empty for not at all.
+        name: Of the server.
+        version: Of the server.
+        extensions: Of the protocol.
+        model: Its name.
+        model_version: That was asked for; empty where the server chose.
+        platform: That the model is for.
+        inputs: Of the model.
+    """
 
     url: str
+    security: str = ""
     name: str
     version: str
     extensions: tuple[str, ...]
@@ -251,6 +278,7 @@ class Workload(_Value):
         connections: The most that were allowed.
         seed: Of everything random.
         lateness: Seconds that 99 % of the requests had to be sent within.
+        headers: Names of those that were sent beside the protocol's own; what they hold is not kept.
     """
 
     scenario: str
@@ -263,6 +291,7 @@ class Workload(_Value):
     connections: int
     seed: int
     lateness: float
+    headers: tuple[str, ...] = ()
 
 
 class LoadResult(_Value):
@@ -279,7 +308,8 @@ class LoadResult(_Value):
         largest: The largest rate that held the bound, per second, with its interval; None if none did or it was not sought.
         confirmed: Rate at which the bound was confirmed to hold.
         recovery: Of a stress test.
-        gain: How many times more goodput the first of the other runs has than the second; None unless two are compared.
+        goodputs: The largest rate that held the bound, per second, by kind of batching; empty unless kinds are compared.
+        gains: How many times the goodput of each other kind of batching the first one has.
         protocol: How the numbers were found, for people.
         environment: Of the load generator; it is the server's too where that is on this machine.
         interrupted: Whether somebody ended it early.
@@ -295,7 +325,8 @@ class LoadResult(_Value):
     largest: Estimate | None = None
     confirmed: float | None = None
     recovery: Recovery | None = None
-    gain: Estimate | None = None
+    goodputs: dict[str, Estimate] = {}
+    gains: dict[str, Estimate] = {}
     protocol: str
     environment: Environment
     interrupted: bool = False
