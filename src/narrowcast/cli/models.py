@@ -15,6 +15,7 @@ from rich.table import Table
 
 from narrowcast.cli.console import Debug, Json, console, print_json
 from narrowcast.errors import ConfigError, RuntimeFailedError
+from narrowcast.serving.administration import check_token
 
 __all__ = ["models"]
 
@@ -111,7 +112,7 @@ class _Server:
         """Return the server at a URL.
 
         Raises:
-            ConfigError: The URL is none.
+            ConfigError: The URL is none, or the token cannot be sent.
         """
         try:
             parts = urlsplit(url)
@@ -120,6 +121,8 @@ class _Server:
             host, port = None, 0
         if not host or not url.startswith("http://"):
             raise ConfigError(f"server {url!r} is no URL", allowed="http://HOST:PORT")
+        if token:
+            check_token(token)
         return cls(url, host, port, token)
 
     def ask(self, method: str, target: str, document: dict[str, Any] | None = None) -> Any:
@@ -131,8 +134,9 @@ class _Server:
         """
         connection = http.client.HTTPConnection(self.host, self.port, timeout=_SECONDS)
         body = None if document is None else jsonlib.dumps(document)
+        headers = {"Authorization": f"Bearer {self.token}".encode()} if self.token else {}
         try:
-            connection.request(method, target, body, {"Authorization": f"Bearer {self.token}"} if self.token else {})
+            connection.request(method, target, body, headers)
             response = connection.getresponse()
             text = response.read()
             answer = jsonlib.loads(text) if text else {}

@@ -178,6 +178,7 @@ def serve(
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     try:
         from narrowcast.serving import running
+        from narrowcast.serving.administration import check_token
         from narrowcast.serving.catalogue import Hosting
         from narrowcast.serving.memory import read_bytes
         from narrowcast.serving.repository import Repository
@@ -188,6 +189,8 @@ def serve(
         raise RuntimeMissingError(
             f"serving needs {error.name}, which is not installed", next_step="pip install 'narrowcast[serve]'"
         ) from error
+    if token is not None:
+        check_token(token)
     said: dict[str, Any] = {
         "placement": placement,
         "workers": workers,
