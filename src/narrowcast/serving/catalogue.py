@@ -215,7 +215,6 @@ class Catalogue:
             except NarrowcastError as error:
                 model.failed(version, error)
                 raise
-            model.failures.pop(version, None)
             model.loaded.update(started)
             return started[version]
 
@@ -468,6 +467,7 @@ class Catalogue:
                 await asyncio.gather(*(self._loader.end(served) for served in started.values()))
                 raise
             model.states.pop(version)
+            model.failures.pop(version, None)
         return started
 
     def _retire(self, model: Model, retired: Iterable[ServedVersion], reason: str) -> list[asyncio.Task[None]]:

@@ -122,9 +122,11 @@ class Loader:
                 await self._make_room(taken - expected, taken, what, besides, free)
                 holding.size = taken
         except BaseException:
-            self._ledger.release(holding)
-            if served is not None:
-                await served.scheduler.close()
+            try:
+                if served is not None:
+                    await served.scheduler.close()
+            finally:
+                self._ledger.release(holding)  # not before its memory is free
             raise
         holding.owner = served
         self._loads += 1

@@ -87,7 +87,7 @@ class Repository:
         """Return the names of all models that are there now."""
         found = set(self._fixed)
         for root in self._roots:
-            found.update(path.name for path in root.iterdir() if self._versions_in(root, path.name))
+            found.update(path.name for path in _entries(root) if self._versions_in(root, path.name))
         return sorted(found)
 
     def versions(self, name: str) -> dict[int, Source]:
@@ -112,9 +112,17 @@ class Repository:
             return {}
         return {
             int(path.name): ArtifactSource(path / "artifact")
-            for path in model.iterdir()
+            for path in _entries(model)
             if _VERSION.fullmatch(path.name) and _is_plain_folder(path) and _is_plain_folder(path / "artifact")
         }
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what is in a folder; nothing in one that has gone meanwhile."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _is_plain_folder(path: Path) -> bool:

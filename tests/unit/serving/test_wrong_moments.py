@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from narrowcast.serving.settings import read_options
 from narrowcast.serving.signature import Signature, Tensors
 from narrowcast.serving.traffic import Traffic
 from narrowcast.serving.workers.base import Batch, Done, LoadedModel, Result, Worker
+from narrowcast.serving.workers.loading import FunctionModel
 from narrowcast.serving.workers.sources import FunctionSource, Placement
 
 
@@ -192,3 +196,55 @@ def test_times_that_are_no_numbers_are_refused(name: str):
 def test_padding_alone_makes_batches_not_static():
     hosting = read_options({"pad": True}, "serve").over(Hosting())
     assert read_options({}, "serving.json").over(hosting).settings.batching.pad
+
+
+def test_a_version_that_was_mended_and_loaded_is_not_held_back_by_its_failures(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("narrowcast.serving.model._FIRST_BACKOFF", 1000.0)
+    broken = True
+
+    def load() -> LoadedModel:
+        if broken:
+            raise ConfigError("not yet")
+        return FunctionModel(FOURS, doubled)
+
+    async def main() -> None:
+        nonlocal broken
+        sources = {"a": FunctionSource(load, bytes=10), "b": FunctionSource(partial(FunctionModel, FOURS, doubled), 10)}
+        catalogue = Catalogue(Repository(sources=sources), Hosting(Placement.INLINE, on_demand=True), memory_budget=10)
+        await catalogue.load_all()
+        with pytest.raises(Refusal, match="not yet"):
+            await catalogue.get("a")
+        broken = False
+        with pytest.raises(Refusal, match="not yet"):
+            await catalogue.get("a")
+        await catalogue.load("a")
+        await catalogue.get("b")
+        assert not catalogue.served("a"), "it made room"
+        assert (await catalogue.get("a")).scheduler.workers_alive
+        await catalogue.close()
+
+    run(main)
+
+
+def test_folders_that_go_away_while_they_are_read_hold_no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = tmp_path / "models"
+    (root / "m" / "1" / "artifact").mkdir(parents=True)
+    repository = Repository([root])
+    assert repository.names() == ["m"]
+    iterdir = Path.iterdir
+
+    def removed_meanwhile(self: Path) -> Iterator[Path]:
+        if self.name == "m":
+            raise FileNotFoundError(self)
+        return iterdir(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", removed_meanwhile)
+        assert repository.names() == []
+        assert repository.versions("m") == {}
+    (root / "m" / "1" / "artifact").rmdir()
+    (root / "m" / "1").rmdir()
+    (root / "m").rmdir()
+    root.rmdir()
+    assert repository.names() == []
+    assert repository.versions("m") == {}
