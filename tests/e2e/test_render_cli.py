@@ -215,6 +215,31 @@ def test_kubernetes_accepts_the_manifest_which_follows_the_command(models: Path,
     assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
 
 
+def kubernetes_words(words: list[str]) -> list[str]:
+    """Return arguments as Kubernetes passes them on: ``$$`` is a dollar, ``$(NAME)`` a variable of the container."""
+
+    def read(match: re.Match[str]) -> str:
+        return "$" if match[0] == "$$" else f"<{match[1]}>"
+
+    return [re.sub(r"\$\$|\$\((.*?)\)", read, word) for word in words]
+
+
+@pytest.mark.parametrize("kind", ["kubernetes", "kserve"])
+def test_dollars_in_names_mean_nothing_to_kubernetes(
+    kind: str, tmp_path: Path, manifest_of: ManifestOf, rendered: Callable[..., str]
+) -> None:
+    names = ("a$$b", "$(NARROWCAST_ADMIN_TOKEN)", "$$(NARROWCAST_ADMIN_TOKEN)", "c$d", "$$")
+    places = [tmp_path / name for name in names]
+    for number, place in enumerate(places):
+        artifact(place / f"net-{number}" / "1" / "artifact", manifest_of(), 2.0)
+    first = next(yaml.safe_load_all(rendered(kind, *places)))
+    containers = (
+        first["spec"]["template"]["spec"]["containers"] if kind == "kubernetes" else first["spec"]["containers"]
+    )
+    words = kubernetes_words(containers[0]["args"])
+    assert [word.rpartition("/")[2] for word in words[: len(names)]] == list(names)
+
+
 def test_a_model_with_workers_of_its_own_is_counted_with_them(models: Path, rendered: Callable[..., str]) -> None:
     (models / "other" / "serving.json").write_text('{"workers": 1}')
     deployment, _ = yaml.safe_load_all(rendered("kubernetes", models, *GIVEN))

@@ -28,7 +28,7 @@ def yaml_word(word: object) -> str:
 
 
 def compose_word(word: object) -> str:
-    """The same for Compose files, where a dollar begins a variable unless it is doubled."""
+    """The same for Compose files and the arguments of Kubernetes, where a dollar begins a variable unless it is doubled."""
     return yaml_word(str(word).replace("$", "$$"))
 
 

@@ -116,6 +116,7 @@ _FILTERS = {
     "printable": quoting.printable,
     "yaml": quoting.yaml_word,
     "compose": quoting.compose_word,
+    "kubernetes": quoting.compose_word,
     "systemd": quoting.systemd_word,
 }
 
