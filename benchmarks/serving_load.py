@@ -163,8 +163,8 @@ class _Calls(asyncio.Protocol):
         self.times.append(time.perf_counter() - self.sent.pop(stream))
         length = self.received.pop(stream)
         if not self.length:
-            headers, *message, trailers = self.first
-            assert message, f"an error and no message: {headers + trailers!r}"
+            assert length, f"an error and no message: {self.first!r}"
+            _, *message, trailers = self.first
             assert b"grpc-status\x010" in trailers, trailers
             self.check(b"".join(message)[5:])
             self.length = length

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from narrowcast.oip.messages import INFERENCE
-from narrowcast.serving.datatypes import DATATYPES, encode_binary
+from narrowcast.serving.datatypes import DATATYPES, decode_binary, encode_binary
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol.requests import InferRequest, SharedRegions, read_document
 from narrowcast.serving.protocol.responses import check_output, write_shared
@@ -27,6 +27,9 @@ def read_message(message: Any, signature: Signature, limits: Limits, shared: Sha
     Raises:
         Refusal: Anything does not fit.
     """
+    plain = _read_plain(message, signature, limits)
+    if plain is not None:
+        return plain
     parts = [memoryview(part) for part in message.raw_input_contents]
     document: dict[str, Any] = {
         "id": message.id,
@@ -36,6 +39,32 @@ def read_message(message: Any, signature: Signature, limits: Limits, shared: Sha
     if message.parameters:
         document["parameters"] = _parameters(message.parameters)
     return read_document(document, parts, signature, limits, shared)
+
+
+def _read_plain(message: Any, signature: Signature, limits: Limits) -> InferRequest | None:
+    """Return a request of the common kind, at half the cost; None for all others, and for most that do not fit.
+
+    Its inputs are raw contents, and it has no parameters and names no outputs. What else there is, and what to say of a
+    mistake, the general way knows.
+
+    Raises:
+        Refusal: The bytes do not fit a shape, an input is missing, or the inputs differ in their rows.
+    """
+    tensors, parts = message.inputs, message.raw_input_contents
+    if len(tensors) != len(parts) or len(parts) > limits.tensors or message.parameters or message.outputs:
+        return None
+    specs = signature.input_by_name
+    inputs: Tensors = {}
+    for tensor, part in zip(tensors, parts, strict=True):
+        name = tensor.name
+        spec = specs.get(name)
+        if spec is None or tensor.datatype != spec.datatype.name or name in inputs:
+            return None
+        shape = tuple(tensor.shape)
+        if not spec.admits(shape) or min(shape, default=1) < 1 or tensor.parameters or tensor.HasField("contents"):
+            return None
+        inputs[name] = decode_binary(name, spec.datatype, shape, memoryview(part))
+    return InferRequest(message.id, inputs, signature.check(inputs), signature.all_as_bytes)
 
 
 def _read_inputs(tensors: Any, parts: list[memoryview]) -> list[dict[str, Any]]:
