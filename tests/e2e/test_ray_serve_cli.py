@@ -150,8 +150,11 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
 class Program:
     """``narrowcast serve --engine ray``, running."""
 
-    def __init__(self, *arguments: object) -> None:
-        command = [sys.executable, "-m", "narrowcast", "serve", *map(str, arguments), "--engine", "ray", "--json"]
+    def __init__(self, *arguments: object, command: list[str] | None = None) -> None:
+        command = command or [
+            *(sys.executable, "-m", "narrowcast", "serve"),
+            *(*map(str, arguments), "--engine", "ray", "--json"),
+        ]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stderr is not None
@@ -458,5 +461,63 @@ def test_clients_that_leave_are_not_served_and_replicas_that_die_come_back(
 
         wait_for(again)
     finally:
+        code = program.end()
+    assert code == 0
+
+
+#: Serves with delays of autoscaling that a test can wait for.
+SCALED = """
+import sys
+from pathlib import Path
+from narrowcast.cli.console import print_json
+from narrowcast.serving.hosting import Hosting
+from narrowcast.serving.ray.engine import run
+from narrowcast.serving.ray.plan import Scale
+from narrowcast.serving.scheduling.queue import Batching
+from narrowcast.serving.scheduling.scheduler import Settings
+from narrowcast.serving.server import ServerOptions
+
+run(
+    [Path(sys.argv[1])],
+    Hosting(settings=Settings(Batching(1))),
+    Scale(most=2, up_seconds=1, down_seconds=1),
+    ServerOptions(port=int(sys.argv[2]), grpc_port=None, metrics_port=int(sys.argv[3])),
+    lambda ports: print_json({"listening": ports}),
+)
+"""
+
+
+@pytest.mark.exhaustive
+def test_replicas_come_with_load_and_go_without_it(
+    tmp_path: Path, manifest_of: ManifestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    port, metrics = free_ports(2)
+    folder = slow_artifact(tmp_path / "slow", manifest_of(), 200_000)
+    program = Program(command=[sys.executable, "-c", SCALED, str(folder), str(port), str(metrics)])
+    over = threading.Event()
+
+    def client(answers: list[tuple[int, Any]]) -> None:
+        while not over.is_set():
+            ask(port, answers)
+
+    answers: list[tuple[int, Any]] = []
+    clients = [threading.Thread(target=client, args=(answers,)) for _ in range(8)]
+    try:
+        assert values(metrics, "narrowcast_workers") == {"1": 1}
+        for thread in clients:
+            thread.start()
+        wait_for(lambda: values(metrics, "narrowcast_workers") == {"1": 2})
+        over.set()
+        for thread in clients:
+            thread.join(120)
+        assert {status for status, _ in answers} == {200}
+        wait_for(lambda: values(metrics, "narrowcast_workers") == {"1": 1})
+        ask(port, answers)
+        assert answers[-1][0] == 200
+        assert values(metrics, "nv_inference_request_success") == {"1": len(answers)}, "what left was counted"
+    finally:
+        over.set()
         code = program.end()
     assert code == 0
