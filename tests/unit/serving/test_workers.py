@@ -198,3 +198,34 @@ def test_frames_come_out_of_any_pieces(documents: list[dict[str, int]], step: in
     frames = Frames()
     found = [document for at in range(0, len(stream), step) for document in frames.feed(stream[at : at + step])]
     assert found == documents
+
+
+def test_an_arena_that_keeps_its_views_follows_every_change_of_shape_and_size() -> None:
+    descriptor = anonymous_file()
+    writer, reader = Arena(descriptor), Arena(os.dup(descriptor))
+    fp32, int32 = DATATYPES["FP32"], DATATYPES["INT32"]
+    plans: list[list[tuple[str, np.ndarray]]] = []
+    for rows in (1, 1, 3, 3, 100_000, 100_000, 1, 1):  # the sixth is beyond the memory there is at first
+        plans.append([("x", np.full((rows, 4), len(plans), np.float32))])
+        plans.append([("x", np.full((rows, 4), len(plans), np.int32))])
+        plans.append([("y", np.full((4, rows), len(plans), np.float32)), ("x", np.ones((0, 2), np.float32))])
+        plans.append([("b", np.full((rows, 4), len(plans), np.float32)), ("a", np.zeros((rows, 4), np.float32))])
+        plans.append(plans[-1])
+    for plan in plans:
+        for halves in (1, 2):
+            tensors = [
+                (
+                    name,
+                    int32 if array.dtype == np.int32 else fp32,
+                    np.array_split(array, halves) if len(array) else [array],
+                )
+                for name, array in plan
+            ]
+            read = reader.read(writer.write(tensors))
+            assert list(read) == [name for name, _ in plan]
+            for name, array in plan:
+                assert read[name].dtype == array.dtype
+                np.testing.assert_array_equal(read[name], array)
+            del read
+    writer.close()
+    reader.close()

@@ -19,6 +19,8 @@ __all__ = ["Arena", "Placed", "anonymous_file"]
 #: Runtimes load vectors of up to 64 bytes, and a cache line has as many.
 _ALIGNMENT = 64
 _SMALLEST = 1 << 16
+#: What is no view of the memory, or has values to check.
+_READ_EACH_TIME = frozenset({"BYTES", "BOOL"})
 
 #: Name, datatype, shape, first byte, number of bytes: what the other process needs to see a tensor.
 Placed = tuple[str, str, list[int], int, int]
@@ -35,6 +37,8 @@ def anonymous_file() -> int:
 class Arena:
     """One direction of a worker's shared memory; one side writes, the other reads.
 
+    Both keep their views of the last tensors: most batches have the shapes of the batch before, and then only values move.
+
     Args:
         descriptor: The file behind it, which both processes have.
     """
@@ -43,14 +47,22 @@ class Arena:
         self.descriptor = descriptor
         self._size = 0
         self._memory: mmap.mmap | None = None
+        self._plan: list[Placed] = []  # of what was written or read last, if its views are kept
+        self._views: list[NDArray[Any]] = []
 
     def write(self, tensors: Sequence[tuple[str, Datatype, Sequence[NDArray[Any]]]]) -> list[Placed]:
         """Write tensors, each given as its parts along the first axis, and return where they are."""
+        if self._written_alike(tensors):
+            for (_, _, parts), place in zip(tensors, self._views, strict=True):
+                _fill(place, parts)
+            return self._plan
+        self._plan, self._views = [], []
         plan, texts = _plan(tensors)
         end = plan[-1][3] + plan[-1][4] if plan else 0
         if end > self._size:
             self._grow(end)
         assert self._memory is not None or not end
+        views: list[NDArray[Any]] = []
         for (name, datatype, parts), (_, _, shape, start, size) in zip(tensors, plan, strict=True):
             if not size or self._memory is None:
                 continue
@@ -58,25 +70,44 @@ class Arena:
                 self._memory[start : start + size] = texts[name]
                 continue
             place = np.frombuffer(self._memory, datatype.dtype, size // datatype.size, start).reshape(shape)
-            if len(parts) == 1:
-                place[...] = parts[0]
-            else:
-                np.concatenate(parts, out=place)
+            _fill(place, parts)
+            views.append(place)
+        if len(views) == len(plan):
+            self._plan, self._views = plan, views
         return plan
+
+    def _written_alike(self, tensors: Sequence[tuple[str, Datatype, Sequence[NDArray[Any]]]]) -> bool:
+        """Return whether tensors go where the last ones went."""
+        if not self._plan or len(tensors) != len(self._plan):
+            return False
+        for (name, datatype, parts), (known, kind, shape, _, _) in zip(tensors, self._plan, strict=True):
+            rows = sum([part.shape[0] for part in parts]) if len(parts) > 1 else None
+            first = parts[0].shape
+            given = [*first] if rows is None else [rows, *first[1:]]
+            if given != shape or name != known or datatype.name != kind:
+                return False
+        return True
 
     def read(self, placed: Sequence[Placed]) -> dict[str, NDArray[Any]]:
         """Return views of tensors that the other process wrote; they hold until it writes again."""
+        if self._plan and placed == self._plan:
+            return {item[0]: view for item, view in zip(placed, self._views, strict=True)}
+        self._plan, self._views = [], []
         end = max((start + size for _, _, _, start, size in placed), default=0)
         if end > self._size:
             self._map(os.fstat(self.descriptor).st_size)
         view = memoryview(self._memory) if self._memory is not None else memoryview(b"")
-        return {
+        found = {
             name: decode_binary(name, DATATYPES[datatype], shape, view[start : start + size])
             for name, datatype, shape, start, size in placed
         }
+        if all(datatype not in _READ_EACH_TIME for _, datatype, _, _, _ in placed):
+            self._plan, self._views = list(placed), list(found.values())
+        return found
 
     def close(self) -> None:
         """Give the memory back when the last view of it is gone."""
+        self._plan, self._views = [], []
         self._memory = None
         os.close(self.descriptor)
 
@@ -88,6 +119,13 @@ class Arena:
     def _map(self, size: int) -> None:
         self._memory = mmap.mmap(self.descriptor, size)
         self._size = size
+
+
+def _fill(place: NDArray[Any], parts: Sequence[NDArray[Any]]) -> None:
+    if len(parts) == 1:
+        place[...] = parts[0]
+    else:
+        np.concatenate(parts, out=place)
 
 
 def _plan(

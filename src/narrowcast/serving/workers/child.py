@@ -42,7 +42,7 @@ def _serve(connection: socket.socket, arguments: list[str]) -> int:
         connection.sendall(pack({"refused": failure}))
         return 1
     connection.sendall(pack({"signature": write_signature(model.signature)}))
-    while (request := receive(connection)) is not None:
+    for request in receive(connection):
         connection.sendall(pack(_run(model, request["inputs"], inputs, outputs)))
     return 0
 

@@ -15,6 +15,7 @@ from narrowcast.serving.signature import Signature, TensorSpec
 __all__ = ["Frames", "pack", "read_signature", "receive", "write_signature"]
 
 _LENGTH = struct.Struct("<I")
+_CHUNK = 1 << 16
 
 
 def pack(document: dict[str, Any]) -> bytes:
@@ -41,23 +42,11 @@ class Frames:
             yield document
 
 
-def receive(connection: socket.socket) -> dict[str, Any] | None:
-    """Return the next document of a blocking socket, or None at its end."""
-    head = _exactly(connection, _LENGTH.size)
-    if head is None:
-        return None
-    text = _exactly(connection, cast(int, _LENGTH.unpack(head)[0]))
-    return None if text is None else cast(dict[str, Any], orjson.loads(text))
-
-
-def _exactly(connection: socket.socket, size: int) -> bytes | None:
-    data = b""
-    while len(data) < size:
-        part = connection.recv(size - len(data))
-        if not part:
-            return None
-        data += part
-    return data
+def receive(connection: socket.socket) -> Iterator[dict[str, Any]]:
+    """Yield the documents of a blocking socket until its end."""
+    frames = Frames()
+    while data := connection.recv(_CHUNK):
+        yield from frames.feed(data)
 
 
 def write_signature(signature: Signature) -> dict[str, Any]:
