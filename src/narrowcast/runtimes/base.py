@@ -69,13 +69,14 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def load(self, path: Path, *, threads: int = 1, batch: int | None = None) -> Session:
+    def load(self, path: Path, *, threads: int = 1, batch: int | None = None, shares: bool = False) -> Session:
         """Return a session on a graph file.
 
         Args:
             path: An ONNX file.
             threads: Threads to compute with.
             batch: The only batch size that will run; a runtime that gains from it fixes the batch axis.
+            shares: Whether others want the cores between two runs: threads that wait for the next give theirs up at once.
 
         Raises:
             RuntimeMissingError: The runtime is not installed.

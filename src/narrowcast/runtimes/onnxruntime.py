@@ -80,10 +80,13 @@ class OnnxRuntime(Runtime):
     def version(self) -> str:
         return ort.__version__
 
-    def load(self, path: Path, *, threads: int = 1, batch: int | None = None) -> Session:
+    def load(self, path: Path, *, threads: int = 1, batch: int | None = None, shares: bool = False) -> Session:
         # A fixed batch is no faster here, and it lets ONNX Runtime 1.31 rewrite matrix products to Gemm before it looks
         # for integer kernels, which it then misses: the batch axis stays dynamic.
-        return _Session(self._open(path, _options(threads)), path)
+        options = _options(threads)
+        if shares and threads > 1:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        return _Session(self._open(path, options), path)
 
     def _open(self, path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
         try:

@@ -46,7 +46,7 @@ class OpenVino(Runtime):
     def version(self) -> str:
         return str(_module().__version__).partition("-")[0]
 
-    def load(self, path: Path, *, threads: int = 1, batch: int | None = None) -> Session:
+    def load(self, path: Path, *, threads: int = 1, batch: int | None = None, shares: bool = False) -> Session:
         return _Session(self._compile(path, threads, batch, profile=False), path)
 
     def _compile(self, path: Path, threads: int, batch: int | None, *, profile: bool) -> Any:

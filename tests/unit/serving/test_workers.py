@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import psutil
 import pytest
 from hypothesis import given, settings
@@ -18,11 +19,13 @@ from serving_models import write_artifact
 
 from narrowcast.artifacts.manifest import Manifest
 from narrowcast.errors import ArtifactError, NarrowcastError, RuntimeFailedError
+from narrowcast.recipes.target import Target
 from narrowcast.serving.datatypes import DATATYPES
 from narrowcast.serving.refusals import WorkerLostError
 from narrowcast.serving.workers.arena import Arena, anonymous_file
 from narrowcast.serving.workers.base import Batch, Result
 from narrowcast.serving.workers.frames import Frames, pack
+from narrowcast.serving.workers.loading import open_artifact
 from narrowcast.serving.workers.process import ProcessWorker
 
 ManifestOf = Callable[..., Manifest]
@@ -229,3 +232,22 @@ def test_an_arena_that_keeps_its_views_follows_every_change_of_shape_and_size() 
             del read
     writer.close()
     reader.close()
+
+
+def test_threads_of_a_served_model_give_up_their_cores_between_batches(
+    tmp_path: Path, manifest_of: ManifestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_artifact(tmp_path / "double", manifest_of(target=Target(threads=2)))
+    opened: list[ort.SessionOptions] = []
+    session = ort.InferenceSession
+
+    def open_session(path: str, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
+        opened.append(options)
+        return session(path, options, providers=providers)
+
+    monkeypatch.setattr(ort, "InferenceSession", open_session)
+    model = open_artifact(folder)
+    np.testing.assert_array_equal(model.run({"x": ones(2)})["y"], ones(2, 2))
+    model.close()
+    assert [options.intra_op_num_threads for options in opened] == [2]
+    assert opened[0].get_session_config_entry("session.intra_op.allow_spinning") == "0"

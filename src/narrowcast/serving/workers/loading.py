@@ -38,7 +38,7 @@ class _ArtifactModel(LoadedModel):
     def __init__(self, folder: Path) -> None:
         artifact = load_artifact(folder)
         target = artifact.manifest.target
-        self._session = get_runtime(target.runtime).load(artifact.graph, threads=target.threads)
+        self._session = get_runtime(target.runtime).load(artifact.graph, threads=target.threads, shares=True)
         inputs = tuple(
             TensorSpec(info.name, _datatype(folder, info.name, info.dtype), _axes(info.shape))
             for info in self._session.inputs
