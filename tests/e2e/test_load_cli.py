@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -294,3 +295,51 @@ def test_nothing_that_is_kept_holds_a_secret_and_no_check_is_said_loudly(cli: Cl
     assert found["workload"]["headers"] == ["Authorization"]
     assert found["run"]["findings"][0]["kind"] == "insecure"
     assert "NOT checked" in found["server"]["security"]
+
+
+@pytest.mark.parametrize("machine", [True, False], ids=["json", "text"])
+def test_a_full_disk_costs_the_records_and_not_the_answer(
+    server: FakeServer, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: bool
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    records, html = tmp_path / "run.csv", tmp_path / "run.html"
+    monkeypatch.setattr("narrowcast.measure.load.records.as_csv", lambda kept: "x")
+    monkeypatch.setattr("narrowcast.cli.files.NamedTemporaryFile", full)
+    asked = ("--model", "fake", "--rate", 50, "--seconds", 0.5, *PATIENT, "--records", records, "--html", html)
+    done = cli("load", server.url, *asked, *(["--json"] if machine else []))
+    assert done.code == 2
+    assert "No space left" in (done.out if machine else done.words)
+    assert list(tmp_path.glob("run*")) == []
+    if machine:
+        found = strict(done.out)
+        assert found["run"]["counts"]["ok"] > 0
+        assert found["records"] is found["report"] is None
+    else:
+        assert "requests/s" in done.out
+
+
+def test_a_server_that_dies_in_the_middle_leaves_what_was_measured(cli: Cli, tmp_path: Path) -> None:
+    records = tmp_path / "run.csv"
+    with FakeServer() as server:
+        server.plan.on_request = lambda number: server.die() if number == 40 else None
+        asked = ("--model", "fake", "--rate", 100, "--seconds", 1.5, *PATIENT, "--timeout", "1s")
+        done = cli("load", server.url, *asked, "--records", records, "--json")
+    counts = strict(done.out)["run"]["counts"]
+    assert done.code == 0, done.err
+    assert counts["ok"] > 0
+    assert counts["broken"] > counts["ok"]
+    assert records.read_text().count("broken") >= counts["broken"]
+
+
+def test_a_search_whose_server_dies_says_so_and_keeps_its_records(cli: Cli, tmp_path: Path) -> None:
+    records = tmp_path / "run.csv"
+    with FakeServer(Plan(service=lambda number: 0.002)) as server:
+        server.plan.on_request = lambda number: server.die() if number == 60 else None
+        asked = ("--model", "fake", "--scenario", "server", "--slo", "p50=500ms", "--rate", 40, "--seconds", 0.5)
+        done = cli("load", server.url, *asked, *PATIENT, "--timeout", "1s", "--records", records, "--json")
+    assert done.code == 1, done.err
+    found = strict(done.out)
+    assert any(one["kind"] == "gone" and one["void"] for one in found["run"]["findings"])
+    assert len(records.read_text().splitlines()) > 10

@@ -12,7 +12,7 @@ import typer
 
 from narrowcast.cli.console import Debug, Json, console, errors_console, print_json
 from narrowcast.cli.files import check_file, write_file
-from narrowcast.errors import RuntimeMissingError, UserError
+from narrowcast.errors import OutputError, RuntimeMissingError, UserError
 
 if TYPE_CHECKING:
     from narrowcast.load.session import Watch
@@ -27,7 +27,11 @@ _HOW = "How it is sent"
 _LET_IN = "How one is let in"
 _SHOWN = "What is kept"
 _VOID = 1
+_UNWRITTEN = 2
 _INTERRUPTED = 130
+
+#: A file that was asked for, and what writes it.
+_File = tuple[Path, Callable[[], None]]
 
 
 def load(
@@ -244,9 +248,19 @@ def load(
             result, kept = compare(Path(url), model, served, asked, watch)
         else:
             result, kept = run_load(Subject(target, model, version), asked, watch)
+    files: dict[str, _File] = {}
+    if html is not None:
+        from narrowcast.report.load import render_load
+
+        files["report"] = html, lambda: write_file(html, render_load(result))
     if records is not None and write_records is not None:
-        write_records(records, kept)
-    _show(result, html, records, json=json)
+        files["records"] = records, lambda: write_records(records, kept)
+    failure = _write(files)
+    _show(result, {name: path for name, (path, _) in files.items()}, failure, json=json)
+    if failure is not None and not json:
+        raise failure
+    if failure is not None:
+        raise typer.Exit(_UNWRITTEN)
     if result.interrupted:
         raise typer.Exit(_INTERRUPTED)
     if result.run.void:
@@ -285,22 +299,30 @@ def _serve_words(serve_options: str) -> list[str]:
         ) from error
 
 
-def _show(result: LoadResult, html: Path | None, records: Path | None, *, json: bool) -> None:
-    """Write the report, and print what was found."""
-    if html is not None:
-        from narrowcast.report.load import render_load
+def _write(files: dict[str, _File]) -> OutputError | None:
+    """Write files and forget those that cannot be written, since a run that took its time is to be shown in any case."""
+    failure: OutputError | None = None
+    for name, (_, write) in list(files.items()):
+        try:
+            write()
+        except OutputError as error:
+            failure = error
+            del files[name]
+    return failure
 
-        write_file(html, render_load(result))
-    written = {"report": html, "records": records}
+
+def _show(result: LoadResult, written: dict[str, Path], failure: OutputError | None, *, json: bool) -> None:
+    """Print what was found, and the files that were written."""
     if json:
-        print_json(result.model_dump(mode="json") | {name: path and str(path) for name, path in written.items()})
+        names = {name: str(written[name]) if name in written else None for name in ("report", "records")}
+        error = {} if failure is None else {"error": {"type": type(failure).__name__, "message": str(failure)}}
+        print_json(result.model_dump(mode="json") | names | error)
         return
     from narrowcast.report.load_terminal import render_load_terminal
 
     render_load_terminal(result, console())
     for name, path in written.items():
-        if path is not None:
-            console().print(f"{name}: {path}", markup=False, soft_wrap=True)
+        console().print(f"{name}: {path}", markup=False, soft_wrap=True)
 
 
 def _writer(path: Path) -> Callable[[Path, Records], None]:

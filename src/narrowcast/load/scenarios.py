@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from narrowcast.errors import NarrowcastError, RuntimeFailedError, UserError
 from narrowcast.load.arrivals import Arrivals, Poisson
 from narrowcast.load.fleet import Report
 from narrowcast.load.search import Rules, Trial, find_largest
@@ -18,7 +19,7 @@ from narrowcast.load.session import Asked, Measured, Session, Watch
 from narrowcast.load.stress import stress
 from narrowcast.measure.load.progress import Progress
 from narrowcast.measure.load.summary import missed
-from narrowcast.measure.load.values import Probe, Recovery, Slo
+from narrowcast.measure.load.values import Finding, Probe, Recovery, Slo
 from narrowcast.measure.statistics import Estimate
 
 __all__ = ["Answer", "Guard", "Scenario", "Settings", "measure", "most_missed", "told"]
@@ -147,6 +148,8 @@ def _server(session: Session, settings: Settings, watch: Watch) -> Answer:
         runs.append((rate, measured))
         if measured.interrupted:
             raise KeyboardInterrupt
+        if not measured.run.counts.ok and measured.run.counts.broken:
+            raise UserError(f"no request had an answer at {rate:.4g} requests/s, since no connection was left")
         void = any(finding.kind == "late" for finding in measured.run.findings)
         return Trial(missed(measured.counted, slo.seconds), void, guard.ended)
 
@@ -156,6 +159,10 @@ def _server(session: Session, settings: Settings, watch: Watch) -> Answer:
         if not runs:
             raise
         return _interrupted(runs[-1][1], tuple(probes))
+    except (UserError, RuntimeFailedError) as error:  # the server or a sender has died
+        if not runs:
+            raise
+        return _cut_off(runs[-1][1], tuple(probes), error)
     chosen = found.confirmed if found.confirmed is not None else min(rate for rate, _ in runs)
     measured = next(measured for rate, measured in reversed(runs) if rate == chosen)
     limit = found.limit
@@ -175,6 +182,13 @@ def _server(session: Session, settings: Settings, watch: Watch) -> Answer:
 def _interrupted(last: Measured, probes: tuple[Probe, ...]) -> Answer:
     words = f"server: the search was interrupted; this is its last run, after {len(probes)} whole tries"
     return Answer(replace(last, interrupted=True), "Poisson", words, probes)
+
+
+def _cut_off(last: Measured, probes: tuple[Probe, ...], error: NarrowcastError) -> Answer:
+    words = f"server: the search came to an end too early; this is its last run, after {len(probes)} whole tries"
+    gone = Finding(kind="gone", void=True, words=f"the search came to an end too early: {error.what}")
+    run = last.run.model_copy(update={"findings": (gone, *last.run.findings)})
+    return Answer(replace(last, run=run), "Poisson", words, probes)
 
 
 def _glance(session: Session, settings: Settings, watch: Watch) -> Measured:

@@ -43,6 +43,7 @@ class Plan:
         stall: Seconds after the second request, and how long the queue then stands still.
         status: From the number of a request to the status of its answer.
         answers: Whether it answers at all, by number.
+        on_request: Told the number of each request to the model.
         token: What the header Authorization has to hold; empty: nothing.
         metadata: Of the model.
         config: Of the model; None: there is no such path.
@@ -54,6 +55,7 @@ class Plan:
     status: Callable[[int], int] = lambda number: 200
     answers: Callable[[int], bool] = lambda number: True
     token: str = ""
+    on_request: Callable[[int], object] = lambda number: None
     metadata: dict[str, Any] = field(default_factory=lambda: METADATA)
     config: dict[str, Any] | None = field(default_factory=lambda: {"max_batch_size": 8})
 
@@ -102,7 +104,7 @@ class FakeServer:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         listening = self._loop.create_server(lambda: _Connection(self), "127.0.0.1", 0, ssl=self._tls)
-        server = self._loop.run_until_complete(listening)
+        server = self._server = self._loop.run_until_complete(listening)
         self.port: int = server.sockets[0].getsockname()[1]
         self._ready.set()
         self._loop.run_forever()
@@ -123,6 +125,12 @@ class FakeServer:
         while self.requests < requests:
             assert monotonic() < end, "they never came"
             sleep(0.02)
+
+    def die(self) -> None:
+        """Listen no more and break all connections, from within the server's thread."""
+        self._server.close()
+        for connection in list(self.connections):
+            connection.transport.abort()
 
     def forget(self) -> None:
         """Empty the queue."""
@@ -149,6 +157,7 @@ class FakeServer:
         now, number = monotonic(), self.requests
         self.requests += 1
         self.bodies.append(body)
+        self.plan.on_request(number)
         plan = self.plan
         if number == 1:  # the one before only asks whether all is well
             self._first = now
