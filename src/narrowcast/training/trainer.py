@@ -25,6 +25,7 @@ from narrowcast.training.checks import (
     trained_parameters,
     unwrapped,
 )
+from narrowcast.training.doctor.watch import Watch as Doctor
 from narrowcast.training.gradients import FusedUpdate, Gradients, Ranks
 from narrowcast.training.ledger import Ledger
 from narrowcast.training.lookout import Lookout, Sighting
@@ -66,7 +67,8 @@ class Trainer:
         schedule: A learning-rate schedule, stepped after each update.
         clip_norm: The largest norm of all gradients together, after unscaling.
         accumulate: Micro-batches in a window.
-        watch: What looks at the numbers.
+        watch: What looks at the numbers; ``cheap`` or ``deep`` for the doctor at that level, which keeps its record in memory
+            and tells the log what it finds.
         ranks: The processes that train together; each must run the same number of steps.
         nonfinite: Without loss scaling: ``raise`` an error when a loss or a gradient is not finite (on CUDA an update or
             more later, as nothing waits for it), or ``skip`` the update, as with loss scaling.
@@ -87,7 +89,7 @@ class Trainer:
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
         clip_norm: float | None = None,
         accumulate: int = 1,
-        watch: Watch | None = None,
+        watch: Watch | Literal["cheap", "deep"] | None = None,
         ranks: Ranks | None = None,
         nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
@@ -104,8 +106,8 @@ class Trainer:
         self.loss = loss
         self.clip_norm = clip_norm
         self.accumulate = accumulate
-        self.watch = watch
         self.ranks = ranks
+        self.watch: Watch | None = self._doctor(watch) if isinstance(watch, str) else watch
         self._guards = self.precision.scale.guards or nonfinite == "skip"
         self._decides = self._guards or self.device.type == "cpu"  # on the CPU nothing is waited for
         self._unit = Unit(self.device, ranks)
@@ -130,6 +132,16 @@ class Trainer:
         self._settling = Settling(self._books, self.device)
         self._settles_late = self._guards and self.device.type == "cuda"
         self._untold: StepInfo | None = None  # an update of which the watch has not heard yet what became of it
+
+    def _doctor(self, level: Literal["cheap", "deep"]) -> Watch:
+        return Doctor(
+            unwrapped(self.model),
+            level,
+            optimizer=self._optimizer,
+            loss=self.loss,
+            precision=self.precision,
+            rank=0 if self.ranks is None else self.ranks.rank,
+        )
 
     @property
     def steps(self) -> int:

@@ -369,6 +369,20 @@ def test_a_watch_is_told_the_same_in_the_same_order_with_the_gradients_there(acc
     assert str(calls[1]) == str(calls[0])
 
 
+@pytest.mark.parametrize("level", ["cheap", "deep"])
+def test_the_doctor_comes_by_the_name_of_its_level_and_reads_the_same_late(level):
+    records = []
+    for late in (False, True):
+        trainer = trainer_of(late=late, watch=level)
+        run(trainer, 0, 26)
+        trainer.finish()
+        assert trainer.watch.close().verdict.sentences
+        records.append(trainer.watch.record())
+    assert [one.skipped for one in records[0].readings].count(True) == 6
+    assert str(records[1].readings) == str(records[0].readings)
+    assert str(records[1].series) == str(records[0].series)
+
+
 def test_patience_ends_with_the_step_after_whoever_reads_before():
     for read in (lambda info: None, lambda info: info.skipped):
         trainer = trainer_of(late=True)

@@ -162,8 +162,8 @@ class Diagnosis:
         found: list[tuple[EventKind, Cause | None]] = []
         if EventKind.VANISHED in waiting:
             found.append((EventKind.VANISHED, self._vanished(targets, scene, step)))
-        if self._suspect is not None:
-            found.append((EventKind.STAGNATION, self._stagnant(targets[self._suspect], step)))
+        if EventKind.STAGNATION in waiting:
+            found.append((EventKind.STAGNATION, self._stagnation(targets, scene, step)))
             self._suspect = None
         if EventKind.SATURATION in waiting:
             found.append((EventKind.SATURATION, self._saturated(scene, step)))
@@ -202,6 +202,11 @@ class Diagnosis:
             seen=f"the gradients' norm was 0 in {_ZERO_STEPS} steps in a row",
             reproduced=False,
         )
+
+    def _stagnation(self, targets: Sequence[Target], scene: Scene | None, step: int) -> Cause | None:
+        """Return why weights stay where they are; of sharded ones, what the first rank says whose own part does."""
+        cause = None if self._suspect is None else self._stagnant(targets[self._suspect], step)
+        return agreed(cause, scene.device) if scene is not None and scene.together else cause
 
     def _stagnant(self, target: Target, step: int) -> Cause:
         assert self._stuck is not None

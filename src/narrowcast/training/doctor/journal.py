@@ -64,13 +64,15 @@ class Journal:
     def keep(self, reading: Reading) -> None:
         """Keep what a step was in numbers."""
         self.readings.append(reading)
-        self._unwritten.append(reading)
+        if self._folder is not None:
+            self._unwritten.append(reading)
 
     def note(self, events: Sequence[Event]) -> None:
         """Note what happened, in the log too."""
         for event in events:
             self.events.append(event)
-            self._unwritten.append(event)
+            if self._folder is not None:
+                self._unwritten.append(event)
             _log.log(logging.INFO if event.normal else logging.WARNING, "%s", event.sentence)
 
     def series(self) -> tuple[record.Series, ...]:
