@@ -193,8 +193,10 @@ class _Keeper:
         self._given = (places, hosting, options)
         self._fleet = _RayFleet(scale, ray.get_runtime_context().current_actor)
         self._options = options
+        self._starting: asyncio.Task[Any] | None = None
 
     async def start(self) -> None:
+        self._starting = asyncio.current_task()
         self._keeper = Keeper(*self._given, self._fleet)
         await self._keeper.start()
         options = self._options
@@ -212,6 +214,9 @@ class _Keeper:
         await self._fleet.sweep()
 
     async def stop(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()  # which does nothing where it has started
+            await asyncio.wait([self._starting])
         await self._keeper.stop()
 
     async def ask(self, request: Request) -> Response:
