@@ -23,6 +23,7 @@ __all__ = [
     "decoded_floats",
     "decoded_nibbles",
     "errors",
+    "narrowed_to_odd",
     "rounded_steps",
     "rounded_to_nearest",
     "values_by_half",
@@ -158,14 +159,21 @@ def rounded_to_nearest(x: np.ndarray, format: Format, special: SpecialCodes, out
         vectors.encode_nearest(x.view(np.uint32), _encoding_constants(format, special), out)
 
 
+def narrowed_to_odd(x: np.ndarray) -> np.ndarray:
+    """See ``portable``."""
+    out = np.empty(x.shape, np.float32)
+    vectors.narrow_to_odd(x, out.view(np.uint32))
+    return out
+
+
 def decoded_floats(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
     """See ``portable``."""
     if _is_half(format) and vectors.converts_half():
         vectors.decode_half(codes, out)
     elif _is_cut(format):
-        vectors.decode_cut(codes, np.uint32(23 - format.mantissa_bits), out.view(np.uint32))
+        vectors.decode_cut(codes, np.uint32(23 - format.mantissa_bits), out)
     else:
-        vectors.decode_arithmetically(codes, _decoding_constants(format), out.view(np.uint32))
+        vectors.decode_arithmetically(codes, _decoding_constants(format), out)
     return True
 
 
@@ -185,7 +193,8 @@ def _encoding_constants(format: Format, special: SpecialCodes) -> tuple[np.uint3
     half_a_step_less = (1 << (dropped - 1)) - 1 - ((127 - format.bias) << 23)  # and float32's bias made the format's
     shift = lowest + (dropped << 23)
     codes = (format.max_code, *special, format.sign_bit)
-    return _words(dropped, lowest, half_a_step_less, shift, *codes, 32 - format.bits)
+    unsigned_zero = -1 if format.has_negative_zero else 0  # no code is -1
+    return _words(dropped, lowest, half_a_step_less, shift, *codes, 32 - format.bits, unsigned_zero)
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ Arrays are cut so that what is worked on stays in the processor's cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -15,7 +15,7 @@ from narrowcast.formats.arrays import Opened, code_dtype
 from narrowcast.formats.codebooks import codebook_codes, codebook_edges
 from narrowcast.formats.engine import engine
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer
-from narrowcast.formats.native import decode_natively, encode_natively
+from narrowcast.formats.native import encode_natively
 from narrowcast.formats.portable import SpecialCodes
 from narrowcast.formats.rules import NanInput, Overflow, Rounding, Rules
 from narrowcast.formats.table import ELEMENTS
@@ -24,6 +24,7 @@ from narrowcast.formats.tables import (
     by_table,
     casting_table,
     decode_exactly,
+    decoded_by_arithmetic,
     encode_exactly,
     encoding_table,
     exact_in_float32,
@@ -31,25 +32,27 @@ from narrowcast.formats.tables import (
     values_of,
 )
 
-__all__ = ["by_rint", "cast", "codebook_edges", "decode", "encode", "encode_part", "exact_in_float32"]
+__all__ = ["by_rint", "cast", "codebook_edges", "decode", "decode_part", "encode", "encode_part", "exact_in_float32"]
 
 _LONG = 1 << 22  # elements of a piece for a compiled loop that passes over them once: the cache plays no part
+_SHORT = 1 << 16  # of one that passes on what it made: that stays in the cache
+_FP16 = ELEMENTS["fp16"]
+_WIDE: dict[ElementFormat, type[np.floating]] = {ELEMENTS["fp32"]: np.float32, ELEMENTS["fp64"]: np.float64}
 
 
 def encode(source: Opened, format: ElementFormat, rules: Rules, seed: int) -> np.ndarray:
     """Return the codes of ``source``, in its shape."""
     x = source.array
     codes = np.empty(x.shape, code_dtype(format.bits))
-    by_arithmetic = None if source.coded is not None else _arithmetic(x.dtype, format, rules)
-    if by_arithmetic is not None:
-        for part, out, start in _parts(x, codes, one_pass=True):
-            _check_nan(part, format, rules, start)
-            by_arithmetic(part, out)
-        return codes
-    for part, out, start in _parts(x, codes):
-        numbers = part if source.coded is None else decode(part, ELEMENTS[source.coded], "float32")
-        encode_part(numbers, format, rules, out, start, seed)
+    one_pass = source.coded is None and x.dtype == np.float32 and _by_loop(format, rules)
+    for part, out, start in _parts(x, codes, _LONG if one_pass else _SHORT):
+        encode_part(_numbers(part, source.coded), format, rules, out, start, seed)
     return codes
+
+
+def _numbers(x: np.ndarray, coded: str | None) -> np.ndarray:
+    """Return a piece of an array as the numbers that it holds: codes of a dtype that NumPy lacks as float32."""
+    return x if coded is None else decode(x, ELEMENTS[coded], "float32")
 
 
 def encode_part(x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndarray, start: int, seed: int) -> None:
@@ -64,30 +67,38 @@ def encode_part(x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndar
         seed: Of stochastic rounding.
     """
     if x.dtype == np.float16:
-        x = x.astype(np.float32)
+        x = decode(x.view(np.uint16), _FP16, "float32")
     _check_nan(x, format, rules, start)
     if isinstance(format, Codebook):
         out[...] = codebook_codes(_without_nan(x, format, rules), format, rules, start, seed)
     elif isinstance(format, Integer) and by_rint(format, rules):
         _encode_by_rint(x, format, out)
-    elif by_arithmetic := _arithmetic(x.dtype, format, rules):
-        by_arithmetic(x, out)
+    elif isinstance(format, Format) and _by_loop(format, rules):
+        single = x if x.dtype == np.float32 else engine().narrowed_to_odd(x)
+        _encode_by_arithmetic(single, format, special_codes(format, rules), out)
     elif x.dtype == np.float32 and by_table(format, rules):
         engine().codes_by_half(x, encoding_table(format, rules), out)
+    elif format in _WIDE and (rules.rounding, rules.overflow) == (Rounding.NEAREST_EVEN, Overflow.IEEE):
+        _convert(x, out.view(_WIDE[format]))
     else:
         out[...] = encode_exactly(x, format, rules, start, seed)
 
 
-@lru_cache(maxsize=64)
-def _arithmetic(
-    dtype: np.dtype, format: ElementFormat, rules: Rules
-) -> Callable[[np.ndarray, np.ndarray], None] | None:
-    """Return the loop that writes the codes of numbers of a dtype in one pass, where the rules are those of arithmetic."""
-    fits = dtype == np.float32 and rules.rounding is Rounding.NEAREST_EVEN and by_arithmetic(format)
-    if not fits or not isinstance(format, Format):
-        return None
-    special = special_codes(format, rules)
-    return lambda x, out: _encode_by_arithmetic(x, format, special, out)
+@lru_cache(maxsize=256)
+def _by_loop(format: ElementFormat, rules: Rules) -> bool:
+    """Return whether a loop writes the codes of float32 numbers in one pass, because the rules are those of arithmetic."""
+    return rules.rounding is Rounding.NEAREST_EVEN and by_arithmetic(format)
+
+
+def _convert(x: np.ndarray, out: np.ndarray) -> None:
+    """Write float32 or float64 numbers as either, rounded to nearest even; a NaN is quiet."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        np.copyto(out, x, casting="same_kind")
+    if x.dtype == out.dtype:  # then a NaN was copied as it is
+        lost = np.isnan(out)
+        if lost.any():
+            words, quiet = (np.uint32, 1 << 22) if out.dtype == np.float32 else (np.uint64, 1 << 51)
+            out.view(words)[lost] |= words(quiet)
 
 
 def _check_nan(x: np.ndarray, format: ElementFormat, rules: Rules, start: int) -> None:
@@ -139,49 +150,57 @@ def _encode_by_arithmetic(x: np.ndarray, format: Format, special: SpecialCodes, 
 def decode(codes: np.ndarray, format: ElementFormat, dtype: str) -> np.ndarray:
     """Return the values of unsigned codes in ``dtype``, rounded to it where it does not hold them."""
     values = np.empty(codes.shape, dtype)
-    one_pass = dtype == "float32" and by_arithmetic(format)
-    for part, out, _ in _parts(codes, values, one_pass=one_pass):
-        if one_pass and isinstance(format, Format) and _decode_by_arithmetic(part, format, out):
-            continue
-        if format.bits <= 16:
-            engine().decoded(part, values_of(format, dtype), out)
-        else:
-            out[...] = decode_exactly(part, format)
+    for part, out, _ in _parts(codes, values, _LONG if decoded_by_arithmetic(format) else _SHORT):
+        decode_part(part, format, out)
     return values
 
 
-def _decode_by_arithmetic(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
-    if not engine().COMPILED and decode_natively(codes, format, out):
-        return True
-    return engine().decoded_floats(codes, format, out)
+def decode_part(codes: np.ndarray, format: ElementFormat, out: np.ndarray) -> None:
+    """Write the values of one contiguous piece of codes as float32 or float64."""
+    if isinstance(format, Format) and decoded_by_arithmetic(format) and engine().decoded_floats(codes, format, out):
+        return
+    if format in _WIDE:
+        _convert(codes.view(_WIDE[format]), out)
+    elif format.bits <= 16:
+        engine().decoded(codes, values_of(format, out.dtype.name), out)
+    else:
+        with np.errstate(over="ignore"):
+            out[...] = decode_exactly(codes, format)
 
 
 def cast(source: Opened, format: ElementFormat, rules: Rules, seed: int) -> np.ndarray:
     """Return ``source`` rounded to the format's numbers, in its own dtype."""
-    x = source.array
-    if source.coded is not None:
-        own = ELEMENTS[source.coded]
-        values = decode(encode(source, format, rules, seed), format, "float64")
-        codes = np.empty(x.shape, x.dtype)
-        for part, out, start in _parts(values, codes):
-            encode_part(part, own, Rules.of(own), out, start, 0)
-        return codes
+    x, coded = source.array, source.coded
+    if coded is None and x.dtype == np.float16:
+        x, coded = x.view(np.uint16), _FP16.name
     rounded = np.empty(x.shape, x.dtype)
-    for part, out, start in _parts(x, rounded):
-        if x.dtype == np.float32 and not isinstance(format, Codebook) and by_table(format, rules):
-            _check_nan(part, format, rules, start)
-            engine().values_by_half(part, casting_table(format, rules), out)
-        else:
-            codes = np.empty(part.shape, code_dtype(format.bits))
-            encode_part(part, format, rules, codes, start, seed)
-            with np.errstate(over="ignore"):  # a float16 array cannot hold every number of a wide format
-                out[...] = decode(codes, format, "float64")
-    return rounded
+    for part, out, start in _parts(x, rounded, _SHORT):
+        _cast_part(_numbers(part, coded), format, rules, out, coded, start, seed)
+    return rounded.view(source.array.dtype)
 
 
-def _parts(x: np.ndarray, out: np.ndarray, *, one_pass: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def _cast_part(
+    x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndarray, coded: str | None, start: int, seed: int
+) -> None:
+    """Round one piece of numbers, and write them as they are or as codes of the format ``coded``."""
+    by_half = x.dtype == np.float32 and coded is None and not isinstance(format, Codebook) and by_table(format, rules)
+    if by_half and not _by_loop(format, rules):
+        _check_nan(x, format, rules, start)
+        engine().values_by_half(x, casting_table(format, rules), out)
+        return
+    codes = np.empty(x.shape, code_dtype(format.bits))
+    encode_part(x, format, rules, codes, start, seed)
+    if coded is None:
+        decode_part(codes, format, out)
+        return
+    values = decode(codes, format, "float32" if exact_in_float32(format) else "float64")
+    encode_part(values, ELEMENTS[coded], Rules.of(ELEMENTS[coded]), out, start, 0)
+
+
+def _parts(x: np.ndarray, out: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Cut two arrays of the same shape into contiguous pieces: (piece, place for the result, position)."""
     flat, flat_out = np.ascontiguousarray(x).reshape(-1), out.reshape(-1)
-    chunk = _LONG if one_pass and engine().COMPILED else engine().CHUNK
-    for start in range(0, flat.size, chunk):
-        yield flat[start : start + chunk], flat_out[start : start + chunk], start
+    if not engine().COMPILED:
+        length = engine().CHUNK
+    for start in range(0, flat.size, length):
+        yield flat[start : start + length], flat_out[start : start + length], start

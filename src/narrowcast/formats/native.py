@@ -10,13 +10,12 @@ from narrowcast.formats.arrays import code_dtype, torch_loaded
 from narrowcast.formats.kinds import ElementFormat, Format
 from narrowcast.formats.table import ELEMENTS
 
-__all__ = ["decode_natively", "encode_natively", "torch_codes"]
+__all__ = ["encode_natively", "torch_codes"]
 
 _TORCH = {
     ELEMENTS[name]: dtype
     for name, dtype in {"bf16": "bfloat16", "fp16": "float16", "e4m3fn": "float8_e4m3fn", "e5m2": "float8_e5m2"}.items()
 }
-_FP16 = ELEMENTS["fp16"]
 
 
 def encode_natively(x: np.ndarray, format: Format, out: np.ndarray) -> bool:
@@ -32,16 +31,6 @@ def encode_natively(x: np.ndarray, format: Format, out: np.ndarray) -> bool:
         return False
     codes = torch.from_numpy(out).view(getattr(torch, _TORCH[format]))
     codes.copy_(torch.from_numpy(x))
-    return True
-
-
-def decode_natively(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
-    """Write the float32 values of codes, if torch is there and is quicker than a look-up; return whether."""
-    torch = torch_loaded()
-    # A look-up is quicker for eight bits, and a shift for BF16.
-    if torch is None or format != _FP16 or out.dtype != np.float32 or not codes.flags.writeable:
-        return False
-    torch.from_numpy(out).copy_(torch.from_numpy(codes).view(torch.float16))
     return True
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "decoded_floats",
     "decoded_nibbles",
     "errors",
+    "narrowed_to_odd",
     "rounded_steps",
     "rounded_to_nearest",
     "values_by_half",
@@ -172,6 +173,8 @@ def rounded_to_nearest(x: np.ndarray, format: Format, special: SpecialCodes, out
     large = code > format.max_code
     if large.any():
         code[large], sign[large] = _large(magnitude[large], sign[large], format, special)
+    if not format.has_negative_zero:
+        sign[code == 0] = 0
     out[...] = code | sign
 
 
@@ -200,13 +203,32 @@ def _large(
     return np.where(nan, special.nan | payload, code), np.where(nan, sign & special.nan_sign, sign)
 
 
+def narrowed_to_odd(x: np.ndarray) -> np.ndarray:
+    """Return float64 numbers as float32 rounded to odd: rounding them again, to two digits less, is still right.
+
+    A number beyond float32 becomes its largest, one below all of it the smallest; a NaN is quiet with its upper payload.
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        nearest = x.astype(np.float32)
+        back = nearest.astype(np.float64)
+        word = nearest.view(np.uint32)
+        word -= np.abs(back) > np.abs(x)
+        word |= (back < x) | (back > x)
+    return nearest
+
+
 def decoded_floats(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
-    """Write the float32 values of codes of a format that ``tables.by_arithmetic`` allows; a NaN is quiet.
+    """Write the values of codes of a format that ``tables.decoded_by_arithmetic`` allows; a NaN is quiet.
+
+    Args:
+        codes: Shape [n].
+        format: Of the codes.
+        out: Shape [n], float32 or float64.
 
     Returns:
         Whether anything was written: False where a look-up is quicker.
     """
-    if format.mantissa_bits != 7 or format.bias != 127:
+    if format.mantissa_bits != 7 or format.bias != 127 or out.dtype != np.float32:
         return False
     word = out.view(np.uint32)
     np.left_shift(codes, 16, out=word, dtype=np.uint32)

@@ -23,6 +23,7 @@ __all__ = [
     "by_table",
     "casting_table",
     "decode_exactly",
+    "decoded_by_arithmetic",
     "encode_exactly",
     "encoding_table",
     "exact_in_float32",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _LOWEST_OF_A_TABLE = -131  # exponent of the smallest step: its half is the last digit but one of an upper half
+_MOST_FRACTION = 21  # bits of a significand that a float32 rounded to odd rounds rightly: two less than its own
 _DIGITS_OF_A_TABLE = 7  # significant bits of the upper half of a float32, less one for "something follows"
 
 
@@ -82,16 +84,23 @@ def by_table(format: Format | Integer, rules: Rules) -> bool:
 
 @lru_cache(maxsize=64)
 def by_arithmetic(format: ElementFormat) -> bool:
-    """Return whether a few operations on the bits of float32 lead to the format and back.
+    """Return whether a few operations on the bits of float32, or of float64 rounded to odd, lead to the format.
 
-    It is signed with two zeros, of up to 16 bits, and has significand bits. Its numbers are normal in float32, or they
-    have float32's own exponents.
+    It is signed, and has a zero and 1 to 21 significand bits. Its numbers are normal in float32, or they have float32's
+    own exponents.
     """
-    if not isinstance(format, Format) or format.bits > 16 or not (format.mantissa_bits and format.has_negative_zero):
+    if not isinstance(format, Format) or not (format.signed and format.has_zero):
+        return False
+    if not 1 <= format.mantissa_bits <= _MOST_FRACTION:
         return False
     lowest = format.minimum_exponent
     normal = lowest - format.mantissa_bits >= -126 and lowest + 23 - format.mantissa_bits <= 127
     return (normal or format.bias == 127) and format.maximum_exponent <= 127
+
+
+def decoded_by_arithmetic(format: ElementFormat) -> bool:
+    """Return whether such operations lead back from the format too: it has two zeros."""
+    return isinstance(format, Format) and format.has_negative_zero and by_arithmetic(format)
 
 
 @lru_cache(maxsize=64)

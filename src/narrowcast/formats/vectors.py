@@ -33,6 +33,7 @@ __all__ = [
     "encode_nearest",
     "features_of_target",
     "loop",
+    "narrow_to_odd",
     "permutes",
     "summing_loop",
 ]
@@ -89,7 +90,7 @@ _plus, _minus, _left, _right = (_instruction(name) for name in ("add", "sub", "s
 
 @loop
 def encode_nearest(words: Any, constants: Any, out: Any) -> None:
-    """Write the codes of float32 numbers in a format with two zeros, rounded to nearest even.
+    """Write the codes of float32 numbers in a signed format, rounded to nearest even.
 
     A normal number is rounded as an integer: half a step less one is added, and one more if the last digit kept is odd.
     A smaller number is rounded by the addition of ``shift``, whose last digit is worth the format's smallest step.
@@ -99,7 +100,7 @@ def encode_nearest(words: Any, constants: Any, out: Any) -> None:
         constants: Of format and rules, as ``compiled`` computes them: uint32.
         out: Codes, shape [n].
     """
-    dropped, lowest, half, shift, largest, beyond, infinite, nan, payload, nan_sign, sign, sign_shift = constants
+    dropped, lowest, half, shift, largest, beyond, infinite, nan, payload, nan_sign, sign, sign_shift, zero = constants
     upward = np.uint32(shift).view(np.float32)
     for i in range(words.size):
         magnitude = words[i] & np.uint32(0x7FFFFFFF)
@@ -110,18 +111,19 @@ def encode_nearest(words: Any, constants: Any, out: Any) -> None:
         code = tiny if magnitude < lowest else normal
         code = beyond if code > largest else code
         code = infinite if magnitude == np.uint32(0x7F800000) else code
+        minus = np.uint32(0) if code == zero else minus  # the code of a zero without a sign
         lost = magnitude > np.uint32(0x7F800000)
         out[i] = (nan | (kept & payload) | (minus & nan_sign)) if lost else code | minus
 
 
 @loop
-def decode_arithmetically(codes: Any, constants: Any, words: Any) -> None:
-    """Write the float32 values of codes of a format with two zeros.
+def decode_arithmetically(codes: Any, constants: Any, out: Any) -> None:
+    """Write the values of codes of a format with two zeros.
 
     Args:
-        codes: Shape [n], uint8 or uint16.
+        codes: Shape [n], uint8, uint16 or uint32.
         constants: Of the format, as ``compiled`` computes them: uint32.
-        words: Where the bits of the values go, shape [n], uint32.
+        out: Shape [n], float32, or float64, which holds the same values.
     """
     dropped, mask, first_normal, offset, step, largest, infinity, special, payload, quiet, sign_shift = constants
     smallest = np.uint32(step).view(np.float32)
@@ -133,7 +135,7 @@ def decode_arithmetically(codes: Any, constants: Any, words: Any) -> None:
         word = tiny if magnitude < first_normal else _plus(shifted, offset)
         broken = special | (shifted & payload) | (quiet if magnitude > infinity else np.uint32(0))
         word = broken if magnitude > largest else word
-        words[i] = word | (_left(code, sign_shift) & np.uint32(0x80000000))
+        out[i] = np.uint32(word | (_left(code, sign_shift) & np.uint32(0x80000000))).view(np.float32)
 
 
 # Formats with float32's exponents, whose codes are its upper bits -----------------------------------------------------------
@@ -158,12 +160,32 @@ def encode_cut(words: Any, dropped: Any, out: Any) -> None:
 
 
 @loop
-def decode_cut(codes: Any, dropped: Any, words: Any) -> None:
-    """Write the float32 numbers whose upper bits are the codes; a NaN is quiet."""
+def decode_cut(codes: Any, dropped: Any, out: Any) -> None:
+    """Write the float32 numbers whose upper bits are the codes, as float32 or float64; a NaN is quiet."""
     for i in range(codes.size):
         word = _left(np.uint32(codes[i]), dropped)
         lost = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        words[i] = word | np.uint32(0x400000) if lost else word
+        out[i] = np.uint32(word | np.uint32(0x400000) if lost else word).view(np.float32)
+
+
+# float64 ------------------------------------------------------------------------------------------------------------------
+
+
+@loop
+def narrow_to_odd(x: Any, words: Any) -> None:
+    """Write float64 numbers as float32 rounded to odd: rounding them again, to two digits less, is still right.
+
+    A number beyond float32 becomes its largest, one below all of it the smallest; a NaN is quiet with its upper payload.
+
+    Args:
+        x: Shape [n], float64.
+        words: Where the bits of the float32 numbers go, shape [n], uint32.
+    """
+    for i in range(x.size):
+        nearest = np.float32(x[i])
+        back = np.float64(nearest)
+        word = _minus(nearest.view(np.uint32), np.uint32(abs(back) > abs(x[i])))
+        words[i] = word | np.uint32((back < x[i]) | (back > x[i]))
 
 
 # FP16, by the processor's own conversions -----------------------------------------------------------------------------------
@@ -204,7 +226,7 @@ def encode_half(x: Any, out: Any) -> None:
 
 @loop
 def decode_half(codes: Any, out: Any) -> None:
-    """Write the float32 values of FP16 codes, on a processor that ``converts_half``: shapes [n]."""
+    """Write the values of FP16 codes as float32 or float64, on a processor that ``converts_half``: shapes [n]."""
     for i in range(codes.size):
         out[i] = _from_half(codes[i])
 

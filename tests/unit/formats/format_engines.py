@@ -26,7 +26,6 @@ def running_on(name: str) -> Iterator[Any]:
                 patch.setattr(module, "engine", lambda: chosen)
         if name != "torch":
             patch.setattr(fast, "encode_natively", lambda *_: False)
-            patch.setattr(fast, "decode_natively", lambda *_: False)
         yield chosen
 
 

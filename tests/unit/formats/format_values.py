@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from narrowcast.formats import reference
+from narrowcast.formats.arrays import code_dtype
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer
 from narrowcast.formats.rules import Overflow, Rounding
 from narrowcast.formats.table import BLOCKS, ELEMENTS
@@ -54,9 +55,9 @@ def overflows(format: ElementFormat) -> list[str]:
 
 
 def all_codes(format: ElementFormat) -> np.ndarray:
-    """Return every code of a format of up to 16 bits."""
+    """Return every code of a format of up to 19 bits."""
     count = len(format.values) if isinstance(format, Codebook) else 1 << format.bits
-    return np.arange(count, dtype=np.uint8 if format.bits <= 8 else np.uint16)
+    return np.arange(count, dtype=code_dtype(format.bits))
 
 
 @lru_cache(maxsize=128)
