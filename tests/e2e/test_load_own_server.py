@@ -81,7 +81,11 @@ def test_kinds_of_batching_are_compared(place: Path, cli: Cli) -> None:
         *("load", place, "--model", "double", "--compare-batching", "--serve", "--max-batch 4 --delay 2"),
         *("--slo", "p50=80ms", "--rate", 50, "--seconds", 0.5, "--warmup", 0.2, "--lateness", "60s", "--json"),
     )
-    assert done.code == 0, done.err
+    assert done.code in (0, 1), done.err  # a busy machine may leave too few tries, or none that misses the bound
     found = strict(done.out)
-    assert list(found["others"]) == ["dynamic", "static"]
-    assert found["gain"]["low"] <= found["gain"]["value"] <= found["gain"]["high"]
+    assert list(found["others"]) == ["dynamic", "static", "none"]
+    assert {probe["kind"] for probe in found["probes"]} == {"dynamic", "static", "none"}
+    assert len(found["probes"]) >= 36
+    for gain in found["gains"].values():
+        assert gain["low"] <= gain["value"] <= gain["high"]
+    assert bool(found["gains"]) or done.code == 1
