@@ -89,12 +89,10 @@ def write_result(report: dict[str, Any]) -> None:
         "failures",
         "errors",
     )
-    outcomes = [phase for phases in report["valid_rates"].values() for phase in phases.values()]
     result = {
         "schemathesis": report["schemathesis_version"],
         "excluded_checks": EXCLUDED_CHECKS,
         **{name: report[name] for name in kept},
-        "answers": {name: sum(phase[name] for phase in outcomes) for name in ("accepted", "rejected", "unreachable")},
         "environment": environment().model_dump(mode="json"),
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
