@@ -131,7 +131,7 @@ def _check(answer: bytes) -> None:
 def batching(seconds: float) -> dict[str, object]:
     command: list[str | Path] = ["timeout", "--signal=INT", f"{COMPARISON_SECONDS}"]  # ctrl-C, at which servers end too
     command += [sys.executable, "-m", "narrowcast", "load", wide_artifact(), "--model", "wide", "--compare-batching"]
-    command += ["--slo", f"p99={BOUND_MS}ms", "--serve", "--max-batch 32", "--json"]
+    command += ["--slo", f"p99={BOUND_MS}ms", "--serve", "--max-batch 32 --delay 5", "--json"]
     command += ["--seconds", str(max(2.0, seconds)), "--warmup", "0.3"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout)

@@ -117,12 +117,12 @@ def _check_batching(session: Session, kind: str) -> None:
         UserError: It does not.
     """
     largest = session.known.largest_batch
-    if largest == 0:
+    if largest == 0 and kind != "none":
         raise UserError(
             f"model {session.known.model!r} has no batch axis, so that batching makes no difference",
             allowed="a model whose first axis is open",
         )
-    if kind == "none" and largest not in (1, None):
+    if kind == "none" and largest not in (0, 1, None):
         raise UserError(
             f"model {session.known.model!r} has batches of {largest} rows by settings of its own, whatever --serve says",
             next_step="take them out of its serving.json",
