@@ -281,3 +281,11 @@ def binary_post(model: str, name: str, shape: list[int], data: bytes) -> bytes:
     tensor = {"name": name, "shape": shape, "datatype": "FP32", "parameters": {"binary_data_size": len(data)}}
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
     return post(f"/v2/models/{model}/infer", head + data, len(head))
+
+
+def shared_post(model: str, name: str, shape: list[int], region: str, size: int) -> bytes:
+    """Return a request whose FP32 tensor lies in a registered region of shared memory; it asks for bytes."""
+    place = {"shared_memory_region": region, "shared_memory_byte_size": size}
+    tensor = {"name": name, "shape": shape, "datatype": "FP32", "parameters": place}
+    document = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
+    return post(f"/v2/models/{model}/infer", json.dumps(document).encode())

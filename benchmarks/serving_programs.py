@@ -118,7 +118,8 @@ async def run_artifact(folder: str, workers: str, batch: str) -> None:
 
 
 async def run_narrowcast(repository: Repository, hosting: Hosting) -> None:
-    options = ServerOptions(port=0, grpc_port=0, metrics_port=None, token=os.environ.get("NARROWCAST_ADMIN_TOKEN"))
+    token = os.environ.get("NARROWCAST_ADMIN_TOKEN")
+    options = ServerOptions(port=0, grpc_port=0, metrics_port=None, token=token, shared_memory=True)
     server = InferenceServer(repository, hosting, options)
     await server.start()
     gc.freeze()  # as `narrowcast serve` does
