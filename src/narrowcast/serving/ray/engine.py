@@ -255,6 +255,10 @@ class _Ingress:
             self._ingress = Ingress(self._keeper, self._limits)
         return self._ingress
 
+    async def check_health(self) -> None:
+        """Return when it knows what is served; Ray sends requests to a replica that was found healthy once."""
+        await self._here().informed()
+
     async def answer(self, method: str, message: bytes, context: RayServegRPCContext) -> RawMessage:
         answer = await self._here().call(Call(method, message, _metadata(context)))
         if answer.code:

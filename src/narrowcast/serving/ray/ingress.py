@@ -61,12 +61,17 @@ class Ingress:
         self._name = uuid.uuid4().hex
         self._table = Table()
         self._remotes: dict[str, Remote] = {}
+        self._heard = asyncio.Event()
         #: Requests under way, by the revision of the table that they went by.
         self._under_way: Counter[int] = Counter()
         # It answers what needs no model, and refuses what is no target or cannot be done here.
         self._own = RestApi(Catalogue(Repository(), Hosting()), limits, SharedMemory(allowed=False))
         self._following = asyncio.ensure_future(self._follow())
         self._leaving: set[asyncio.Task[None]] = set()
+
+    async def informed(self) -> None:
+        """Return when the keeper was heard once: loaded models are served from then on, whatever becomes of it."""
+        await self._heard.wait()
 
     async def stop(self) -> None:
         """Follow the keeper no longer."""
@@ -88,6 +93,7 @@ class Ingress:
             else:
                 if table is not None:
                     self._go_by(table)
+                self._heard.set()
 
     def _go_by(self, table: Table) -> None:
         """Go by a table if it is newer, and let go of what is in none any more."""
