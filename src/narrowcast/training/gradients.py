@@ -107,7 +107,7 @@ class Gradients:
         Gradients that are sharded over ranks (``DTensor``) count in full on every rank.
         """
         if not self._values:
-            return torch.zeros((), device=self._device)
+            return torch.zeros((), dtype=torch.float32, device=self._device)
         self._each = self._norms(self._values)
         sharded = self._sharded() if ranks is not None and ranks.world > 1 else set[int]()
         if ranks is None or not sharded:
@@ -120,10 +120,11 @@ class Gradients:
 
     def norms(self) -> Tensor:
         """Return the norms that :meth:`norm` took, of all parameters, 0 where there is no gradient: FP32, [parameters]."""
-        each = self._each if self._each is not None else torch.empty(0, device=self._device)
+        each = self._each if self._each is not None else torch.empty(0, dtype=torch.float32, device=self._device)
         if len(self._named) == len(self._names):
             return each
-        found, nothing = dict(zip(self._named, each.unbind(), strict=True)), torch.zeros((), device=self._device)
+        found = dict(zip(self._named, each.unbind(), strict=True))
+        nothing = torch.zeros((), dtype=torch.float32, device=self._device)
         return torch.stack([found.get(name, nothing) for name in self._names])
 
     def counted(self, optimizer: CountingUpdate) -> Callable[[], tuple[Broken, ...]]:

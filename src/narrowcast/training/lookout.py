@@ -41,7 +41,7 @@ class Lookout:
     def __init__(self, device: torch.device, *, together: bool = False) -> None:
         self._device = device
         self._together = together
-        self._host = torch.ones(_SLOTS, dtype=torch.bool, pin_memory=True)
+        self._host = torch.ones(_SLOTS, dtype=torch.bool, device="cpu", pin_memory=True)
         self._view = self._host.numpy()
         self._under_way: deque[tuple[int, torch.cuda.Event, Sighting]] = deque()
         self._next = 0

@@ -59,7 +59,6 @@ class Books:
             TrainingError: The scale has no answer left.
         """
         skip = Skip(self.steps, self.steps + self.skipped, origin.rank, origin.layers, origin.kind, self.scale.value)
-        self.ledger.add(skip)
         self.skipped += 1
         self.scale = self._rule.after(self.scale, False)
         _log.warning(
@@ -71,6 +70,7 @@ class Books:
             skip.scale,
             self.scale.value,
         )
+        self.ledger.add(skip)  # last: a file that cannot be written changes nothing of what the ranks decided together
         self._check_patience(skip)
 
     def _check_patience(self, skip: Skip) -> None:
@@ -117,6 +117,10 @@ class Settling:
         self._courier.send(finding.row)
         self._pending = Decision(ask=self.settled), finding
 
+    def forget(self) -> None:
+        """Drop the decision that is under way: the update that it was about has failed."""
+        self._pending = None
+
     def settled(self) -> Books:
         """Return the books with every decision in them; waits for the device if one is on its way."""
         if self._pending is None:
@@ -156,14 +160,15 @@ class Courier:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._host = torch.empty(0)
+        self._host = torch.empty(0, dtype=torch.float32, device="cpu")
         self._row = self._host
         self._arrival: torch.cuda.Event | None = None
 
     def send(self, row: Tensor) -> None:
         """Start to copy a row (1-d, FP32) to the host; the row before it is lost."""
         if len(row) > len(self._host):
-            self._host = torch.empty(len(row), pin_memory=self._device.type == "cuda")
+            pinned = self._device.type == "cuda"
+            self._host = torch.empty(len(row), dtype=torch.float32, device="cpu", pin_memory=pinned)
         self._row = self._host[: len(row)]
         self._row.copy_(row, non_blocking=True)
         if self._device.type == "cuda":

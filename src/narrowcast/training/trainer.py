@@ -245,11 +245,13 @@ class Trainer:
         books = self._settling.settled()
         if self._untold is not None:
             info, self._untold = self._untold, None
-            if self.watch is not None and info.updated:
-                self.watch.after_update(self.model, info)
-            elif self.watch is not None:
-                self._show_broken(self.watch, info.scale, info.step)
-            self._open()
+            try:
+                if self.watch is not None and info.updated:
+                    self.watch.after_update(self.model, info)
+                elif self.watch is not None:
+                    self._show_broken(self.watch, info.scale, info.step)
+            finally:  # a watch that fails leaves no window that never closes
+                self._open()
         self._settling.check()
         return books
 
@@ -276,9 +278,13 @@ class Trainer:
         late = self._settles_late and self._update.leaves_out()
         decide = self._settling.later if late else _at_once if self._decides else _never
         census = self._reduction.census(window.total, located=self._decides)
-        with self._wide.widened(self._books.steps):
-            gradients = Gradients(self._parameters, self.device)
-            norm, finding, finite = self._update(gradients, factor, loss, census, decide)
+        try:
+            with self._wide.widened(self._books.steps):
+                gradients = Gradients(self._parameters, self.device)
+                norm, finding, finite = self._update(gradients, factor, loss, census, decide)
+        except BaseException:
+            self._settling.forget()
+            raise
         if late:
             info = self._info(loss, weight, self._settling.decision, norm=norm)
             if self.watch is None:
@@ -301,9 +307,11 @@ class Trainer:
             batches = self._window.batches
             self._lookout.send(finding.broken == 0, Sighting(self._books.steps, batches[-1][0] if batches else None))
         self._books.count()
-        if self.watch is not None:
-            self.watch.after_update(self.model, info)
-        self._open()
+        try:
+            if self.watch is not None:
+                self.watch.after_update(self.model, info)
+        finally:
+            self._open()
 
     def _left_out(self, finding: Finding) -> None:
         """Say where the numbers broke, and open the next window with what the scale makes of it.
@@ -312,14 +320,17 @@ class Trainer:
             TrainingError: Without loss scaling, unless told to skip; or when a scale has no answer left.
         """
         origin = finding.origin()
-        if self.watch is not None:
-            self._show_broken(self.watch, self._books.scale.value, self._books.steps)
+        try:
+            if self.watch is not None:
+                self._show_broken(self.watch, self._books.scale.value, self._books.steps)
+        finally:
+            if self._guards:
+                self._open()
+                self._books.leave_out(origin)
         if not self._guards:
             where = "" if self.ranks is None or origin.rank is None else f" on rank {origin.rank}"
             layer = f"; the first in the backward pass is {origin.layers[0]}" if origin.layers else ""
             raise self._stopped(self._books.steps, where + layer)
-        self._open()
-        self._books.leave_out(origin)
 
     def _show_broken(self, watch: Watch, scale: float, step: int, batch: Batch | None = None) -> None:
         """Show a watch the first broken micro-batch of the window at hand, or another one."""
@@ -335,7 +346,7 @@ class Trainer:
         """
         if self.ranks is None or self.ranks.world == 1:
             return total, weight, 1
-        own = weight if isinstance(weight, Tensor) else torch.full((), weight, device=self.device)
+        own = weight if isinstance(weight, Tensor) else torch.full_like(total, weight)
         sums = self.ranks.sum(torch.stack([total, own.to(total), self.stopping.wish(total)]))
         self.stopping.heard(sums[2])
         return sums[0], sums[1], self.ranks.world

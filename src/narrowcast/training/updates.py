@@ -174,7 +174,7 @@ class _Fused:
         if isinstance(factor, Tensor):
             divisor = factor.float().reciprocal()
         else:
-            divisor = None if factor == 1.0 else torch.full((), 1 / factor, device=norm.device)
+            divisor = None if factor == 1.0 else torch.full_like(norm, 1 / factor)
         told: Any = self.plain.optimizer  # by attributes, as torch.amp.GradScaler does
         told.grad_scale, told.found_inf = divisor, broken
         try:

@@ -407,6 +407,10 @@ def test_a_ledger_that_cannot_be_written_says_so_late_too(tmp_path, place):
     with pytest.raises(OutputError, match="skip ledger"):
         READERS[place](trainer, info)
     READERS[place](trainer, info)
+    assert (trainer.skipped, trainer.scale) == (1, 2.0**10)
+    trainer.ledger.write_to(tmp_path / "skips.jsonl")
+    assert fed(trainer, 4).skipped
+    assert (trainer.skipped, trainer.scale) == (2, 2.0**9)  # with a hysteresis of 2, as on ranks that write no file
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
@@ -438,3 +442,69 @@ def test_an_overflow_of_the_loss_alone_names_no_layer():
     trainer.loss = lambda outputs, targets: cross_entropy(outputs, targets) + (finite * finite - finite).detach()
     assert fed(trainer, 0).skipped
     assert (trainer.ledger[0].layers, trainer.ledger[0].kind) == ((), "inf")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
+@pytest.mark.parametrize("broken", [False, True], ids=["made", "left-out"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_after_a_watch_that_fails_the_next_window_closes_as_ever(late, broken, accumulate):
+    class Failing(Watch):
+        told = 0
+
+        def after_update(self, model, info):
+            self.told += 1
+            if self.told == 1:
+                raise OSError("no room")
+
+        def on_nonfinite(self, broken):
+            self.after_update(None, None)
+
+    trainer = trainer_of(late=late, watch=Failing(), accumulate=accumulate)
+    with pytest.raises(OSError, match="no room"):
+        for number in [3] * accumulate if broken else [0] * accumulate:
+            fed(trainer, number)
+        trainer.finish()
+    assert (trainer.steps, trainer.skipped) == ((0, 1) if broken else (1, 0))
+    assert len(trainer.ledger) == broken
+    infos = [fed(trainer, number) for number in [1] * accumulate]
+    assert [info.closed for info in infos] == [False] * (accumulate - 1) + [True]
+    assert infos[-1].updated
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
+def test_an_update_that_fails_is_not_counted(late):
+    trainer = trainer_of(late=late)
+    fed(trainer, 0)
+    failing = trainer.optimizer.register_step_pre_hook(lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fed(trainer, 1)
+    failing.remove()
+    assert not {"grad_scale", "found_inf"} & vars(trainer._optimizer).keys()
+    trainer.discard()
+    assert (trainer.steps, trainer.skipped, trainer.schedule.last_epoch) == (1, 0, 1)
+    assert fed(trainer, 2).step == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "own"])
+@pytest.mark.parametrize("default", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_what_a_program_makes_tensors_of_by_default_changes_nothing(optimizer, default):
+    runs = []
+    for change in (False, True):
+        trainer = trainer_of(optimizer, late=False)
+        batches = [torch.randn(6, 4, generator=torch.Generator().manual_seed(number)) for number in range(6)]
+        dtype = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(default.get("dtype", dtype) if change else dtype)
+            torch.set_default_device(default.get("device") if change else None)
+            trainer._settling = type(trainer._settling)(trainer._books, trainer.device)
+            trainer._settles_late = True
+            for number, inputs in enumerate(batches):
+                trainer.model.fault = FAULTS.get(number, 0.0)
+                trainer.step((inputs, inputs[:, :3].argmax(1)))
+            trainer.finish()
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(None)
+        runs.append([*trainer.model.parameters(), list(trainer.ledger)])
+    assert {one.kind for one in runs[0][-1]} == {"inf", "nan"}
+    assert same(runs[1], runs[0])

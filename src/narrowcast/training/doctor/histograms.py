@@ -96,7 +96,7 @@ def _histogram(buckets: Tensor) -> Tensor:
 
 def index_on(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Return row numbers as int64 on a device, without waiting for it: from pageable memory a copy would."""
-    rows = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    rows = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return rows.to(device, non_blocking=True)
 
 
