@@ -366,6 +366,35 @@ def test_changes_under_load_reach_both_nodes_and_streams_are_answered(models: Pa
     assert json.loads((models / "serving-state.json").read_text())["models"]["scale"]["history"]
 
 
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_program_that_was_killed_is_taken_over_from_on_a_cluster_that_is_full(models: Path, nodes: Nodes) -> None:
+    rest = nodes.ports[0]
+    given = (models, "--ray-address", nodes.address, "--port", rest, "--metrics-port", -1, "--workers", 2)
+    first = Program(*given)
+    command = [sys.executable, "-m", "narrowcast", "serve", *map(str, given), "--engine", "ray"]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 2
+    assert "the cluster serves a repository already" in second.stderr
+    old = replica_of("scale-2")
+    assert old is not None
+    first.process.kill()
+    first.end()
+    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{rest}") as client:
+        wait_for(lambda: get(rest, "/v2/health/ready")[0] == 503)
+        assert infer(client, tritonclient.http) == 3.0, "loaded models are served on, though nobody had asked them"
+    program = Program(*given)
+    try:
+        assert not old.is_running(), "it would have kept the room that the new one needs"
+        with tritonclient.http.InferenceServerClient(f"127.0.0.1:{rest}") as client:
+            assert infer(client, tritonclient.http) == 3.0
+        assert get(rest, "/v2/health/ready")[0] == 200
+    finally:
+        code = program.end()
+    assert code == 0
+    assert replica_of("scale-") is None, "nothing is left"
+
+
 def slow_artifact(folder: Path, manifest: Manifest, steps: int) -> Path:
     """Write an artifact that adds 1 to FP32 [n, 4] so many times, one after the other."""
     folder.mkdir(parents=True)

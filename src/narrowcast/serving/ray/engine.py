@@ -96,11 +96,9 @@ class _RayFleet:
     def __init__(self, scale: Scale, keeper: Any) -> None:
         self._scale = scale
         self._keeper = keeper
-        self._mine: set[str] = set()
 
     async def deploy(self, planned: PlannedVersion) -> Remote:
         key = f"{APPLICATION}-{planned.name}-{planned.version}-{uuid.uuid4().hex[:8]}"
-        self._mine.add(key)
         try:
             handle = await asyncio.to_thread(self._begin, key, planned)
             async with asyncio.timeout(self._scale.patience):
@@ -170,17 +168,10 @@ class _RayFleet:
         await self._delete(remote.key)
 
     async def _delete(self, key: str) -> None:
-        self._mine.discard(key)
         try:
             await asyncio.to_thread(serve.delete, key)
         except (RayError, TimeoutError) as error:
             _log.warning("%s does not end: %s", key, error)
-
-    async def sweep(self) -> None:
-        """Take off the cluster what a program left there that was killed."""
-        status = await asyncio.to_thread(serve.status)
-        left = [key for key in status.applications if key.startswith(f"{APPLICATION}-") and key not in self._mine]
-        await asyncio.gather(*map(self._delete, left))
 
 
 # the repository -------------------------------------------------------------------------------------------------------
@@ -190,14 +181,13 @@ class _Keeper:
     """What Ray runs on the machine of the program: the only one that changes what is served."""
 
     def __init__(self, places: Sequence[Path], hosting: Hosting, options: ServerOptions, scale: Scale) -> None:
-        self._given = (places, hosting, options)
-        self._fleet = _RayFleet(scale, ray.get_runtime_context().current_actor)
+        self._given = (places, hosting, options, _RayFleet(scale, ray.get_runtime_context().current_actor))
         self._options = options
         self._starting: asyncio.Task[Any] | None = None
 
     async def start(self) -> None:
         self._starting = asyncio.current_task()
-        self._keeper = Keeper(*self._given, self._fleet)
+        self._keeper = Keeper(*self._given)
         await self._keeper.start()
         options = self._options
         if options.metrics_port is not None:
@@ -209,9 +199,6 @@ class _Keeper:
                     f"{options.host}:{options.metrics_port} cannot be listened on: {error.strerror or error}",
                     next_step="name another port with --metrics-port",
                 ) from error
-
-    async def sweep(self) -> None:
-        await self._fleet.sweep()
 
     async def stop(self) -> None:
         if self._starting is not None:
@@ -322,11 +309,12 @@ def run(
     """
     with Cluster(scale.address, options), _signals() as ended:
         keeper = _placed([place.absolute() for place in places], hosting, options, scale)
+        if not _swept(ended):
+            return
         try:
             if not _done(keeper.start.remote(), ended):
                 return
             _open(keeper, options)
-            _done(keeper.sweep.remote(), ended)
             ports = {"http": options.port, "grpc": options.grpc_port, "metrics": options.metrics_port}
             listening({name: port for name, port in ports.items() if port is not None})
             ended.wait()
@@ -353,6 +341,22 @@ def _placed(places: list[Path], hosting: Hosting, options: ServerOptions, scale:
         raise RuntimeFailedError(
             "the cluster serves a repository already", next_step="end the other narrowcast serve first"
         ) from error
+
+
+def _swept(ended: threading.Event) -> bool:
+    """Take down what a program left on the cluster that was killed; nobody changes it any more, and it takes up room.
+
+    Returns:
+        Whether that was done before the program is to end.
+    """
+    while not ended.is_set():
+        left = [key for key in serve.status().applications if key == APPLICATION or key.startswith(f"{APPLICATION}-")]
+        if not left:
+            return True
+        for key in left:
+            serve.delete(key, _blocking=False)
+        ended.wait(_STEP_SECONDS)
+    return False
 
 
 def _done(reference: Any, ended: threading.Event) -> bool:
