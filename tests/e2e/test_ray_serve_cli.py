@@ -395,6 +395,23 @@ def test_a_program_that_was_killed_is_taken_over_from_on_a_cluster_that_is_full(
     assert replica_of("scale-") is None, "nothing is left"
 
 
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_program_that_ends_while_it_loads_leaves_nothing(models: Path, nodes: Nodes) -> None:
+    given = (models, "--ray-address", nodes.address, "--port", nodes.ports[0], "--metrics-port", -1, "--workers", 3)
+    command = [sys.executable, "-m", "narrowcast", "serve", *map(str, given), "--engine", "ray"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: replica_of("scale-2") is not None)  # two run, and there is no room for the third
+        process.send_signal(signal.SIGTERM)
+        said, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, said) == (0, ""), errors
+    assert "Traceback" not in errors
+    assert replica_of("scale-") is None, "nothing is left"
+
+
 def slow_artifact(folder: Path, manifest: Manifest, steps: int) -> Path:
     """Write an artifact that adds 1 to FP32 [n, 4] so many times, one after the other."""
     folder.mkdir(parents=True)

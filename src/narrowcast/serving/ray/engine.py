@@ -99,11 +99,13 @@ class _RayFleet:
 
     async def deploy(self, planned: PlannedVersion) -> Remote:
         key = f"{APPLICATION}-{planned.name}-{planned.version}-{uuid.uuid4().hex[:8]}"
+        beginning = asyncio.ensure_future(asyncio.to_thread(self._begin, key, planned))
         try:
-            handle = await asyncio.to_thread(self._begin, key, planned)
+            handle = await asyncio.shield(beginning)
             async with asyncio.timeout(self._scale.patience):
                 await self._running(key)
         except BaseException as error:
+            await asyncio.wait([beginning])  # what is on its way there cannot be taken off yet
             await asyncio.shield(self._delete(key))
             if isinstance(error, TimeoutError):
                 raise RuntimeFailedError(
