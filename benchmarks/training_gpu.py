@@ -27,7 +27,7 @@ from statistics import median, quantiles
 
 import torch
 from torch import nn
-from training_loops import Ours, Plain, loss_itself, optimizer_of
+from training_loops import Ours, Plain, Watched, loss_itself, optimizer_of
 from training_models import text_workload, workloads
 from training_text import collected_text
 
@@ -121,7 +121,7 @@ def loop_of(kind, workload, precision, mode, options):
     torch.manual_seed(0)
     with torch.device(options.device):
         model = workload.build()
-    optimizer = optimizer_of(workload, model.parameters(), options.optimizer if kind is Ours else "torch")
+    optimizer = optimizer_of(workload, model.parameters(), options.optimizer if issubclass(kind, Ours) else "torch")
     loop = kind(model, optimizer, precision, options.device, CLIP)
     # In place, and at the first call: after any conversion.
     if mode == "compiled":
@@ -153,9 +153,10 @@ def run_speed(options):
     report = Report(
         f"speed-{options.model}{options.label}",
         options,
-        f"Rounds of about {ROUND_SECONDS} s: both loops run in each, in turns first; the device at rest before and after. "
+        f"Rounds of about {ROUND_SECONDS} s: all three loops run in each, in turns first; the device at rest before and after. "
         "Quantiles over rounds; a ratio is taken within a round. Peak memory of a loop: what was allocated at most while it "
-        "ran, less what the other loop holds. Four batches on the device, taken in turn; clipping to 1.0 in both.",
+        "ran, less what the other loops hold. ours: nothing watches; watched: with the doctor at its cheap level. "
+        "Four batches on the device, taken in turn; clipping to 1.0 in both.",
     )
     report.content["workload"] = {"model": options.model, **workload.about, "optimizer": options.optimizer}
     batches = itertools.cycle([workload.batch(options.device) for _ in range(4)])
@@ -170,6 +171,7 @@ def compare_loops(found, workload, precision, mode, batches, options):
     device = options.device
     loops = {"plain": loop_of(Plain, workload, precision, mode, options)}
     loops["ours"] = loop_of(Ours, workload, precision, mode, options)
+    loops["watched"] = loop_of(Watched, workload, precision, mode, options)
     found["parameters"] = sum(x.numel() for x in loops["ours"].model.parameters())
     for name, loop in loops.items():
         found[f"{name}: first step s"] = round(timed(loop, batches, 1, device), 2)
@@ -184,9 +186,8 @@ def compare_loops(found, workload, precision, mode, batches, options):
                 torch.cuda.reset_peak_memory_stats()
             seconds[name].append(timed(loops[name], batches, steps, device))
             if device == "cuda":
-                (other,) = (loop for its, loop in loops.items() if its != name)
-                peak[name] = max(peak[name], torch.cuda.max_memory_allocated() - bytes_of(other))
-    ratios = [ours / plain for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True)]
+                others = sum(bytes_of(loop) for its, loop in loops.items() if its != name)
+                peak[name] = max(peak[name], torch.cuda.max_memory_allocated() - others)
     for name in loops:
         found[name] = {
             f"{workload.unit}_per_s": workload.count / median(seconds[name]),
@@ -194,14 +195,17 @@ def compare_loops(found, workload, precision, mode, batches, options):
             "peak_gib": round(peak[name] / 2**30, 3),
             "loss_after": float(loops[name].step(next(batches))),
         }
-    found |= {"ours_over_plain": spread(ratios), "steps_per_round": steps}
-    if isinstance(loops["ours"], Ours):
-        found["ours"]["skipped"] = loops["ours"].trainer.skipped
+    for name in ("ours", "watched"):
+        ratios = [mine / plain for mine, plain in zip(seconds[name], seconds["plain"], strict=True)]
+        found[f"{name}_over_plain"] = spread(ratios)
+        found[name]["skipped"] = loops[name].trainer.skipped
+    found["steps_per_round"] = steps
     rate = found["ours"][f"{workload.unit}_per_s"]
     print(
         f"  {rate:,.0f} {workload.unit}/s, {found['ours']['peak_gib']} GiB; time over plain "
         f"{found['ours_over_plain']['median']:.4f} ({found['ours_over_plain']['p10']:.4f}-"
-        f"{found['ours_over_plain']['p90']:.4f}), memory {found['plain']['peak_gib']} GiB plain",
+        f"{found['ours_over_plain']['p90']:.4f}), watched {found['watched_over_plain']['median']:.4f}; "
+        f"memory {found['plain']['peak_gib']} GiB plain",
         flush=True,
     )
 
@@ -375,7 +379,7 @@ def one_curve(workload, data, steps, name, options):
     optimizer = FusedAdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     precision = name.split()[0]
-    trainer = Trainer(model, optimizer, loss_itself, precision=precision, clip_norm=CLIP, schedule=schedule)
+    trainer = Trainer(model, optimizer, loss_itself, precision=precision, clip_norm=CLIP, schedule=schedule, watch=None)
     random = torch.Generator().manual_seed(1)
     batch, length = workload.about["batch"], workload.about["length"]
     unseen = len(data) // 20

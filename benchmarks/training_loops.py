@@ -1,4 +1,4 @@
-"""The two loops that the training benchmarks compare: one written by hand, and one through the trainer."""
+"""The loops that the training benchmarks compare: by hand, and through the trainer, with a doctor and without."""
 
 import torch
 from torch import nn
@@ -54,14 +54,24 @@ def convert_to_float8(model):
 
 
 class Ours:
-    """The same through the trainer."""
+    """The same through the trainer, with nothing that watches."""
+
+    watch = None
 
     def __init__(self, model, optimizer, precision, device, clip_norm):
         self.model, self.optimizer = model, optimizer
-        self.trainer = Trainer(model, optimizer, loss_itself, precision=precision, clip_norm=clip_norm)
+        self.trainer = Trainer(
+            model, optimizer, loss_itself, precision=precision, clip_norm=clip_norm, watch=self.watch
+        )
 
     def step(self, batch):
         return self.trainer.step((batch, batch[1])).mean_loss
+
+
+class Watched(Ours):
+    """The same as the trainer is by itself, with the doctor at its cheap level."""
+
+    watch = "cheap"
 
 
 def loss_itself(value, _targets):

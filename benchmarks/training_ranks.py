@@ -77,7 +77,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         together = ranks if ranks.world > 1 else None
         self.trainer = Trainer(
-            self.model, self.optimizer, loss_itself, precision=precision, clip_norm=CLIP, ranks=together
+            self.model, self.optimizer, loss_itself, precision=precision, clip_norm=CLIP, ranks=together, watch=None
         )
 
     def step(self, batch):

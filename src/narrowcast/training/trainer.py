@@ -6,6 +6,7 @@ window's mean loss, whatever its micro-batches weigh.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from narrowcast.training.checks import (
     trained_parameters,
     unwrapped,
 )
+from narrowcast.training.doctor.exchange import ranks as processes
 from narrowcast.training.doctor.watch import Watch as Doctor
 from narrowcast.training.gradients import FusedUpdate, Gradients, Ranks
 from narrowcast.training.ledger import Ledger
@@ -42,6 +44,8 @@ from narrowcast.training.weighing import Unit
 from narrowcast.training.window import Batch, Decision, Fate, Loss, StepInfo, Window, as_batch, as_loss, samples_in
 
 __all__ = ["Loss", "StepInfo", "Trainer", "Watch"]
+
+_log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -67,8 +71,9 @@ class Trainer:
         schedule: A learning-rate schedule, stepped after each update.
         clip_norm: The largest norm of all gradients together, after unscaling.
         accumulate: Micro-batches in a window.
-        watch: What looks at the numbers; ``cheap`` or ``deep`` for the doctor at that level, which keeps its record in memory
-            and tells the log what it finds.
+        watch: What looks at the numbers: ``cheap`` or ``deep`` for the doctor at that level, which keeps its record in memory
+            (``trainer.watch.summary()``) and tells the log what it finds; None for nothing. In a process group of several
+            that ``ranks`` does not name, the doctor stays away, as it has to ask all processes.
         ranks: The processes that train together; each must run the same number of steps.
         nonfinite: Without loss scaling: ``raise`` an error when a loss or a gradient is not finite (on CUDA an update or
             more later, as nothing waits for it), or ``skip`` the update, as with loss scaling.
@@ -89,7 +94,7 @@ class Trainer:
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
         clip_norm: float | None = None,
         accumulate: int = 1,
-        watch: Watch | Literal["cheap", "deep"] | None = None,
+        watch: Watch | Literal["cheap", "deep"] | None = "cheap",
         ranks: Ranks | None = None,
         nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
@@ -133,7 +138,11 @@ class Trainer:
         self._settles_late = self._guards and self.device.type == "cuda"
         self._untold: StepInfo | None = None  # an update of which the watch has not heard yet what became of it
 
-    def _doctor(self, level: Literal["cheap", "deep"]) -> Watch:
+    def _doctor(self, level: Literal["cheap", "deep"]) -> Watch | None:
+        together = 1 if self.ranks is None else self.ranks.world
+        if processes() not in (1, together):
+            _log.info("no doctor: the process group has %d members, and the trainer's ranks %d", processes(), together)
+            return None
         return Doctor(
             unwrapped(self.model),
             level,

@@ -61,7 +61,7 @@ def trainer_of(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         made, max_lr=3e-2, total_steps=40, cycle_momentum=optimizer not in ("sgd", "adagrad")
     )
-    settings = {"clip_norm": 0.5, "nonfinite": "skip"} | settings
+    settings = {"clip_norm": 0.5, "nonfinite": "skip", "watch": None} | settings
     trainer = Trainer(model, made, cross_entropy, precision=POLICIES[policy](), schedule=schedule, **settings)
     trainer._settles_late = late
     return trainer
@@ -460,10 +460,14 @@ def test_after_a_watch_that_fails_the_next_window_closes_as_ever(late, broken, a
             self.after_update(None, None)
 
     trainer = trainer_of(late=late, watch=Failing(), accumulate=accumulate)
-    with pytest.raises(OSError, match="no room"):
+
+    def closed() -> None:
         for number in [3] * accumulate if broken else [0] * accumulate:
             fed(trainer, number)
         trainer.finish()
+
+    with pytest.raises(OSError, match="no room"):
+        closed()
     assert (trainer.steps, trainer.skipped) == ((0, 1) if broken else (1, 0))
     assert len(trainer.ledger) == broken
     infos = [fed(trainer, number) for number in [1] * accumulate]

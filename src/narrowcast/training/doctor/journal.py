@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +18,7 @@ from narrowcast.training.writing import written
 __all__ = ["Journal"]
 
 _log = logging.getLogger(__name__)
+_READINGS = 4096  # that are kept in memory: the latest
 _WRITES = 10  # calls of save() from one write of the histograms to the next
 
 
@@ -29,7 +32,7 @@ class Journal:
 
     Attributes:
         events: In order.
-        readings: One a step.
+        readings: One a step, the latest 4096; the folder holds all of them.
         histories: The histograms.
 
     Raises:
@@ -39,7 +42,8 @@ class Journal:
 
     def __init__(self, setting: Setting, folder: Path | None, step: int) -> None:
         self.events: list[Event] = []
-        self.readings: list[Reading] = []
+        self.readings: deque[Reading] = deque(maxlen=_READINGS)
+        self._known = _Steps()
         self.histories = Histories()
         self._setting = setting
         self._folder = folder
@@ -57,15 +61,21 @@ class Journal:
 
     def _take_up(self, before: Record, step: int) -> None:
         self.events = list(before.events)
-        self.readings = list(before.readings)
+        for reading in before.readings:
+            self._remember(reading)
         for series in before.series:
             self.histories.take_up(series, step)
 
     def keep(self, reading: Reading) -> None:
         """Keep what a step was in numbers."""
-        self.readings.append(reading)
+        self._remember(reading)
         if self._folder is not None:
             self._unwritten.append(reading)
+
+    def _remember(self, reading: Reading) -> None:
+        self.readings.append(reading)
+        if not reading.skipped:
+            self._known.add(reading.step)
 
     def note(self, events: Sequence[Event]) -> None:
         """Note what happened, in the log too."""
@@ -91,21 +101,20 @@ class Journal:
 
     def _verdict(self) -> Verdict:
         """Return the answer, which says what part of the run it does not know."""
-        steps = {one.step for one in self.readings if not one.skipped}
-        found = verdict(self.events, len(steps))
-        run = max(steps, default=-1) + 1
-        if len(steps) == run:
+        known = self._known
+        found = verdict(self.events, len(known))
+        if known.gap is None:
             return found
-        first = next(step for step in range(run) if step not in steps)
-        onwards = next(step for step in range(first, run) if step in steps)
+        first, onwards = known.gap
+        lacking = known.end - len(known)
         unknown = (
-            f"Of the run's {run} steps {run - len(steps)} have no record: it lacks those from {first} on and goes on at step "
+            f"Of the run's {known.end} steps {lacking} have no record: it lacks those from {first} on and goes on at step "
             f"{onwards}; they were trained without the doctor, or what it wrote was lost."
         )
         return found.model_copy(update={"sentences": (*found.sentences, unknown)})
 
     def record(self) -> Record:
-        """Return all of it, as :func:`narrowcast.training.doctor.record.read` would."""
+        """Return what is kept of it; :func:`narrowcast.training.doctor.record.read` gives all that was written."""
         return Record(self._setting, tuple(self.readings), tuple(self.events), self.series(), self.summary())
 
     def save(self) -> None:
@@ -152,3 +161,40 @@ class Journal:
             self.write()
             with self._written():
                 resuming.mark(self._folder, step, keep)
+
+
+class _Steps:
+    """Whole numbers from 0, kept as the spans that they make up."""
+
+    def __init__(self) -> None:
+        self._spans: list[
+            tuple[int, int]
+        ] = []  # the first one, and the one behind the last; in order, with gaps between
+
+    def __len__(self) -> int:
+        return sum(end - begin for begin, end in self._spans)
+
+    @property
+    def end(self) -> int:
+        """The one behind the last."""
+        return self._spans[-1][1] if self._spans else 0
+
+    @property
+    def gap(self) -> tuple[int, int] | None:
+        """The first that is missing, and the next that is not; None if none is."""
+        begin, end = self._spans[0] if self._spans else (0, 0)
+        if begin > 0:
+            return 0, begin
+        return (end, self._spans[1][0]) if len(self._spans) > 1 else None
+
+    def add(self, step: int) -> None:
+        """Add one that may be there already."""
+        place = bisect_right(self._spans, step, key=lambda span: span[0])
+        begin, end = step, step + 1
+        if place and self._spans[place - 1][1] >= step:
+            place -= 1
+            begin, before = self._spans.pop(place)
+            end = max(end, before)
+        if place < len(self._spans) and self._spans[place][0] == end:
+            _, end = self._spans.pop(place)
+        self._spans.insert(place, (begin, end))

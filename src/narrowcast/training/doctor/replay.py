@@ -57,8 +57,8 @@ class Scene:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
+        """Where the model is; the CPU if it holds no parameters, as where a loss holds all of them."""
+        return next((one.device for one in self.model.parameters()), torch.device("cpu"))
 
     @property
     def together(self) -> bool:

@@ -112,7 +112,7 @@ class Sampler:
 
     def __init__(self, model: nn.Module, *, cap: int = 1 << 18) -> None:
         self.targets = targets(model)
-        self.device = next(model.parameters()).device
+        self.device = next((one.device for one in model.parameters()), torch.device("cpu"))
         self._cap = cap
         self._counter = Counter(len(self.targets) * len(_PLACES), self.device)
         self._stuck = torch.zeros(len(self.targets), 2, dtype=torch.float64, device=self.device)
@@ -157,7 +157,7 @@ class Sampler:
     def _sample(self, number: int, part: Part, step: int, scale: float, tensor: Tensor) -> None:
         """Count a sample of a tensor, which may change from now on."""
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-        if plain and tensor.device == self.device and tensor.numel():
+        if plain and tensor.is_floating_point() and tensor.device == self.device and tensor.numel():
             with unseen():
                 self._add(Counted(number, part, step, scale, tensor.numel()), sampled(tensor, self._cap))
 
@@ -182,7 +182,8 @@ class Sampler:
         moving: dict[int, list[nn.Parameter]] = {}
         for number in chosen:
             for _, one in self.targets[number].parameters:
-                if one.grad is not None and not one.grad.is_sparse and one.device == self.device and local(one).numel():
+                dense = one.grad is not None and not one.grad.is_sparse and one.is_floating_point()
+                if dense and one.device == self.device and local(one).numel():
                     moving.setdefault(number, []).append(one)
         self._before = (moving, _weights(moving)) if moving else None
 

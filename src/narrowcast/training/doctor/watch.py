@@ -267,7 +267,7 @@ class Watch:
         return self._begin(0).journal.summary()
 
     def record(self) -> Record:
-        """Return all that was seen so far, as :func:`narrowcast.training.doctor.record.read` would."""
+        """Return what was seen so far: of readings the latest, of the rest all; a folder holds all of them."""
         return self._begin(0).journal.record()
 
     # What happens in between
