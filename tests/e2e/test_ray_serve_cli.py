@@ -473,9 +473,9 @@ def test_clients_that_leave_are_not_served_and_replicas_that_die_come_back(
 ) -> None:
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
-    (port,) = free_ports(1)
+    port, grpc = free_ports(2)
     folder = slow_artifact(tmp_path / "slow", manifest_of(), 2_000_000)
-    program = Program(folder, "--port", port, "--metrics-port", -1, "--max-batch", 1)
+    program = Program(folder, "--port", port, "--grpc-port", grpc, "--metrics-port", -1, "--max-batch", 1)
     try:
         answers: list[tuple[int, Any]] = []
         first = threading.Thread(target=ask, args=(port, answers))
@@ -486,10 +486,24 @@ def test_clients_that_leave_are_not_served_and_replicas_that_die_come_back(
         assert left == [(0, None)], "the model is too quick for this test"
         first.join(120)
         assert [status for status, _ in answers] == [200]
+        began = time.monotonic()
         ask(port, answers)
+        took = time.monotonic() - began
         assert [status for status, _ in answers] == [200, 200]
         (counted,) = get(port, "/v2/models/slow/stats")[1]["model_stats"]
         assert counted["execution_count"] == 2, "what the client asked for that left was run"
+        waiting = [threading.Thread(target=ask, args=(port, answers)) for _ in range(4)]
+        for thread in waiting:
+            thread.start()
+        time.sleep(0.3)
+        with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}") as hurried:
+            item = tritonclient.grpc.InferInput("x", [1, 4], "FP32")
+            item.set_data_from_numpy(np.ones((1, 4), np.float32))
+            with pytest.raises(tritonclient.grpc.InferenceServerException, match="and the client waits"):
+                hurried.infer("slow", [item], client_timeout=2 * took)
+        for thread in waiting:
+            thread.join(120)
+        assert [status for status, _ in answers] == [200] * 6
         victim = replica_of("slow-1")
         assert victim is not None
         died: list[tuple[int, Any]] = []

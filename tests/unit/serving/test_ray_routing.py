@@ -8,6 +8,7 @@ import pickle
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,11 @@ from narrowcast.serving.ray.keeper import Keeper
 from narrowcast.serving.ray.metrics import ClusterMetrics
 from narrowcast.serving.ray.plan import PlannedVersion, Scale, check_places, planned_version
 from narrowcast.serving.ray.replica import ModelReplica
+from narrowcast.serving.ray.rpc import add_service, split_deadline
 from narrowcast.serving.ray.wire import Call, CallAnswer, Keeping, Refused, Remote, Report, Table
 from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.repository import VersionPolicy
+from narrowcast.serving.rpc.service import SERVICE
 from narrowcast.serving.scheduling.queue import Batching
 from narrowcast.serving.scheduling.scheduler import Settings
 from narrowcast.serving.scheduling.statistics import Statistics
@@ -614,6 +617,52 @@ def test_calls_of_the_stubs_of_triton_are_answered_like_requests(models: Path) -
             assert (await asked.ingresses[0].call(Call(method, b"\xff\xff"))).code == "INVALID_ARGUMENT"
 
     with_keeper(models, check)
+
+
+def test_deadlines_of_calls_are_those_of_requests(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        message = infer_message("scale").SerializeToString()
+        for remaining, code in ((None, ""), (60.0, ""), (0.0, "DEADLINE_EXCEEDED")):
+            answer = await asked.ingresses[0].call(Call("ModelInfer", message, (), remaining))
+            assert answer.code == code
+
+    with_keeper(models, check)
+
+
+def test_what_a_client_sends_is_not_taken_for_its_deadline() -> None:
+    seen: list[Any] = []
+
+    class Server:
+        """As much of Ray's as the service is registered with."""
+
+        def add_generic_rpc_handlers(self, handlers: Any) -> None:
+            (self.handlers,) = handlers
+            replaced = self.handlers._method_handlers
+            for name, handler in replaced.items():
+                replaced[name] = handler._replace(unary_unary=answer, stream_stream=answer)
+
+    async def answer(request: Any, context: Any) -> Any:
+        seen.append((context.invocation_metadata(), context.peer()))
+        return request
+
+    server = Server()
+    add_service(None, server)
+    method = server.handlers.service(SimpleNamespace(method=f"/{SERVICE}/ModelInfer"))
+    for remaining in (None, 1.5):
+        context = SimpleNamespace(
+            invocation_metadata=lambda: (("application", "a"), ("narrowcast-remaining-seconds", "x")),
+            time_remaining=lambda remaining=remaining: remaining,
+            peer=lambda: "client",
+        )
+        assert asyncio.run(method.unary_unary(b"m", context)) == b"m"
+    assert [split_deadline(metadata) for metadata, _ in seen] == [
+        ((("application", "a"),), None),
+        ((("application", "a"),), 1.5),
+    ]
+    assert [peer for _, peer in seen] == ["client", "client"]
+    stream = server.handlers.service(SimpleNamespace(method=f"/{SERVICE}/ModelStreamInfer"))
+    assert (stream.stream_stream, stream.request_streaming) == (answer, True)
+    assert server.handlers.service(SimpleNamespace(method=f"/{SERVICE}/None")) is None
 
 
 def test_streams_are_answered_in_order_and_go_on_after_an_error(models: Path) -> None:

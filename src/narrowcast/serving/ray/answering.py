@@ -34,7 +34,7 @@ async def answer_call(server: InferenceServer, call: Call) -> CallAnswer:
     method: Any = server.calls.service(details)
     read, write = method.request_deserializer, method.response_serializer
     try:
-        answer = await method.unary_unary(call.message if read is None else read(call.message), _Context(call.metadata))
+        answer = await method.unary_unary(call.message if read is None else read(call.message), _Context(call))
     except _AbortedError as aborted:
         return aborted.answer
     return CallAnswer(answer if write is None else write(answer))
@@ -49,16 +49,16 @@ class _AbortedError(Exception):
 
 
 class _Context:
-    """As much of a call's context as the service asks for; deadlines of calls do not come through Ray."""
+    """As much of a call's context as the service asks for."""
 
-    def __init__(self, metadata: tuple[tuple[str, str], ...]) -> None:
-        self._metadata = metadata
+    def __init__(self, call: Call) -> None:
+        self._call = call
 
-    def time_remaining(self) -> None:
-        return None
+    def time_remaining(self) -> float | None:
+        return self._call.remaining
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return self._metadata
+        return self._call.metadata
 
     def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
         return ()

@@ -33,7 +33,7 @@ from narrowcast.serving.ray.keeper import Keeper
 from narrowcast.serving.ray.metrics import ClusterMetrics
 from narrowcast.serving.ray.plan import PlannedVersion, Scale
 from narrowcast.serving.ray.replica import ModelReplica
-from narrowcast.serving.ray.rpc import METHODS, STREAM, RawMessage
+from narrowcast.serving.ray.rpc import METHODS, STREAM, RawMessage, split_deadline
 from narrowcast.serving.ray.wire import Call, CallAnswer, Refused, Remote, Report, Table
 from narrowcast.serving.server import ServerOptions
 from narrowcast.serving.signature import Signature
@@ -249,7 +249,8 @@ class _Ingress:
         await self._here().informed()
 
     async def answer(self, method: str, message: bytes, context: RayServegRPCContext) -> RawMessage:
-        answer = await self._here().call(Call(method, message, _metadata(context)))
+        metadata, remaining = split_deadline(_metadata(context))
+        answer = await self._here().call(Call(method, message, metadata, remaining))
         if answer.code:
             context.set_code(grpc.StatusCode[answer.code])
             context.set_details(answer.details)

@@ -9,10 +9,12 @@ import asyncio
 import logging
 import random
 import re
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -197,13 +199,14 @@ class Ingress:
             return CallAnswer(b"", code.name, refusal.message)
 
     async def _infer_call(self, call: Call) -> CallAnswer:
+        came = time.monotonic()
         request = _read(call)
         name, version = request.model_name, request.model_version
         for _ in range(2):
             with self._going():
                 number, remote = self._routed(name, version)
                 if remote is not None:
-                    return await remote.call(call)
+                    return await remote.call(_sent_on(call, came))
             await self._loaded(name, number)
         raise _between_changes(name)
 
@@ -257,6 +260,13 @@ def _read(call: Call) -> Any:
         return INFERENCE[f"{call.method}Request"].FromString(call.message)
     except DecodeError as error:
         raise Refusal(400, f"the message cannot be read: {error}") from None
+
+
+def _sent_on(call: Call, came: float) -> Call:
+    """Return a call as it goes on now: what it has waited since it came, for a model to be loaded, is gone."""
+    if call.remaining is None:
+        return call
+    return replace(call, remaining=call.remaining - (time.monotonic() - came))
 
 
 def _between_changes(name: str) -> Refusal:

@@ -20,11 +20,19 @@ __all__ = ["Call", "CallAnswer", "Keeping", "Refused", "Remote", "Report", "Rout
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A gRPC call with one request message, as bytes."""
+    """A gRPC call with one request message, as bytes.
+
+    Attributes:
+        method: Name of the method.
+        message: The request.
+        metadata: What was sent with it.
+        remaining: Seconds until its deadline, when it came; None for no deadline.
+    """
 
     method: str
     message: bytes
     metadata: tuple[tuple[str, str], ...] = ()
+    remaining: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
