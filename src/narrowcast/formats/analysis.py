@@ -173,7 +173,7 @@ def _add_cast(totals: ErrorTotals, x: np.ndarray, y: np.ndarray, format: Element
     codes = None
     if format.bits <= 16 and not np.isnan(y).any():
         source = opened(y)
-        codes = fast.encode(source, format, Rules.of(format), 0)
+        codes = fast.encode(source, fast.Encoding.of(format, Rules.of(format)), 0)
     below = None
     if isinstance(format, Format) and format.has_subnormals:
         below = np.array([format.smallest_normal])

@@ -6,9 +6,8 @@ torch is never imported here unless somebody already has: a tensor cannot exist 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +19,7 @@ Array = Any  # numpy.ndarray or torch.Tensor
 
 FLOATS = ("float64", "float32", "float16")
 WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
+_NUMBERS = frozenset((*FLOATS, *WHOLE))
 EXACT_WHOLE = 1 << 53
 # Dtypes that hold the codes of a format, in torch and in ml_dtypes, and which format that is.
 CODED = {
@@ -38,8 +38,7 @@ CODED = {
 }
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """An array ready for a codec.
 
     Args:
@@ -108,7 +107,7 @@ def opened(x: Any) -> Opened:
                 True,
                 own,
             )
-        if dtype not in (*FLOATS, *WHOLE):
+        if dtype not in _NUMBERS:
             raise refused(dtype)
         return Opened(_numbers(x.numpy(force=True), dtype), dtype, None, True, own)
     try:
@@ -135,7 +134,7 @@ def opened_codes(codes: Any, bits: int, last: int) -> Opened:
             f"codes of dtype {array.dtype.name}", allowed="whole numbers", next_step="decode takes what encode gave"
         )
     wanted = code_dtype(bits)
-    if array.size and (array.dtype.kind == "i" or np.iinfo(array.dtype).max > last):
+    if array.size and (array.dtype.kind == "i" or last < (1 << 8 * array.itemsize) - 1):
         lowest, highest = int(array.min()), int(array.max())
         if lowest < 0 or highest > last:
             raise FormatError(f"code {lowest if lowest < 0 else highest} of {bits} bits", allowed=f"0 to {last}")

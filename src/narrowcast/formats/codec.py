@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from narrowcast.errors import FormatError
@@ -53,16 +54,27 @@ def encode(
     Raises:
         FormatError: An unknown name, a dtype that is no real number, or NaN without a place to go.
     """
-    to = element(format)
-    rules = Rules.of(to, rounding, overflow, nan, below, convention)
+    to = _encoding(_key(format), rounding, overflow, nan, below, convention)
     if convention == "torch" and (rounding, overflow, nan, below) == (None, None, None, None):
-        codes = torch_codes(x, to)
+        codes = torch_codes(x, to.format)
         if codes is not None:
             return codes
     if on_device(x):
-        return device.encode(x, to, rules, seed)
+        return device.encode(x, to.format, to.rules, seed)
     source = opened(x)
-    return source.back(fast.encode(source, to, rules, seed))
+    return source.back(fast.encode(source, to, seed))
+
+
+def _key(format: FormatLike) -> str | ElementFormat:
+    """Return what the kept answers are looked up by: a name as it was given, else an element format."""
+    return format if isinstance(format, str) else element(format)
+
+
+@lru_cache(maxsize=256)
+def _encoding(format: str | ElementFormat, *choices: str | None) -> fast.Encoding:
+    """Return what a format and the choices for :meth:`Rules.of` come to."""
+    to = element(format)
+    return fast.Encoding.of(to, Rules.of(to, *choices))
 
 
 def decode(codes: Any, format: FormatLike, *, dtype: str = "float64") -> Array:
@@ -76,19 +88,26 @@ def decode(codes: Any, format: FormatLike, *, dtype: str = "float64") -> Array:
     Raises:
         FormatError: A code out of range, or float32 asked for where it is not exact.
     """
-    source_format = element(format)
     if dtype not in ("float64", "float32"):
         raise FormatError(f"dtype = {dtype!r}", allowed="float64, float32")
+    source_format, last = _decoding(_key(format), dtype)
+    if on_device(codes):
+        return device.decode(codes, source_format, dtype)
+    source = opened_codes(codes, source_format.bits, last)
+    return source.back(fast.decode(source.array, source_format, dtype))
+
+
+@lru_cache(maxsize=256)
+def _decoding(format: str | ElementFormat, dtype: str) -> tuple[ElementFormat, int]:
+    """Return the format and its last code, if ``dtype`` holds its values."""
+    source_format = element(format)
     if dtype == "float32" and not fast.exact_in_float32(source_format):
         raise FormatError(
             f"{source_format.name} in float32 would be rounded",
             allowed="dtype='float64'",
             next_step="or decode and cast",
         )
-    if on_device(codes):
-        return device.decode(codes, source_format, dtype)
-    source = opened_codes(codes, source_format.bits, source_format.last_code)
-    return source.back(fast.decode(source.array, source_format, dtype))
+    return source_format, source_format.last_code
 
 
 def cast(
@@ -109,10 +128,9 @@ def cast(
     Raises:
         FormatError: As :func:`encode`.
     """
-    to = element(format)
-    rules = Rules.of(to, rounding, overflow, nan, below, convention)
+    to = _encoding(_key(format), rounding, overflow, nan, below, convention)
     if on_device(x):
-        return device.cast(x, to, rules, seed)
+        return device.cast(x, to.format, to.rules, seed)
     source = opened(x)
-    rounded = fast.cast(source, to, rules, seed)
+    rounded = fast.cast(source, to, seed)
     return source.back(rounded) if source.coded is None else source.back_as_coded(rounded)

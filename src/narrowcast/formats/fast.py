@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,21 +33,58 @@ from narrowcast.formats.tables import (
     values_of,
 )
 
-__all__ = ["by_rint", "cast", "codebook_edges", "decode", "decode_part", "encode", "encode_part", "exact_in_float32"]
+__all__ = [
+    "Encoding",
+    "by_rint",
+    "cast",
+    "codebook_edges",
+    "decode",
+    "decode_part",
+    "encode",
+    "encode_part",
+    "exact_in_float32",
+]
 
-_LONG = 1 << 22  # elements of a piece for a compiled loop that passes over them once: the cache plays no part
-_SHORT = 1 << 16  # of one that passes on what it made: that stays in the cache
+_PIECE = 1 << 16  # elements that compiled loops pass on to each other: they stay in the cache
+_SINGLE = np.dtype(np.float32)
 _FP16 = ELEMENTS["fp16"]
 _WIDE: dict[ElementFormat, type[np.floating]] = {ELEMENTS["fp32"]: np.float32, ELEMENTS["fp64"]: np.float64}
 
 
-def encode(source: Opened, format: ElementFormat, rules: Rules, seed: int) -> np.ndarray:
+class Encoding(NamedTuple):
+    """A format and rules with what follows from them, worked out once: a call on a few numbers is short.
+
+    Args:
+        format: What to encode to.
+        rules: What to do where the format gives a choice.
+        dtype: Of the codes.
+        special: For the loop that writes the codes of float32 numbers in one pass; None where the rules are not those of
+            arithmetic.
+    """
+
+    format: ElementFormat
+    rules: Rules
+    dtype: np.dtype[Any]
+    special: SpecialCodes | None
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def of(format: ElementFormat, rules: Rules) -> Encoding:
+        """Return what the two come to."""
+        arithmetic = isinstance(format, Format) and rules.rounding is Rounding.NEAREST_EVEN and by_arithmetic(format)
+        special = special_codes(format, rules) if arithmetic else None
+        return Encoding(format, rules, np.dtype(code_dtype(format.bits)), special)
+
+
+def encode(source: Opened, to: Encoding, seed: int) -> np.ndarray:
     """Return the codes of ``source``, in its shape."""
     x = source.array
-    codes = np.empty(x.shape, code_dtype(format.bits))
-    one_pass = source.coded is None and x.dtype == np.float32 and _by_loop(format, rules)
-    for part, out, start in _parts(x, codes, _LONG if one_pass else _SHORT):
-        encode_part(_numbers(part, source.coded), format, rules, out, start, seed)
+    codes = np.empty(x.shape, to.dtype)
+    if to.special is not None and source.coded is None and x.dtype == _SINGLE and engine().COMPILED:
+        _encode_part(x.reshape(-1), to, codes.reshape(-1), 0, seed)  # one pass: the cache plays no part
+        return codes
+    for part, out, start in _parts(x, codes):
+        _encode_part(_numbers(part, source.coded), to, out, start, seed)
     return codes
 
 
@@ -66,28 +104,27 @@ def encode_part(x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndar
         start: Position of the piece in the whole array.
         seed: Of stochastic rounding.
     """
+    _encode_part(x, Encoding.of(format, rules), out, start, seed)
+
+
+def _encode_part(x: np.ndarray, to: Encoding, out: np.ndarray, start: int, seed: int) -> None:
+    format, rules, _, special = to
     if x.dtype == np.float16:
         x = decode(x.view(np.uint16), _FP16, "float32")
     _check_nan(x, format, rules, start)
-    if isinstance(format, Codebook):
+    if special is not None and isinstance(format, Format):
+        single = x if x.dtype == _SINGLE else engine().narrowed_to_odd(x)
+        _encode_by_arithmetic(single, format, special, out)
+    elif isinstance(format, Codebook):
         out[...] = codebook_codes(_without_nan(x, format, rules), format, rules, start, seed)
     elif isinstance(format, Integer) and by_rint(format, rules):
         _encode_by_rint(x, format, out)
-    elif isinstance(format, Format) and _by_loop(format, rules):
-        single = x if x.dtype == np.float32 else engine().narrowed_to_odd(x)
-        _encode_by_arithmetic(single, format, special_codes(format, rules), out)
-    elif x.dtype == np.float32 and by_table(format, rules):
+    elif x.dtype == _SINGLE and by_table(format, rules):
         engine().codes_by_half(x, encoding_table(format, rules), out)
     elif format in _WIDE and (rules.rounding, rules.overflow) == (Rounding.NEAREST_EVEN, Overflow.IEEE):
         _convert(x, out.view(_WIDE[format]))
     else:
         out[...] = encode_exactly(x, format, rules, start, seed)
-
-
-@lru_cache(maxsize=256)
-def _by_loop(format: ElementFormat, rules: Rules) -> bool:
-    """Return whether a loop writes the codes of float32 numbers in one pass, because the rules are those of arithmetic."""
-    return rules.rounding is Rounding.NEAREST_EVEN and by_arithmetic(format)
 
 
 def _convert(x: np.ndarray, out: np.ndarray) -> None:
@@ -150,14 +187,17 @@ def _encode_by_arithmetic(x: np.ndarray, format: Format, special: SpecialCodes, 
 def decode(codes: np.ndarray, format: ElementFormat, dtype: str) -> np.ndarray:
     """Return the values of unsigned codes in ``dtype``, rounded to it where it does not hold them."""
     values = np.empty(codes.shape, dtype)
-    for part, out, _ in _parts(codes, values, _LONG if decoded_by_arithmetic(format) else _SHORT):
+    if engine().COMPILED and decoded_by_arithmetic(format):
+        decode_part(codes.reshape(-1), format, values.reshape(-1))  # one pass: the cache plays no part
+        return values
+    for part, out, _ in _parts(codes, values):
         decode_part(part, format, out)
     return values
 
 
 def decode_part(codes: np.ndarray, format: ElementFormat, out: np.ndarray) -> None:
     """Write the values of one contiguous piece of codes as float32 or float64."""
-    if isinstance(format, Format) and decoded_by_arithmetic(format) and engine().decoded_floats(codes, format, out):
+    if decoded_by_arithmetic(format) and isinstance(format, Format) and engine().decoded_floats(codes, format, out):
         return
     if format in _WIDE:
         _convert(codes.view(_WIDE[format]), out)
@@ -168,28 +208,27 @@ def decode_part(codes: np.ndarray, format: ElementFormat, out: np.ndarray) -> No
             out[...] = decode_exactly(codes, format)
 
 
-def cast(source: Opened, format: ElementFormat, rules: Rules, seed: int) -> np.ndarray:
-    """Return ``source`` rounded to the format's numbers, in its own dtype."""
+def cast(source: Opened, to: Encoding, seed: int) -> np.ndarray:
+    """Return ``source`` rounded to the numbers of ``to.format``, in its own dtype."""
     x, coded = source.array, source.coded
     if coded is None and x.dtype == np.float16:
         x, coded = x.view(np.uint16), _FP16.name
     rounded = np.empty(x.shape, x.dtype)
-    for part, out, start in _parts(x, rounded, _SHORT):
-        _cast_part(_numbers(part, coded), format, rules, out, coded, start, seed)
+    for part, out, start in _parts(x, rounded):
+        _cast_part(_numbers(part, coded), to, out, coded, start, seed)
     return rounded.view(source.array.dtype)
 
 
-def _cast_part(
-    x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndarray, coded: str | None, start: int, seed: int
-) -> None:
+def _cast_part(x: np.ndarray, to: Encoding, out: np.ndarray, coded: str | None, start: int, seed: int) -> None:
     """Round one piece of numbers, and write them as they are or as codes of the format ``coded``."""
-    by_half = x.dtype == np.float32 and coded is None and not isinstance(format, Codebook) and by_table(format, rules)
-    if by_half and not _by_loop(format, rules):
+    format, rules, dtype, special = to
+    single = special is None and x.dtype == _SINGLE and coded is None
+    if single and not isinstance(format, Codebook) and by_table(format, rules):
         _check_nan(x, format, rules, start)
         engine().values_by_half(x, casting_table(format, rules), out)
         return
-    codes = np.empty(x.shape, code_dtype(format.bits))
-    encode_part(x, format, rules, codes, start, seed)
+    codes = np.empty(x.shape, dtype)
+    _encode_part(x, to, codes, start, seed)
     if coded is None:
         decode_part(codes, format, out)
         return
@@ -197,10 +236,9 @@ def _cast_part(
     encode_part(values, ELEMENTS[coded], Rules.of(ELEMENTS[coded]), out, start, 0)
 
 
-def _parts(x: np.ndarray, out: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def _parts(x: np.ndarray, out: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Cut two arrays of the same shape into contiguous pieces: (piece, place for the result, position)."""
     flat, flat_out = np.ascontiguousarray(x).reshape(-1), out.reshape(-1)
-    if not engine().COMPILED:
-        length = engine().CHUNK
+    length = _PIECE if engine().COMPILED else engine().CHUNK
     for start in range(0, flat.size, length):
         yield flat[start : start + length], flat_out[start : start + length], start

@@ -158,7 +158,7 @@ def drawn(values: Sequence[str], format: ElementFormat, rules: Rules, seed: int)
     exact = [parse_value(value) for value in values]
     beyond = [is_finite(value) and abs(value) > sys.float_info.max for value in exact]
     numbers = np.array([0.0 if far else float(value) for value, far in zip(exact, beyond, strict=True)])
-    codes = fast.encode(opened(numbers), format, rules, seed).tolist()
+    codes = fast.encode(opened(numbers), fast.Encoding.of(format, rules), seed).tolist()
     return [
         reference.encode(value, format, rules) if far else int(code)
         for value, far, code in zip(exact, beyond, codes, strict=True)

@@ -98,6 +98,7 @@ def by_arithmetic(format: ElementFormat) -> bool:
     return (normal or format.bias == 127) and format.maximum_exponent <= 127
 
 
+@lru_cache(maxsize=64)
 def decoded_by_arithmetic(format: ElementFormat) -> bool:
     """Return whether such operations lead back from the format too: it has two zeros."""
     return isinstance(format, Format) and format.has_negative_zero and by_arithmetic(format)
