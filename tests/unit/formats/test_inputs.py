@@ -278,8 +278,9 @@ def test_float32_is_refused_where_it_would_round() -> None:
     for name in ("fp64", Format(9, 4, name="wide"), Codebook("fine", (0.0, 0.1))):
         with pytest.raises(FormatError, match="in float32 would be rounded"):
             codec.decode([0], name, dtype="float32")
-    with pytest.raises(FormatError, match="'float16'"):
-        codec.decode([0], "e4m3fn", dtype="float16")
+    for dtype in ("float16", ["float32"], None):
+        with pytest.raises(FormatError, match="float64, float32"):
+            codec.decode([0], "e4m3fn", dtype=dtype)  # type: ignore[arg-type]
     for name in ("fp32", "tf32", "bf16", "e8m0", "int16", "nf4"):
         assert decode([0], name, dtype="float32").dtype == np.float32
 
@@ -314,6 +315,12 @@ def test_what_is_neither_a_name_nor_a_format_is_refused(name: object) -> None:
     for call in (nf.get, lambda format: nf.encode([1.0], format), lambda format: nf.quantize([1.0], format)):
         with pytest.raises(FormatError, match="is no number format"):
             call(name)  # type: ignore[arg-type]
+
+
+def test_a_list_for_a_format_is_refused_like_any_other_thing() -> None:
+    for call in (nf.encode, nf.decode, nf.cast):  # which look up what they were given before
+        with pytest.raises(FormatError, match="is no number format"):
+            call([1], ["bf16"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
