@@ -27,7 +27,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     ones = torch.ones
-    monkeypatch.setattr(lookout.torch, "ones", lambda *size, dtype, pin_memory: ones(*size, dtype=dtype))
+    monkeypatch.setattr(lookout.torch, "ones", lambda *size, pin_memory, **given: ones(*size, **given))
     return torch.device("cpu")
 
 
