@@ -20,7 +20,7 @@ from narrowcast.formats.rows import Rows
 from narrowcast.formats.rules import Overflow, Rules
 from narrowcast.formats.scales import absmax, element_max
 from narrowcast.formats.scheme import DOUBLE_BLOCK, Scheme
-from narrowcast.formats.table import ELEMENTS
+from narrowcast.formats.table import ELEMENTS, get
 from narrowcast.formats.tensor import QuantizedTensor, host, moved, pieces
 
 __all__ = ["quantize"]
@@ -73,7 +73,7 @@ def quantize(
     """
     Rules.of(ELEMENTS["fp32"], rounding=rounding)
     scheme = Scheme.of(
-        format,
+        get(format),
         block=block,
         axis=axis,
         granularity=granularity,

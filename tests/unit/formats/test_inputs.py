@@ -318,7 +318,7 @@ def test_what_is_neither_a_name_nor_a_format_is_refused(name: object) -> None:
 
 
 def test_a_list_for_a_format_is_refused_like_any_other_thing() -> None:
-    for call in (nf.encode, nf.decode, nf.cast):  # which look up what they were given before
+    for call in (nf.encode, nf.decode, nf.cast, nf.quantize):  # which look up what they were given before
         with pytest.raises(FormatError, match="is no number format"):
             call([1], ["bf16"])  # type: ignore[arg-type]
 
