@@ -21,28 +21,30 @@ from narrowcast.models.reference import ImageSpec, Model
 __all__ = ["DATASETS", "digits"]
 
 #: Crops drawn from each photograph.
-CROPS = 16
+CROPS = 24
 
-#: Photographs of things and places by package and folder. Packages ship micrographs, scans and charts too: a classifier has
-#: no class for these, and whether another program makes the same guess says little about that program.
-_PHOTOGRAPHS = {
-    ("skimage", "data"): (
-        "astronaut.png",
-        "brick.png",
-        "camera.png",
-        "chelsea.png",
-        "clock_motion.png",
-        "coffee.png",
-        "coins.png",
-        "grass.png",
-        "gravel.png",
-        "motorcycle_left.png",
-        "rocket.jpg",
-    ),
-    ("sklearn", "datasets/images"): ("china.jpg", "flower.jpg"),
-    ("matplotlib", "mpl-data/sample_data"): ("grace_hopper.jpg",),
-    ("foolbox", "data"): ("imagenet_*.jpg",),
-}
+_SKIMAGE = [
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "cell.png",
+    "chelsea.png",
+    "clock_motion.png",
+    "coffee.png",
+    "coins.png",
+    "color.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "microaneurysms.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "page.png",
+    "retina.jpg",
+    "rocket.jpg",
+    "text.png",
+]
 
 
 def _import(name: str) -> Any:
@@ -86,13 +88,11 @@ def _mnist5k(model: Model) -> Dataset:
 
 
 def photo_files() -> list[Path]:
-    """Return the photographs of things and places that Foolbox, Matplotlib, scikit-image and scikit-learn ship."""
-    return [
-        path
-        for (package, folder), names in _PHOTOGRAPHS.items()
-        for name in names
-        for path in sorted((package_folder(package) / folder).glob(name))
-    ]
+    """Return the photographs and micrographs that scikit-image, scikit-learn and Matplotlib ship."""
+    files = [package_folder("skimage") / "data" / name for name in _SKIMAGE]
+    files += [package_folder("sklearn") / "datasets" / "images" / name for name in ("china.jpg", "flower.jpg")]
+    files.append(package_folder("matplotlib") / "mpl-data" / "sample_data" / "grace_hopper.jpg")
+    return [path for path in files if path.is_file()]
 
 
 def _photos(model: Model) -> Dataset:
@@ -127,7 +127,7 @@ def _photos(model: Model) -> Dataset:
         len(files) * CROPS,
         load,
         groups=np.repeat(np.arange(len(files), dtype=np.int64), CROPS),
-        note=f"{CROPS} crops of each of {len(files)} photographs; no labels",
+        note=f"{CROPS} crops of each of {len(files)} photographs and micrographs; no labels",
     )
 
 
