@@ -46,6 +46,8 @@ CONNECTIONS = 16
 VERSIONS = (1, 2, 3)
 BLOCK_SECONDS = 10.0
 SAMPLE_SECONDS = 0.5
+#: A load that is further behind than this measures the machine, and ends.
+LATEST_SECONDS = 10.0
 
 
 def write_model(folder: Path, factor: float) -> None:
@@ -180,7 +182,12 @@ async def load(port: int, rate: float, until: float, seen: Seen) -> None:
         client = Client(port)
         index = number
         while (intended := begun + index / rate) < until:
-            await asyncio.sleep(max(0.0, intended - time.monotonic()))
+            late = time.monotonic() - intended
+            if late > LATEST_SECONDS:
+                raise SystemExit(
+                    f"requests go out {late:.0f} s late: the machine has other work, and nothing was measured"
+                )
+            await asyncio.sleep(max(0.0, -late))
             await request(client, seen, intended)
             index += CONNECTIONS
         client.close()
