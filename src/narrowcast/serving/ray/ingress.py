@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -32,6 +32,7 @@ from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.rest import RestApi
 from narrowcast.serving.rpc.service import CODES
+from narrowcast.serving.rpc.streams import answered_in_order
 from narrowcast.serving.shared_memory import SharedMemory
 
 __all__ = ["Ingress"]
@@ -40,8 +41,6 @@ _log = logging.getLogger(__name__)
 _INFER = re.compile(rb"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 #: What the keeper answers; the rest needs no model.
 _KEPT = re.compile(rb"/v2/(?:models|repository)/.*|/v2/health/ready")
-#: Requests of one stream that are accepted before the answer to the first is taken.
-_STREAM_DEPTH = 64
 #: How long until a keeper that could not be reached is asked again.
 _AGAIN_SECONDS = 1.0
 
@@ -217,25 +216,10 @@ class Ingress:
 
         Each is routed by itself, as if it had come alone.
         """
-        waiting: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(_STREAM_DEPTH)
-
-        async def accept() -> None:
-            try:
-                async for message in messages:
-                    await waiting.put(asyncio.create_task(self._stream_one(Call("ModelInfer", message, metadata))))
-            finally:
-                await waiting.put(None)
-
-        accepting = asyncio.create_task(accept())
-        try:
-            while (task := await waiting.get()) is not None:
-                yield await task
-        finally:
-            accepting.cancel()
-            while not waiting.empty():
-                task = waiting.get_nowait()
-                if task is not None:
-                    task.cancel()
+        answers = answered_in_order(messages, lambda message: self._stream_one(Call("ModelInfer", message, metadata)))
+        async with aclosing(answers):
+            async for response in answers:
+                yield response
 
     async def _stream_one(self, call: Call) -> bytes:
         answer = await self.call(call)

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from narrowcast.serving.hosting import ColdError
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol import documents
 from narrowcast.serving.refusals import Refusal, change_refusal, model_refusal
+from narrowcast.serving.rpc.streams import answered_in_order
 from narrowcast.serving.rpc.tensors import read_message, response_message
 from narrowcast.serving.scheduling.queue import Job
 from narrowcast.serving.shared_memory import SharedMemory
@@ -50,8 +52,6 @@ CODES = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
     507: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
-#: Requests of one stream that are accepted before the answer to the first is taken.
-_STREAM_DEPTH = 64
 
 
 class InferenceService:
@@ -166,23 +166,10 @@ class InferenceService:
 
     async def _stream(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         """Yield a response to each request of a stream, in order; a request that fails does not end the stream."""
-        waiting: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(_STREAM_DEPTH)
-
-        async def accept() -> None:
-            async for request in requests:
-                await waiting.put(asyncio.create_task(self._stream_one(request, context)))
-            await waiting.put(None)
-
-        accepting = asyncio.create_task(accept())
-        try:
-            while (task := await waiting.get()) is not None:
-                yield await task
-        finally:
-            accepting.cancel()
-            while not waiting.empty():
-                task = waiting.get_nowait()
-                if task is not None:
-                    task.cancel()
+        answers = answered_in_order(requests, lambda request: self._stream_one(request, context))
+        async with aclosing(answers):
+            async for response in answers:
+                yield response
 
     async def _stream_one(self, request: Any, context: Context) -> Any:
         response = INFERENCE["ModelStreamInferResponse"]
