@@ -248,14 +248,32 @@ class Catalogue:
         Raises:
             NarrowcastError: One cannot be loaded, or what is remembered cannot be read.
         """
-        remembered = {root: read_state(root) for root in self._repository.roots}
-        for name in self._repository.names():
-            root = self._repository.root(name)
-            before = ModelState() if root is None else remembered[root].get(name, ModelState())
-            try:
-                await self._load(name, before)
-            except Refusal as refusal:
-                raise ConfigError(refusal.message, next_step="correct the model's folder, or --versions") from refusal
+        for name, before in self.remembered().items():
+            await self.restore(name, before)
+
+    def remembered(self) -> dict[str, ModelState]:
+        """Return every model of the repository, with what is remembered of it.
+
+        Raises:
+            NarrowcastError: What is remembered cannot be read.
+        """
+        states = {root: read_state(root) for root in self._repository.roots}
+        roots = {name: self._repository.root(name) for name in self._repository.names()}
+        return {
+            name: ModelState() if root is None else states[root].get(name, ModelState())
+            for name, root in roots.items()
+        }
+
+    async def restore(self, name: str, before: ModelState) -> None:
+        """Load a model as the server starts, and let those versions answer that answered before it ended.
+
+        Raises:
+            NarrowcastError: It cannot be loaded.
+        """
+        try:
+            await self._load(name, before)
+        except Refusal as refusal:
+            raise ConfigError(refusal.message, next_step="correct the model's folder, or --versions") from refusal
 
     @_to_its_end
     async def load(self, name: str) -> Change:
