@@ -13,6 +13,7 @@ from functools import partial
 from queue import SimpleQueue
 
 from narrowcast.serving.workers.base import Batch, Done, LoadedModel, Result, Worker, joined
+from narrowcast.serving.workers.heap import give_back
 
 __all__ = ["InlineWorker", "ThreadWorker"]
 
@@ -57,6 +58,7 @@ class InlineWorker(Worker):
         if self._model is not None:
             self._model.close()
             self._model = None
+            await asyncio.get_running_loop().run_in_executor(None, give_back)
 
 
 class ThreadWorker(Worker):
@@ -125,3 +127,4 @@ class ThreadWorker(Worker):
         except Exception as error:
             _log.error("a model failed to close", exc_info=error)
         self._model = None
+        give_back()
