@@ -101,6 +101,14 @@ def serve(
             rich_help_panel=_MODELS,
         ),
     ] = "startup",
+    load_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds that a model version may take to load before that is broken off; 0: for ever.",
+            rich_help_panel=_MODELS,
+        ),
+    ] = 600.0,
     memory_budget: Annotated[
         str,
         typer.Option(
@@ -215,6 +223,7 @@ def serve(
         shared_memory=shared_memory,
         grace=grace,
         memory_budget=read_bytes(memory_budget) if memory_budget else None,
+        load_timeout=load_timeout or None,
     )
     if engine != "local":
         from narrowcast.cli.ray import serve_on_ray

@@ -5,24 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
-from narrowcast.errors import ConfigError, NarrowcastError
+from narrowcast.errors import ConfigError
 from narrowcast.serving.hosting import ColdError, Hosting, ServedVersion
-from narrowcast.serving.loader import Loader, MemoryUse
+from narrowcast.serving.loader import MemoryUse
 from narrowcast.serving.model import Change, IndexEntry, Model
-from narrowcast.serving.refusals import MemoryBudgetError, Refusal, change_refusal
+from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.settings import read_model_options
+from narrowcast.serving.starting import Starter
 from narrowcast.serving.state import ModelState, StateKeeper, read_state
 from narrowcast.serving.traffic import Traffic
+from narrowcast.serving.warming import Warming
 from narrowcast.serving.watching.events import fields
-from narrowcast.serving.workers.sources import Source
 
-__all__ = ["Catalogue", "Change", "Hosting", "IndexEntry", "ServedVersion"]
+__all__ = ["LOAD_TIMEOUT", "Catalogue", "Change", "Hosting", "IndexEntry", "ServedVersion"]
 
+#: Seconds that a version may take to load, unless somebody says otherwise.
+LOAD_TIMEOUT = 600.0
+#: Clients of Triton wait 60 seconds for an answer: half of that leaves them time to read why there is none.
+_PATIENCE = 30.0
 _log = logging.getLogger(__name__)
 _Given = ParamSpec("_Given")
 
@@ -47,6 +52,8 @@ class Catalogue:
         hosting: How they are run.
         draw: Gives numbers in [0, 1), by which requests are split among versions.
         memory_budget: Bytes that loaded versions may take together, or None for no bound.
+        load_timeout: Seconds that a version may take to load before that is broken off, or None for ever.
+        patience: Seconds that a change waits for another one of the same model to end.
     """
 
     def __init__(
@@ -55,15 +62,18 @@ class Catalogue:
         hosting: Hosting,
         draw: Callable[[], float] = random.random,
         memory_budget: int | None = None,
+        load_timeout: float | None = LOAD_TIMEOUT,
+        patience: float = _PATIENCE,
     ) -> None:
         self.hosting = hosting
         self._repository = repository
         self._draw = draw
-        self._loader = Loader(memory_budget, self._spare, self._dismiss)
-        self._ordered = self._loader.bounded  # whether the order of use counts
+        self.patience = patience
         self._models: dict[str, Model] = {}
-        self._warming: dict[tuple[str, int], asyncio.Task[ServedVersion | None]] = {}
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._starter = Starter(self._models, memory_budget, load_timeout)
+        self._loader = self._starter.loader
+        self._ordered = self._loader.bounded  # whether the order of use counts
+        self._warming = Warming(self._starter)
         self._changes: set[asyncio.Task[Change]] = set()
         self._keeper = StateKeeper()
 
@@ -106,7 +116,7 @@ class Catalogue:
             try:
                 return self.find(name, version)
             except ColdError as cold:
-                served = await self._warmed(name, self._models[name], cold.version)
+                served = await self._warming.get(name, self._models[name], cold.version)
             if served is not None:
                 return served
 
@@ -158,7 +168,7 @@ class Catalogue:
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._warming) or any(served.scheduler.busy for served in self.served())
+        return self._warming.busy or any(served.scheduler.busy for served in self.served())
 
     @property
     def memory(self) -> MemoryUse:
@@ -172,71 +182,6 @@ class Catalogue:
             model = self._models.get(name) or Model(self.hosting)
             entries += model.entries(name, self._repository.versions(name))
         return entries
-
-    # loading at a request ---------------------------------------------------------------------------------------------
-
-    async def _warmed(self, name: str, model: Model, version: int) -> ServedVersion | None:
-        """Return a version when it is loaded, or None where a change has come between; however many wait, it loads once."""
-        settings = model.hosting.settings
-        waiting = model.waiting.get(version, 0)
-        if waiting >= settings.queue:
-            raise Refusal(
-                503, f"{waiting} requests wait for model {name!r} to be loaded, which is the bound", retry_after=1
-            )
-        task = self._warming.get((name, version))
-        if task is None:
-            task = self._warming[name, version] = asyncio.create_task(self._warm(name, model, version))
-            task.add_done_callback(lambda done: self._warm_ended(name, version, done))
-        model.waiting[version] = waiting + 1
-        try:
-            async with asyncio.timeout(settings.timeout):
-                served = await asyncio.shield(task)
-        except TimeoutError:
-            raise Refusal(504, f"model {name!r} was not loaded within {settings.timeout:g} s") from None
-        except MemoryBudgetError as error:
-            raise change_refusal(error) from error
-        except NarrowcastError as error:
-            raise Refusal(
-                503, f"model {name!r} version {version} cannot be loaded: {error.what}", retry_after=1
-            ) from error
-        finally:
-            model.waiting[version] -= 1
-        return served if model.loaded.get(version) is served else None
-
-    async def _warm(self, name: str, model: Model, version: int) -> ServedVersion | None:
-        async with model.lock:
-            if version in model.loaded or version not in model.sources:
-                return model.loaded.get(version)
-            model.check_backoff(version)
-            try:
-                started = await self._start(name, model, {version: model.sources[version]}, model.hosting)
-            except MemoryBudgetError:
-                raise
-            except NarrowcastError as error:
-                model.failed(version, error)
-                raise
-            model.loaded.update(started)
-            return started[version]
-
-    def _warm_ended(self, name: str, version: int, task: asyncio.Task[ServedVersion | None]) -> None:
-        del self._warming[name, version]
-        if not task.cancelled():
-            task.exception()  # whoever still waits is told; if nobody does, that is no mistake
-
-    def _spare(self, served: ServedVersion, name: str) -> bool:
-        """Whether a version may make room for one of a model: nobody uses or awaits it, and nobody changes its model."""
-        model, version = self._models[served.name], int(served.version)
-        changing = model.lock.locked() and served.name != name
-        return (
-            not (served.scheduler.busy or model.waiting.get(version) or changing)
-            and model.loaded.get(version) is served
-        )
-
-    def _dismiss(self, served: ServedVersion) -> None:
-        """Take a version out of service until a request asks for it."""
-        model, version = self._models[served.name], int(served.version)
-        del model.loaded[version]
-        model.states[version] = ("UNAVAILABLE", "unloaded to make room; its next request loads it")
 
     # changing ---------------------------------------------------------------------------------------------------------
 
@@ -260,8 +205,7 @@ class Catalogue:
         states = {root: read_state(root) for root in self._repository.roots}
         roots = {name: self._repository.root(name) for name in self._repository.names()}
         return {
-            name: ModelState() if root is None else states[root].get(name, ModelState())
-            for name, root in roots.items()
+            name: ModelState() if root is None else states[root].get(name, ModelState()) for name, root in roots.items()
         }
 
     async def restore(self, name: str, before: ModelState) -> None:
@@ -295,7 +239,7 @@ class Catalogue:
         if not found:
             raise Refusal(404, f"model {name!r} is not in the repository")
         model = self._models.setdefault(name, Model(self.hosting))
-        async with model.lock:
+        async with model.turn(name, self.patience):
             hosting = self._hosting(name)
             wanted = hosting.policy.select(sorted(found))
             if not wanted:
@@ -305,31 +249,13 @@ class Catalogue:
             sources = {version: found[version] for version in sorted({*wanted, *traffic.versions})}
             retired = tuple(model.loaded.values())
             if before is None:
-                started = await self._start(name, model, sources, hosting, replaced=retired)
+                started = await self._starter.start(name, model, sources, hosting, replaced=retired)
             else:
-                started = await self._start_at_first(name, model, sources, hosting)
+                started = await self._starter.start_at_first(name, model, sources, hosting)
             retired = tuple(model.loaded.values())
             model.sources, model.loaded, model.hosting = sources, started, hosting
             model.direct(traffic, chosen=chosen is not None)
-            self._retire(model, retired, "a newer load replaced it")
-
-    async def _start_at_first(
-        self, name: str, model: Model, sources: Mapping[int, Source], hosting: Hosting
-    ) -> dict[int, ServedVersion]:
-        """Start versions when the server starts; those that wait for a request, or find no room, are left for later."""
-        if not hosting.on_demand:
-            try:
-                return await self._start(name, model, sources, hosting, evict=False)
-            except MemoryBudgetError as error:
-                if error.lasting:
-                    raise
-                _log.warning(
-                    "model %s is not loaded before its first request: %s",
-                    *(name, error.what),
-                    extra=fields("model_deferred", model=name),
-                )
-        model.states.update(dict.fromkeys(sources, ("UNAVAILABLE", "its first request loads it")))
-        return {}
+            self._starter.retire(model, retired, "a newer load replaced it")
 
     @_to_its_end
     async def unload(self, name: str) -> Change:
@@ -339,11 +265,11 @@ class Catalogue:
             Refusal: There is no such model (404).
         """
         model = self._known(name)
-        async with model.lock:
+        async with model.turn(name, self.patience):
             retired = tuple(model.loaded.values())
             model.states.update(dict.fromkeys(model.sources, ("UNAVAILABLE", "unloaded")))
             model.sources, model.loaded, model.traffic, model.chosen = {}, {}, None, False
-            await asyncio.gather(*self._retire(model, retired, "unloaded"))
+            await asyncio.gather(*self._starter.retire(model, retired, "unloaded"))
         return await self._remember(name)
 
     @_to_its_end
@@ -386,11 +312,7 @@ class Catalogue:
         served = self.served()
         for model in self._models.values():
             model.sources, model.loaded, model.traffic = {}, {}, None
-        ending = [*self._warming.values(), *self._retiring]
-        for task in ending:
-            task.cancel()
-        await asyncio.gather(*(self._loader.end(item, "the server is ending") for item in served))
-        await asyncio.gather(*ending, return_exceptions=True)
+        await asyncio.gather(self._warming.close(), self._starter.close(served))
 
     def begin(self, change: Coroutine[Any, Any, Change]) -> asyncio.Task[Change]:
         """Return a change that is under way, which the end of the catalogue waits for."""
@@ -419,7 +341,7 @@ class Catalogue:
             back: Whether the traffic is the last of the history, and leaves it.
         """
         model = self._known(name)
-        async with model.lock:
+        async with model.turn(name, self.patience):
             traffic = choose(model)
             found = self._repository.versions(name)
             missing = [version for version in traffic.versions if version not in model.loaded]
@@ -429,14 +351,14 @@ class Catalogue:
             kept = {*traffic.versions, *model.hosting.policy.select(sorted(found))}
             replaced = tuple(served for version, served in model.loaded.items() if version not in kept)
             sources = {version: found[version] for version in missing}
-            started = await self._start(name, model, sources, model.hosting, replaced=replaced)
+            started = await self._starter.start(name, model, sources, model.hosting, replaced=replaced)
             model.loaded.update(started)
             model.sources = {
                 version: source for version, source in (model.sources | sources).items() if version in kept
             }
             model.direct(traffic, chosen=True, back=back)
             retired = [model.loaded.pop(version) for version in list(model.loaded) if version not in kept]
-            self._retire(model, retired, "other versions answer")
+            self._starter.retire(model, retired, "other versions answer")
         return await self._remember(name)
 
     async def _remember(self, name: str) -> Change:
@@ -455,48 +377,3 @@ class Catalogue:
         """Return how a model is run, by the file beside its versions and for what that leaves out as all models are."""
         root = self._repository.root(name)
         return self.hosting if root is None else read_model_options(root / name, self.hosting)
-
-    async def _start(
-        self,
-        name: str,
-        model: Model,
-        sources: Mapping[int, Source],
-        hosting: Hosting,
-        *,
-        replaced: Collection[ServedVersion] = (),
-        evict: bool = True,
-    ) -> dict[int, ServedVersion]:
-        """Start versions; if one fails, none is left running."""
-        started: dict[int, ServedVersion] = {}
-        for version, source in sources.items():
-            model.states[version] = ("LOADING", "")
-            try:
-                started[version] = await self._loader.start(
-                    name, version, source, hosting, replaced=replaced, evict=evict
-                )
-            except BaseException as error:
-                what = error.what if isinstance(error, NarrowcastError) else "its load was broken off"
-                model.states[version] = ("UNAVAILABLE", what)
-                _log.warning(
-                    "model %s version %d cannot be loaded: %s",
-                    *(name, version, what),
-                    extra=fields("model_failed", model=name, version=str(version)),
-                )
-                await asyncio.gather(*(self._loader.end(served) for served in started.values()))
-                raise
-            model.states.pop(version)
-            model.failures.pop(version, None)
-        return started
-
-    def _retire(self, model: Model, retired: Iterable[ServedVersion], reason: str) -> list[asyncio.Task[None]]:
-        """Let versions finish what they began and end their workers, in the background."""
-        tasks: list[asyncio.Task[None]] = []
-        for served in retired:
-            version = int(served.version)
-            if version not in model.sources:
-                model.states[version] = ("UNAVAILABLE", reason)
-            tasks.append(asyncio.create_task(self._loader.finish(served)))
-        self._retiring.update(tasks)
-        for task in tasks:
-            task.add_done_callback(self._retiring.discard)
-        return tasks

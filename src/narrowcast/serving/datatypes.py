@@ -151,13 +151,15 @@ def encode_json(name: str, datatype: Datatype, array: Array) -> Array | list[str
     Values that are not finite, which JSON has not, come out as null: see :func:`finite`.
 
     Raises:
-        Refusal: A text is not UTF-8; the client can ask for bytes instead.
+        Refusal: A text is not UTF-8 (400: the client can ask for bytes instead), or is none (500: the model is at fault).
     """
     if datatype.size == 0:
         try:
             return [as_bytes(element).decode() for element in array.flat]
         except UnicodeDecodeError:
             raise Refusal(400, f"output {name!r} is not UTF-8 text; ask for it with 'binary_data'") from None
+        except TypeError as error:
+            raise Refusal(500, f"the model gave an element of output {name!r} that is no text: {error}") from error
     if datatype.name == "BF16":
         array = array.astype(np.float32)
     return array.ravel()

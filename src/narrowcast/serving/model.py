@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from narrowcast.errors import NarrowcastError
 from narrowcast.serving.hosting import Hosting, ServedVersion
-from narrowcast.serving.refusals import Refusal
+from narrowcast.serving.refusals import ModelBusyError, Refusal
 from narrowcast.serving.state import ModelState
 from narrowcast.serving.traffic import Traffic
 from narrowcast.serving.workers.sources import Source
@@ -84,6 +85,33 @@ class Model:
     failures: dict[int, _Failure] = field(default_factory=dict[int, _Failure])
     waiting: dict[int, int] = field(default_factory=dict[int, int])
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @asynccontextmanager
+    async def turn(self, name: str, patience: float) -> AsyncGenerator[None]:
+        """Hold the model for a change when nobody else does.
+
+        Args:
+            name: The model.
+            patience: Seconds to wait for that.
+
+        Raises:
+            ModelBusyError: Somebody else still does then.
+        """
+        try:
+            async with asyncio.timeout(patience):
+                await self.lock.acquire()
+        except TimeoutError:
+            loading = [str(version) for version, (state, _) in sorted(self.states.items()) if state == "LOADING"]
+            under_way = f": version {', '.join(loading)} is being loaded" if loading else ""
+            raise ModelBusyError(
+                f"model {name!r} is being changed by somebody else{under_way}; this change waited {patience:g} s and was "
+                "not made",
+                next_step="ask again later; a load that does not end is broken off (serve --load-timeout)",
+            ) from None
+        try:
+            yield
+        finally:
+            self.lock.release()
 
     @property
     def shares(self) -> dict[str, float]:

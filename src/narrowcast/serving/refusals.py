@@ -11,7 +11,16 @@ import reprlib
 
 from narrowcast.errors import DataError, NarrowcastError
 
-__all__ = ["MemoryBudgetError", "Refusal", "WorkerLostError", "change_refusal", "model_refusal", "shown"]
+__all__ = [
+    "LoadTimeoutError",
+    "MemoryBudgetError",
+    "ModelBusyError",
+    "Refusal",
+    "WorkerLostError",
+    "change_refusal",
+    "model_refusal",
+    "shown",
+]
 
 _log = logging.getLogger(__name__)
 #: Characters of a message at most: clients are not sent back all that they sent.
@@ -49,6 +58,14 @@ class WorkerLostError(NarrowcastError):
     """The process that ran a batch has ended; its requests can be sent again."""
 
 
+class LoadTimeoutError(NarrowcastError):
+    """A version took longer to load than it may; its load was broken off."""
+
+
+class ModelBusyError(NarrowcastError):
+    """A change of a model was not made, because another one of it does not come to its end."""
+
+
 class MemoryBudgetError(NarrowcastError):
     """A model does not fit into the memory that models may take.
 
@@ -67,7 +84,9 @@ def change_refusal(error: NarrowcastError) -> Refusal:
     """Return what a client is told when a change of what is served failed."""
     if isinstance(error, MemoryBudgetError):
         return Refusal(507, str(error)) if error.lasting else Refusal(503, str(error), retry_after=1)
-    return Refusal(400, str(error))
+    if isinstance(error, ModelBusyError):
+        return Refusal(503, str(error), retry_after=1)
+    return Refusal(504 if isinstance(error, LoadTimeoutError) else 400, str(error))
 
 
 def model_refusal(error: Exception) -> Refusal:

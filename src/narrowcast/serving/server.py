@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from narrowcast.errors import OutputError
-from narrowcast.serving.catalogue import Catalogue, Hosting
+from narrowcast.serving.catalogue import LOAD_TIMEOUT, Catalogue, Hosting
 from narrowcast.serving.http.connection import Handler
 from narrowcast.serving.http.server import HttpServer
 from narrowcast.serving.limits import Limits
@@ -47,6 +47,7 @@ class ServerOptions:
         shared_memory: Whether clients may register shared memory.
         grace: Seconds that requests have to finish when the server ends.
         memory_budget: Bytes of host memory that loaded models may take together, or None for no bound.
+        load_timeout: Seconds that a model version may take to load before that is broken off, or None for ever.
     """
 
     host: str = "127.0.0.1"
@@ -58,6 +59,7 @@ class ServerOptions:
     shared_memory: bool = False
     grace: float = 30.0
     memory_budget: int | None = None
+    load_timeout: float | None = LOAD_TIMEOUT
 
 
 class InferenceServer:
@@ -74,7 +76,9 @@ class InferenceServer:
         self, repository: Repository, hosting: Hosting, options: ServerOptions, observers: Sequence[Observer] = ()
     ) -> None:
         self.options = options
-        self.catalogue = Catalogue(repository, hosting, memory_budget=options.memory_budget)
+        self.catalogue = Catalogue(
+            repository, hosting, memory_budget=options.memory_budget, load_timeout=options.load_timeout
+        )
         self.ports: dict[str, int] = {}
         shared = SharedMemory(allowed=options.shared_memory)
         self._api = RestApi(self.catalogue, options.limits, shared, token=options.token)

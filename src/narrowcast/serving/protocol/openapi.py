@@ -27,7 +27,7 @@ _ERRORS = {
     "500": "The model or the server failed.",
     "501": "The request needs an extension that this server does not have.",
     "503": "Nothing can run the request now; Retry-After says when to come again.",
-    "504": "The deadline has passed, or the model ran too long.",
+    "504": "The deadline has passed, or the model ran or loaded too long.",
     "507": "The model does not fit into the memory that models may take.",
 }
 #: Of every request, whatever it asks for.
@@ -236,10 +236,10 @@ def _model_paths(prefix: str, suffix: str) -> Object:
 def _repository_paths() -> Object:
     prefix = "/v2/repository/models/{name}"
     changes = {
-        f"{prefix}/load": ("load", "Load the versions that the policy selects", ("501", "507")),
+        f"{prefix}/load": ("load", "Load the versions that the policy selects", ("501", "504", "507")),
         f"{prefix}/unload": ("unload", "Unload a model", ()),
-        f"{prefix}/versions/{{version}}/promote": ("promote", "Let a version answer", ("507",)),
-        f"{prefix}/rollback": ("rollback", "Let what answered before answer again", ("507",)),
+        f"{prefix}/versions/{{version}}/promote": ("promote", "Let a version answer", ("504", "507")),
+        f"{prefix}/rollback": ("rollback", "Let what answered before answer again", ("504", "507")),
     }
     traffic = _record({"traffic": _ANY})
     weights = _record({"weights": {"type": "object", "additionalProperties": {"type": "number"}}})
@@ -257,7 +257,7 @@ def _repository_paths() -> Object:
                 _ref("Change"),
                 body=weights | {"additionalProperties": False},
                 needed=True,
-                errors=("507",),
+                errors=("504", "507"),
                 admin=True,
             ),
         },

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import orjson
 
 from narrowcast.serving.datatypes import encode_binary, encode_json, finite
 from narrowcast.serving.http.message import Body, Response
 from narrowcast.serving.protocol.requests import InferRequest, SharedRegions
 from narrowcast.serving.refusals import Refusal
-from narrowcast.serving.signature import RequestedOutput, SharedSlice, Tensors
+from narrowcast.serving.signature import RequestedOutput, SharedSlice, Tensors, TensorSpec
 
-__all__ = ["check_output", "infer_response", "write_shared"]
+__all__ = ["check_output", "infer_response", "output_bytes", "write_shared"]
 
 _OCTETS = b"application/octet-stream"
+#: Shapes of an output that are remembered to fit.
+_MOST_SHAPES = 256
 
 
 def infer_response(
@@ -44,7 +47,7 @@ def infer_response(
         item: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype.name, "shape": array.shape}
         described.append(item)
         if wanted.shared is not None:
-            size = write_shared(spec.name, wanted.shared, encode_binary(spec.datatype, array), shared)
+            size = write_shared(spec.name, wanted.shared, output_bytes(spec, array), shared)
             item["parameters"] = {
                 "shared_memory_region": wanted.shared.region,
                 "shared_memory_offset": wanted.shared.offset,
@@ -52,7 +55,7 @@ def infer_response(
                 "binary_data_size": 0,  # NVIDIA's C++ client looks for it wherever there are parameters
             }
         elif wanted.binary:
-            data = encode_binary(spec.datatype, array)
+            data = output_bytes(spec, array)
             item["parameters"] = {"binary_data_size": len(data)}
             binary.append(data)
         else:
@@ -83,15 +86,43 @@ def check_output(wanted: RequestedOutput, outputs: Tensors) -> Any:
     """Return one output of a model.
 
     Raises:
-        Refusal: The model gave none of that name, or one of another element type (500: the model is at fault).
+        Refusal: The model gave none of that name, or one of another element type or shape (500: the model is at fault).
     """
-    array = outputs.get(wanted.spec.name)
-    if array is None or array.dtype != wanted.spec.datatype.dtype:
-        found = "nothing" if array is None else str(array.dtype)
-        raise Refusal(
-            500, f"the model gave {found} for output {wanted.spec.name!r}, which is {wanted.spec.datatype.name}"
-        )
-    return array
+    spec = wanted.spec
+    array: Any = outputs.get(spec.name)
+    if isinstance(array, np.ndarray) and array.dtype == spec.datatype.dtype:
+        shape = array.shape
+        if shape in spec.admitted:  # as nearly always: shapes repeat
+            return array  # pyright: ignore[reportUnknownVariableType]  its element type is known by now
+        if spec.admits(shape):
+            if len(spec.admitted) >= _MOST_SHAPES:
+                spec.admitted.clear()
+            spec.admitted.add(shape)
+            return array  # pyright: ignore[reportUnknownVariableType]
+    raise _contradiction(spec, array)
+
+
+def _contradiction(spec: TensorSpec, given: Any) -> Refusal:
+    """Return what is said of an output that is not what the model promised."""
+    found = "nothing" if given is None else f"no array but {type(given).__name__}"
+    if isinstance(given, np.ndarray):
+        found = f"{given.dtype} {list(given.shape)}"
+    return Refusal(
+        500,
+        f"the model gave {found} for output {spec.name!r}, which is {spec.datatype.name} {list(spec.shape)} (-1: any)",
+    )
+
+
+def output_bytes(spec: TensorSpec, array: Any) -> bytes | memoryview:
+    """Return an output as bytes.
+
+    Raises:
+        Refusal: An element of BYTES is neither text nor bytes (500: the model is at fault).
+    """
+    try:
+        return encode_binary(spec.datatype, array)
+    except TypeError as error:
+        raise Refusal(500, f"the model gave an element of output {spec.name!r} that is no text: {error}") from error
 
 
 def write_shared(name: str, place: SharedSlice, data: bytes | memoryview, shared: SharedRegions) -> int:

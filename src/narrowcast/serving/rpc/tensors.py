@@ -10,7 +10,7 @@ from narrowcast.oip.messages import INFERENCE
 from narrowcast.serving.datatypes import DATATYPES, decode_binary, encode_binary
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol.requests import InferRequest, SharedRegions, read_document
-from narrowcast.serving.protocol.responses import check_output, write_shared
+from narrowcast.serving.protocol.responses import check_output, output_bytes, write_shared
 from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.signature import Signature, Tensors
 
@@ -115,7 +115,7 @@ def response_message(model: str, version: str, request: InferRequest, outputs: T
         spec = wanted.spec
         array = check_output(wanted, outputs)
         item = message.outputs.add(name=spec.name, datatype=spec.datatype.name, shape=array.shape)
-        data = encode_binary(spec.datatype, array)
+        data = output_bytes(spec, array)
         if wanted.shared is None:
             message.raw_output_contents.append(bytes(data))
             continue
