@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from narrowcast.errors import FormatError
+from narrowcast.formats.checks import check_words, truth, whole
 from narrowcast.formats.kinds import ElementFormat, Format
 
 __all__ = ["BlockFormat"]
@@ -33,8 +34,13 @@ class BlockFormat:
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        if self.block < 1:
-            raise FormatError(f"block = {self.block} of {self.name}", allowed="1 or more")
+        check_words({"name": self.name})
+        object.__setattr__(self, "block", whole(f"block of {self.name}", self.block, least=1))
+        truth("tensor_scale", self.tensor_scale)
+        if not isinstance(self.element, ElementFormat):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise FormatError(f"element = {self.element!r} of {self.name}", allowed="an element format: get('e2m1')")
+        if not isinstance(self.scale, Format):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise FormatError(f"scale = {self.scale!r} of {self.name}", allowed="a float: get('e8m0')")
 
     @property
     def bits_per_element(self) -> float:

@@ -9,9 +9,10 @@ from narrowcast.errors import FormatError
 from narrowcast.formats import device, fast
 from narrowcast.formats.arrays import Array, on_device, opened, opened_codes
 from narrowcast.formats.blocks import BlockFormat
+from narrowcast.formats.checks import check_words, whole
 from narrowcast.formats.kinds import ElementFormat
 from narrowcast.formats.native import torch_codes
-from narrowcast.formats.rules import Rules
+from narrowcast.formats.rules import CHOICES, Rules
 from narrowcast.formats.table import element
 
 __all__ = ["cast", "decode", "encode"]
@@ -54,7 +55,7 @@ def encode(
     Raises:
         FormatError: An unknown name, a dtype that is no real number, or NaN without a place to go.
     """
-    to = _encoding(_key(format), rounding, overflow, nan, below, convention)
+    to, seed = _resolved(format, rounding, overflow, nan, below, convention), whole("seed", seed)
     if convention == "torch" and (rounding, overflow, nan, below) == (None, None, None, None):
         codes = torch_codes(x, to.format)
         if codes is not None:
@@ -68,6 +69,15 @@ def encode(
 def _key(format: FormatLike) -> str | ElementFormat:
     """Return what the kept answers are looked up by: a name as it was given, else an element format."""
     return format if isinstance(format, str) else element(format)
+
+
+def _resolved(format: FormatLike, *choices: str | None) -> fast.Encoding:
+    """Return what a format and the choices for :meth:`Rules.of` come to."""
+    try:
+        return _encoding(_key(format), *choices)
+    except TypeError:  # nothing is kept under a list
+        check_words(dict(zip(CHOICES, choices, strict=True)))
+        raise
 
 
 @lru_cache(maxsize=256)
@@ -88,8 +98,8 @@ def decode(codes: Any, format: FormatLike, *, dtype: str = "float64") -> Array:
     Raises:
         FormatError: A code out of range, or float32 asked for where it is not exact.
     """
-    if dtype not in ("float64", "float32"):
-        raise FormatError(f"dtype = {dtype!r}", allowed="float64, float32")
+    if not isinstance(dtype, str) or dtype not in ("float64", "float32"):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise FormatError(f"dtype = {dtype!r:.100}", allowed="float64, float32")
     source_format, last = _decoding(_key(format), dtype)
     if on_device(codes):
         return device.decode(codes, source_format, dtype)
@@ -128,7 +138,7 @@ def cast(
     Raises:
         FormatError: As :func:`encode`.
     """
-    to = _encoding(_key(format), rounding, overflow, nan, below, convention)
+    to, seed = _resolved(format, rounding, overflow, nan, below, convention), whole("seed", seed)
     if on_device(x):
         return device.cast(x, to.format, to.rules, seed)
     source = opened(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from narrowcast.errors import FormatError
+from narrowcast.formats.checks import whole
 
 __all__ = ["Granularity", "PerBlock", "PerChannel", "PerTensor"]
 
@@ -20,6 +21,9 @@ class PerChannel:
 
     axis: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axis", whole("axis", self.axis))
+
 
 @dataclass(frozen=True)
 class PerBlock:
@@ -29,8 +33,10 @@ class PerBlock:
     axis: int = -1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "size", whole("block", self.size))
         if self.size < 1:
             raise FormatError(f"a block of {self.size} elements", allowed="1 or more")
+        object.__setattr__(self, "axis", whole("axis", self.axis))
 
 
 Granularity = PerTensor | PerChannel | PerBlock

@@ -12,6 +12,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from narrowcast.errors import FormatError
+from narrowcast.formats.checks import check_words, truth, whole
 
 __all__ = ["Codebook", "ElementFormat", "Format", "Integer", "Nan"]
 
@@ -65,7 +66,10 @@ class Format:
 
     def __post_init__(self) -> None:
         for name in ("exponent_bits", "mantissa_bits", "bias"):
-            _check_whole(name, getattr(self, name))
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
+        for name in ("signed", "has_zero"):
+            truth(name, getattr(self, name))
+        check_words({"name": self.name})
         if not 1 <= self.exponent_bits <= 11:
             raise FormatError(f"exponent_bits = {self.exponent_bits}", allowed="1 to 11")
         if not 0 <= self.mantissa_bits <= 52:
@@ -234,8 +238,10 @@ class Integer:
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        _check_whole("bits", self.bits)
-        _check_whole("fraction_bits", self.fraction_bits)
+        for name in ("bits", "fraction_bits"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
+        truth("signed", self.signed)
+        check_words({"name": self.name})
         if not 1 + self.signed <= self.bits <= 16:
             raise FormatError(f"bits = {self.bits} of an integer", allowed="2 to 16 signed, 1 to 16 unsigned")
         if not 0 <= self.fraction_bits <= 64:
@@ -287,6 +293,7 @@ class Codebook:
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        check_words({"name": self.name})
         try:
             object.__setattr__(self, "values", tuple(float(value) for value in self.values))
         except (TypeError, ValueError) as error:
@@ -327,11 +334,6 @@ class Codebook:
 
 
 ElementFormat = Format | Integer | Codebook
-
-
-def _check_whole(name: str, value: object) -> None:
-    if not isinstance(value, int):
-        raise FormatError(f"{name} = {value!r}", allowed="a whole number, as Python's int")
 
 
 def _nan(value: Nan | str) -> Nan:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from narrowcast.errors import FormatError
+from narrowcast.formats.arrays import Array, torch_loaded
+from narrowcast.formats.checks import whole
 
-__all__ = ["pack", "packed_size", "unpack"]
+__all__ = ["pack", "pack_known", "packed_size", "unpack", "unpack_known"]
 
 _ORDERS = ("low_first", "high_first")
 
@@ -20,22 +22,24 @@ def packed_size(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def pack(codes: np.ndarray, bits: int, *, order: str = "low_first") -> np.ndarray:
-    """Return codes as bytes: shape [ceil(n * bits / 8)], uint8.
+def pack(codes: Array, bits: int, *, order: str = "low_first") -> Array:
+    """Return codes as bytes: shape [ceil(n * bits / 8)], uint8, of the kind that came in and on its device.
 
     Args:
-        codes: Unsigned codes below ``2**bits``, any shape; read in C order.
+        codes: Unsigned codes below ``2**bits``, of any shape, read in C order: an array, or a torch tensor.
         bits: 1 to 8, or 16.
         order: For four bits, which half of a byte holds the first of two codes: ``low_first`` or ``high_first``.
 
     Raises:
         FormatError: A width or order that there is not, or a code out of range.
     """
-    _check(bits, order)
-    flat = np.ascontiguousarray(codes).reshape(-1)
-    if flat.dtype.kind not in "iu" or (flat.size and (int(flat.max()) >> bits or int(flat.min()) < 0)):
-        raise FormatError(f"codes of dtype {flat.dtype.name} up to {flat.max()!s}", allowed=f"0 to {(1 << bits) - 1}")
-    return pack_known(flat, bits, high_first=order == "high_first")
+    bits = _checked(bits, order)
+    flat = _flat(codes)
+    if flat.dtype.kind not in "iu":
+        raise FormatError(f"codes of dtype {flat.dtype.name}", allowed=f"whole numbers, 0 to {(1 << bits) - 1}")
+    if flat.size and (int(flat.max()) >> bits or int(flat.min()) < 0):
+        raise FormatError(f"codes from {flat.min()} up to {flat.max()}", allowed=f"0 to {(1 << bits) - 1}")
+    return _as(codes, pack_known(flat, bits, high_first=order == "high_first"))
 
 
 def pack_known(flat: np.ndarray, bits: int, *, high_first: bool = False) -> np.ndarray:
@@ -64,27 +68,32 @@ def _pack_nibbles(flat: np.ndarray, high_first: bool) -> np.ndarray:
     return pair.astype(np.uint8)
 
 
-def unpack(packed: np.ndarray, bits: int, count: int, *, order: str = "low_first") -> np.ndarray:
+def unpack(packed: Array, bits: int, count: int, *, order: str = "low_first") -> Array:
     """Return ``count`` codes from bytes that :func:`pack` gave: shape [count], uint8 (uint16 for 16 bits).
 
     Raises:
         FormatError: A width or order that there is not, no bytes, or fewer than the codes take.
     """
-    _check(bits, order)
-    packed = np.ascontiguousarray(packed).reshape(-1)
-    if packed.dtype != np.uint8 or count < 0:
-        raise FormatError(f"{count} codes from an array of {packed.dtype.name}", allowed="0 codes or more, from uint8")
-    if packed.size < packed_size(count, bits):
+    bits, count = _checked(bits, order), whole("count", count)
+    stream = _flat(packed)
+    if stream.dtype != np.uint8 or count < 0:
+        raise FormatError(f"{count} codes from an array of {stream.dtype.name}", allowed="0 codes or more, from uint8")
+    if stream.size < packed_size(count, bits):
         raise FormatError(
-            f"{packed.size} bytes for {count} codes of {bits} bits", allowed=f"{packed_size(count, bits)} bytes"
+            f"{stream.size} bytes for {count} codes of {bits} bits", allowed=f"{packed_size(count, bits)} bytes"
         )
+    return _as(packed, unpack_known(stream, bits, count, high_first=order == "high_first"))
+
+
+def unpack_known(packed: np.ndarray, bits: int, count: int, *, high_first: bool = False) -> np.ndarray:
+    """As :func:`unpack`, of flat bytes known to hold the codes."""
     if bits == 16:
         return packed[: 2 * count].view("<u2").astype(np.uint16, copy=False)
     if bits == 8:
         return packed[:count]
     if bits == 4:
         both = packed.astype(np.uint16)
-        pair = (both >> 4 | both << 8) & 0x0F0F if order == "high_first" else (both | both << 4) & 0x0F0F
+        pair = (both >> 4 | both << 8) & 0x0F0F if high_first else (both | both << 4) & 0x0F0F
         return pair.astype("<u2", copy=False).view(np.uint8)[:count]
     words = np.zeros((-(-packed.size // bits), 8), np.uint8)
     whole = np.zeros(words.shape[0] * bits, np.uint8)
@@ -95,10 +104,27 @@ def unpack(packed: np.ndarray, bits: int, count: int, *, order: str = "low_first
     return ((stream >> places) & np.uint64((1 << bits) - 1)).astype(np.uint8).reshape(-1)[:count]
 
 
-def _check(bits: int, order: str) -> None:
+def _flat(array: Array) -> np.ndarray:
+    torch = torch_loaded()
+    if torch is not None and isinstance(array, torch.Tensor):
+        array = array.numpy(force=True)
+    return np.ascontiguousarray(array).reshape(-1)
+
+
+def _as(given: Array, result: np.ndarray) -> Array:
+    """Return a result as the kind of array that was given, and where that lies."""
+    torch = torch_loaded()
+    if torch is not None and isinstance(given, torch.Tensor):
+        return torch.from_numpy(result).to(given.device)
+    return result
+
+
+def _checked(bits: int, order: str) -> int:
+    bits = whole("bits", bits)
     if bits not in (1, 2, 3, 4, 5, 6, 7, 8, 16):
         raise FormatError(f"packing codes of {bits} bits", allowed="1 to 8, or 16")
-    if order not in _ORDERS:
-        raise FormatError(f"order = {order!r}", allowed=", ".join(_ORDERS))
+    if not isinstance(order, str) or order not in _ORDERS:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise FormatError(f"order = {order!r:.100}", allowed=", ".join(_ORDERS))
     if order == "high_first" and bits != 4:
         raise FormatError(f"order = 'high_first' with {bits} bits", allowed="low_first, or 4 bits")
+    return bits

@@ -11,6 +11,7 @@ from narrowcast.errors import FormatError
 from narrowcast.formats import device, fast, ranges
 from narrowcast.formats.arrays import code_dtype, on_device, opened
 from narrowcast.formats.blocks import BlockFormat
+from narrowcast.formats.checks import real, whole
 from narrowcast.formats.engine import engine
 from narrowcast.formats.granularity import Granularity, PerBlock
 from narrowcast.formats.kinds import ElementFormat
@@ -71,7 +72,6 @@ def quantize(
         FormatError: An unknown name, options that contradict each other, a block that does not divide the axis, numbers
             that are NaN or infinite where the scale cannot say so.
     """
-    Rules.of(ELEMENTS["fp32"], rounding=rounding)
     scheme = Scheme.of(
         get(format),
         block=block,
@@ -86,11 +86,14 @@ def quantize(
         pad=pad,
         rounding=rounding,
     )
+    Rules.of(ELEMENTS["fp32"], rounding=rounding)
+    seed = whole("seed", seed)
     if not symmetric and rounding != "nearest_even":
         raise FormatError(f"rounding = {rounding!r} with symmetric=False", allowed="nearest_even")
     if importance is not None and scheme.range != "mse":
         raise FormatError(f"importance with range = {range!r}, which weighs nothing", allowed="range='mse'")
     if tensor_max is not None:
+        tensor_max = real("tensor_max", tensor_max)
         _check_tensor_max(tensor_max, scheme, x)
     if on_device(x):
         return _on_device(x, scheme, importance, seed)

@@ -10,7 +10,10 @@ from typing import Self
 from narrowcast.errors import FormatError, choices
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format
 
-__all__ = ["CONVENTIONS", "Below", "NanInput", "Overflow", "Rounding", "Rules"]
+__all__ = ["CHOICES", "CONVENTIONS", "Below", "NanInput", "Overflow", "Rounding", "Rules"]
+
+
+CHOICES = ("rounding", "overflow", "nan", "below", "convention")  # what Rules.of takes beside the format, in its order
 
 
 class _Named(StrEnum):
@@ -107,7 +110,7 @@ class Rules:
             rules = replace(rules, below=Below.CLAMP)
         if convention is not None:
             if convention not in CONVENTIONS:
-                raise FormatError(f"unknown convention {convention!r}", allowed=choices(convention, CONVENTIONS))
+                raise FormatError(f"unknown convention {convention!r}", allowed=choices(str(convention), CONVENTIONS))
             known = CONVENTIONS[convention]
             if format.name not in known:
                 raise FormatError(

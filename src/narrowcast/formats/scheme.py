@@ -10,6 +10,7 @@ from typing import Any
 
 from narrowcast.errors import FormatError, choices
 from narrowcast.formats.blocks import BlockFormat
+from narrowcast.formats.checks import check_words, real, truth, whole
 from narrowcast.formats.granularity import Granularity, PerBlock, PerChannel, PerTensor
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer
 from narrowcast.formats.table import ELEMENTS, get
@@ -76,7 +77,6 @@ class Scheme:
             raise FormatError(f"double_quant with {self.scale.name} scales", allowed="FP32 scales")
 
     @staticmethod
-    @lru_cache(maxsize=256)
     def of(
         format: str | ElementFormat | BlockFormat,
         *,
@@ -89,16 +89,39 @@ class Scheme:
         """Return the scheme of a format with the caller's options over its defaults.
 
         Raises:
-            FormatError: Options that contradict the format or each other.
+            FormatError: Options of a wrong type, or that contradict the format or each other.
         """
-        found = get(format)
+        if not isinstance(granularity, Granularity | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise FormatError(
+                f"granularity = {granularity!r:.100}", allowed="PerTensor(), PerChannel(axis), PerBlock(size)"
+            )
+        return Scheme._of(
+            get(format),
+            block=None if block is None else whole("block", block),
+            axis=whole("axis", axis),
+            granularity=granularity,
+            scale=None if scale is None else get(scale),
+            **_checked(options),
+        )
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def _of(
+        found: ElementFormat | BlockFormat,
+        *,
+        block: int | None,
+        axis: int,
+        granularity: Granularity | None,
+        scale: ElementFormat | BlockFormat | None,
+        **options: Any,
+    ) -> Scheme:
         if block is not None and granularity is not None:
             raise FormatError(f"block = {block} and granularity = {granularity}", allowed="one of the two")
         if isinstance(found, BlockFormat):
             if granularity is not None:
                 raise FormatError(f"granularity = {granularity} with {found.name}", allowed="axis, and block")
             if scale is not None:
-                raise FormatError(f"scale = {scale!r} with {found.name}, which says {found.scale.name}")
+                raise FormatError(f"scale = {scale.name!r} with {found.name}, which says {found.scale.name}")
             where = PerBlock(found.block if block is None else block, axis)
             return Scheme(found.element, where, found.scale, found.tensor_scale, name=found.name, **options)
         if block is None and granularity is None and isinstance(found, Codebook):
@@ -110,7 +133,7 @@ class Scheme:
             )
         if granularity is None:
             granularity = PerTensor() if block is None else PerBlock(block, axis)
-        kept = get("fp32" if scale is None else scale)
+        kept = ELEMENTS["fp32"] if scale is None else scale
         if not isinstance(kept, Format):
             raise FormatError(f"{kept.name} scales", allowed="floating-point formats of 8, 16 or 32 bits")
         return Scheme(found, granularity, kept, **options)
@@ -140,6 +163,18 @@ class Scheme:
             raise FormatError(
                 f"no quantisation scheme: {error}", next_step="was the file written by narrowcast?"
             ) from None
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a scheme's options, each of its type."""
+    checked = dict(options)
+    for name in ("symmetric", "double_quant", "pad"):
+        if name in options:
+            truth(name, options[name])
+    if "percentile" in options:
+        checked["percentile"] = real("percentile", options["percentile"])
+    check_words({name: options[name] for name in ("range", "scale_rule", "rounding") if name in options})
+    return checked
 
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Format, Integer, Codebook, PerTensor, PerChannel, PerBlock)}

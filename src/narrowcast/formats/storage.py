@@ -27,7 +27,7 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], described: Mapping
 
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     content = save(whole, {"narrowcast.formats": _VERSION, "tensors": json.dumps(described)})
-    path = Path(path)
+    path = _path(path)
     try:
         with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             file.write(content)
@@ -44,6 +44,7 @@ def read(path: str | Path, *, torch: bool) -> tuple[dict[str, Any], dict[str, An
     """
     from safetensors import SafetensorError, safe_open
 
+    path = _path(path)
     try:
         with safe_open(path, framework="pt" if torch else "numpy") as file:
             metadata = file.metadata() or {}
@@ -60,3 +61,10 @@ def read(path: str | Path, *, torch: bool) -> tuple[dict[str, Any], dict[str, An
         return arrays, dict(json.loads(metadata["tensors"]))
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path} is damaged: {error!r}", next_step="write it again") from None
+
+
+def _path(path: str | Path) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise FormatError(f"path = {path!r:.100}", allowed="the path of a file, as text or pathlib.Path") from None

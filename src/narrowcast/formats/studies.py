@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from narrowcast.errors import FormatError, choices
 from narrowcast.formats.analysis import error
 from narrowcast.formats.arrays import opened
 from narrowcast.formats.blocks import BlockFormat
+from narrowcast.formats.checks import check_words, whole
 from narrowcast.formats.fast import codebook_edges
 from narrowcast.formats.kinds import Codebook, ElementFormat
 from narrowcast.formats.quantized import quantize
@@ -44,7 +45,7 @@ class BlockCost(NamedTuple):
 
 
 def block_costs(
-    x: Any, format: str | ElementFormat | BlockFormat = "nf4", blocks: Sequence[int] = (16, 32, 64, 128, 256, 512)
+    x: Any, format: str | ElementFormat | BlockFormat = "nf4", blocks: Iterable[int] = (16, 32, 64, 128, 256, 512)
 ) -> list[BlockCost]:
     """Return bits and error of ``x`` quantised with each block size, scales included.
 
@@ -56,6 +57,8 @@ def block_costs(
     Raises:
         FormatError: A block that does not divide the last axis.
     """
+    if not isinstance(blocks, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise FormatError(f"blocks = {blocks!r:.100}", allowed="whole numbers, such as (16, 32, 64)")
     costs: list[BlockCost] = []
     for block in blocks:
         quantized = quantize(x, format, block=block)
@@ -74,6 +77,7 @@ def four_bit_errors(x: Any, block: int = 64) -> dict[str, float]:
     Raises:
         FormatError: A block that does not divide the number of elements.
     """
+    block = whole("block", block, least=1)
     numbers = opened(x).array.astype(np.float64)
     if not numbers.size or numbers.size % block:
         raise FormatError(f"{numbers.size} elements in blocks of {block}", allowed="a multiple of the block")
@@ -93,8 +97,9 @@ def sample(distribution: str, count: int, seed: int = 0) -> np.ndarray:
     Raises:
         FormatError: Another distribution.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(whole("seed", seed, least=0))
     draws = {"gaussian": rng.standard_normal, "laplace": lambda size: rng.laplace(size=size)}
+    check_words({"distribution": distribution})
     if distribution not in draws:
         raise FormatError(f"unknown distribution {distribution!r}", allowed=choices(distribution, draws))
-    return draws[distribution](count)
+    return draws[distribution](whole("count", count, least=0))

@@ -14,7 +14,7 @@ from narrowcast.errors import FormatError
 from narrowcast.formats import device, fast, storage
 from narrowcast.formats.arrays import Array, on_device, torch_loaded
 from narrowcast.formats.engine import engine
-from narrowcast.formats.packing import pack_known, packed_size, unpack
+from narrowcast.formats.packing import pack_known, packed_size, unpack_known
 from narrowcast.formats.portable import Values
 from narrowcast.formats.rows import Rows
 from narrowcast.formats.scheme import Scheme
@@ -59,7 +59,10 @@ class QuantizedTensor:
         Raises:
             FormatError: Another dtype.
         """
-        dtype = dtype or (self.dtype if self.dtype in _DTYPES else "float32")
+        if dtype is None:
+            dtype = self.dtype if self.dtype in _DTYPES else "float32"
+        if not isinstance(dtype, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise FormatError(f"dtype = {dtype!r:.100}", allowed=", ".join(_DTYPES))
         if dtype not in _DTYPES or (dtype == "bfloat16" and not self.is_torch):
             allowed = _DTYPES if self.is_torch else _DTYPES[:3]
             if self.dtype == dtype:
@@ -89,7 +92,7 @@ class QuantizedTensor:
         packed, bits = host(self.packed), self.scheme.element.bits
         values = np.empty((layout.count, layout.length), work)
         if not layout.in_order:
-            codes = layout.rows_of_stored(unpack(packed, bits, values.size))
+            codes = layout.rows_of_stored(unpack_known(packed, bits, values.size))
             packed = pack_known(codes.reshape(-1), bits)
         table = values_of(self.scheme.element, work)
         if bits == 4 and zero_points is None and layout.length % 2 == 0 and values.size:
@@ -133,7 +136,7 @@ class QuantizedTensor:
     @property
     def codes(self) -> Array:
         """The codes, unpacked: the tensor's shape (with its padding), uint8 or uint16."""
-        codes = unpack(host(self.packed), self.scheme.element.bits, self._stored_count)
+        codes = unpack_known(host(self.packed), self.scheme.element.bits, self._stored_count)
         return self._like_packed(codes.reshape(self.rows.stored_shape))
 
     @property
@@ -203,6 +206,10 @@ def save(tensors: Mapping[str, QuantizedTensor], path: str | Path) -> None:
     """
     arrays: dict[str, np.ndarray] = {}
     described: dict[str, Any] = {}
+    if not isinstance(tensors, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise FormatError(
+            f"tensors = {tensors!r:.100}", allowed="quantised tensors by name: {'weight': quantize(w, 'nf4')}"
+        )
     for name, tensor in tensors.items():
         if "/" in name:
             raise FormatError(f"tensor name {name!r}", allowed="names without '/'")
@@ -297,7 +304,7 @@ def _decode_pieces(
     for rows, columns, start in pieces(out.shape, aligned=True):
         values = out[rows, columns]
         part = packed[start * bits // 8 : -(-(start + values.size) * bits // 8)]
-        engine().decoded(unpack(part, bits, values.size), table, values.reshape(-1))
+        engine().decoded(unpack_known(part, bits, values.size), table, values.reshape(-1))
         if zero_points is not None:
             values -= zero_points[rows, None].astype(out.dtype)
         with np.errstate(invalid="ignore", over="ignore"):
