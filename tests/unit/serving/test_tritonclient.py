@@ -163,6 +163,8 @@ def test_repository(kind: str, request: pytest.FixtureRequest) -> None:
     with pytest.raises(InferenceServerException, match="administration needs"):
         client.unload_model("double")
     client.unload_model("double", headers=admin)
+    assert not client.is_model_ready("double")
+    assert not client.is_model_ready("nobody"), "as Triton answers of models that it never had"
     with pytest.raises(InferenceServerException, match="'double' is not found"):
         client.infer("double", [rows_input(module)])
     index = client.get_model_repository_index()

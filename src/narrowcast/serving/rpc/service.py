@@ -29,7 +29,7 @@ from narrowcast.serving.shared_memory import SharedMemory
 from narrowcast.serving.watching.calls import WatchedCalls
 from narrowcast.serving.watching.records import Observer, RequestRecord
 
-__all__ = ["CODES", "SERVICE", "InferenceService"]
+__all__ = ["CODES", "SERVICE", "InferenceService", "retry_metadata"]
 
 #: The service's full name.
 SERVICE = "inference.GRPCInferenceService"
@@ -196,7 +196,10 @@ class InferenceService:
         return ParseDict(documents.server_metadata(), INFERENCE["ServerMetadataResponse"]())
 
     async def _model_ready(self, request: Any, context: Context) -> Any:
-        ready = self._catalogue.can_answer(request.name, request.version) and not self.draining
+        try:
+            ready = self._catalogue.can_answer(request.name, request.version) and not self.draining
+        except Refusal:  # as Triton answers of models that it does not know: who waits for one asks again and again
+            ready = False
         return INFERENCE["ModelReadyResponse"](ready=ready)
 
     async def _model_metadata(self, request: Any, context: Context) -> Any:
@@ -266,7 +269,13 @@ def _answering(method: Method) -> Method:
     return answer
 
 
+def retry_metadata(refusal: Refusal) -> tuple[tuple[str, str], ...]:
+    """Return the metadata behind a refused call: when the same may succeed, if that is known."""
+    if refusal.retry_after is None:
+        return ()
+    return (("retry-after", str(max(1, math.ceil(refusal.retry_after)))),)
+
+
 async def _abort(context: Context, refusal: Refusal) -> None:
-    trailing = () if refusal.retry_after is None else (("retry-after", str(max(1, math.ceil(refusal.retry_after)))),)
-    trailing = (*context.trailing_metadata(), *trailing)
+    trailing = (*context.trailing_metadata(), *retry_metadata(refusal))
     await context.abort(CODES.get(refusal.status, grpc.StatusCode.INTERNAL), refusal.message, trailing)
