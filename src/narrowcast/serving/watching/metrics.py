@@ -18,6 +18,7 @@ from narrowcast.serving.hosting import ServedVersion
 from narrowcast.serving.loader import MemoryUse
 from narrowcast.serving.scheduling.statistics import BUCKETS, Statistics
 from narrowcast.serving.watching.exposition import Family, Labels, Sample, histogram
+from narrowcast.serving.watching.gauges import Gauges
 from narrowcast.serving.watching.gpus import Gpu
 from narrowcast.serving.watching.host import Host
 
@@ -88,17 +89,22 @@ _OF_STATISTICS: tuple[_Metric[Statistics], ...] = (
     ),
 )
 
-_OF_VERSIONS: tuple[_Metric[ServedVersion], ...] = (
-    _Metric("nv_inference_pending_request_count", "gauge", "Requests that wait", lambda v: v.scheduler.pending),
-    _Metric("narrowcast_running_batches", "gauge", "Batches that workers run now", lambda v: v.scheduler.running),
-    _Metric("narrowcast_workers", "gauge", "Workers that are alive", lambda v: v.scheduler.workers_alive),
-    _Metric("narrowcast_workers_wanted", "gauge", "Workers that there should be", lambda v: v.hosting.workers),
-    _Metric("narrowcast_model_memory_bytes", "gauge", "Memory that the version takes", lambda v: v.holding.size),
+_OF_VERSIONS: tuple[_Metric[Gauges], ...] = (
+    _Metric("nv_inference_pending_request_count", "gauge", "Requests that wait", lambda g: g.pending),
+    _Metric("narrowcast_running_batches", "gauge", "Batches that workers run now", lambda g: g.running),
+    _Metric("narrowcast_workers", "gauge", "Workers that are alive", lambda g: g.workers),
+    _Metric("narrowcast_workers_wanted", "gauge", "Workers that there should be", lambda g: g.workers_wanted),
+    _Metric("narrowcast_model_memory_bytes", "gauge", "Memory that the version takes", lambda g: g.memory),
 )
 
 
-def model_families(catalogue: Catalogue) -> Iterator[Family]:
-    """Yield the families of all model versions that are loaded."""
+def model_families(catalogue: Catalogue, gauges: Callable[[ServedVersion], Gauges] = Gauges.of) -> Iterator[Family]:
+    """Yield the families of all model versions that are loaded.
+
+    Args:
+        catalogue: The models.
+        gauges: Returns how a version stands.
+    """
     served = [({"model": item.name, "version": item.version}, item) for item in catalogue.served()]
     counted = [(labels, item.scheduler.statistics) for labels, item in served]
     for metric in _OF_STATISTICS:
@@ -110,7 +116,7 @@ def model_families(catalogue: Catalogue) -> Iterator[Family]:
         [Sample(labels | {"reason": reason}, count) for labels, s in counted for reason, count in _failures(s)],
     )
     for metric in _OF_VERSIONS:
-        yield metric.family(served)
+        yield metric.family([(labels, gauges(item)) for labels, item in served])
     yield Family(
         "narrowcast_traffic_share",
         "gauge",

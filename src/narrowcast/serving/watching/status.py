@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from narrowcast._version import __version__
-from narrowcast.serving.catalogue import Catalogue, IndexEntry
+from narrowcast.serving.catalogue import Catalogue
 from narrowcast.serving.hosting import ServedVersion
+from narrowcast.serving.loader import MemoryUse
 from narrowcast.serving.scheduling.statistics import BUCKETS, Statistics
+from narrowcast.serving.watching.gauges import Gauges
 from narrowcast.serving.watching.gpus import Gpu
 from narrowcast.serving.watching.host import Host
 
-__all__ = ["status"]
+__all__ = ["Document", "Place", "status"]
 
 Document = dict[str, Any]
 
 
-def status(catalogue: Catalogue, state: str, now: float, host: Host, gpus: Sequence[Gpu]) -> Document:
+@dataclass(frozen=True)
+class Place:
+    """Where models run.
+
+    Attributes:
+        placement: ``process``, ``thread``, ``inline``, or ``ray`` for a cluster.
+        started: When the server began, in seconds since the epoch.
+        memory: What loaded versions take; None where nobody knows.
+        host: The machine; None for a cluster.
+        gpus: Its GPUs.
+    """
+
+    placement: str
+    started: float
+    memory: MemoryUse | None = None
+    host: Host | None = None
+    gpus: Sequence[Gpu] = ()
+
+
+def status(
+    catalogue: Catalogue,
+    state: str,
+    now: float,
+    place: Place,
+    gauges: Callable[[ServedVersion], Gauges] = Gauges.of,
+) -> Document:
     """Return what the server is and does.
 
     Counts are those since a version was first loaded, times are in seconds.
@@ -28,43 +55,41 @@ def status(catalogue: Catalogue, state: str, now: float, host: Host, gpus: Seque
         catalogue: The models.
         state: How the server is, in a word or two.
         now: Seconds since the epoch.
-        host: The machine.
-        gpus: Its GPUs.
+        place: Where models run.
+        gauges: Returns how a version stands.
     """
     served = {(item.name, item.version): item for item in catalogue.served()}
     models: defaultdict[str, list[Document]] = defaultdict(list)
     for entry in catalogue.index():
-        models[entry.name].append(_version(entry, served.get((entry.name, entry.version)), catalogue))
+        item = served.get((entry.name, entry.version))
+        loaded = None if item is None else _loaded(item, gauges(item), catalogue)
+        models[entry.name].append(
+            {"version": entry.version, "state": entry.state, "reason": entry.reason, "loaded": loaded}
+        )
     return {
         "narrowcast": __version__,
         "state": state,
         "now": now,
-        "placement": catalogue.hosting.placement.value,
+        "started": place.started,
+        "placement": place.placement,
         "bounds": BUCKETS,
         "models": [{"name": name, "versions": versions} for name, versions in models.items()],
-        "memory": asdict(catalogue.memory),
-        "host": asdict(host),
-        "gpus": [asdict(gpu) for gpu in gpus],
+        "memory": None if place.memory is None else asdict(place.memory),
+        "host": None if place.host is None else asdict(place.host),
+        "gpus": [asdict(gpu) for gpu in place.gpus],
     }
 
 
-def _version(entry: IndexEntry, served: ServedVersion | None, catalogue: Catalogue) -> Document:
-    """Return one version, loaded or not."""
-    document: Document = {"version": entry.version, "state": entry.state, "reason": entry.reason, "loaded": None}
-    if served is not None:
-        scheduler = served.scheduler
-        document["loaded"] = {
-            "share": catalogue.traffic(entry.name).get(entry.version, 0.0),
-            "workers": scheduler.workers_alive,
-            "workers_wanted": served.hosting.workers,
-            "memory": served.holding.size,
-            "pending": scheduler.pending,
-            "queue": scheduler.settings.queue,
-            "running": scheduler.running,
-            "largest_batch": scheduler.largest_batch,
-            "counted": _counted(scheduler.statistics),
-        }
-    return document
+def _loaded(served: ServedVersion, gauges: Gauges, catalogue: Catalogue) -> Document:
+    """Return what a loaded version does."""
+    scheduler = served.scheduler
+    return {
+        "share": catalogue.traffic(served.name).get(served.version, 0.0),
+        **asdict(gauges),
+        "queue": scheduler.settings.queue,
+        "largest_batch": scheduler.largest_batch,
+        "counted": _counted(scheduler.statistics),
+    }
 
 
 def _counted(statistics: Statistics) -> Document:

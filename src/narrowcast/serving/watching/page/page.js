@@ -216,7 +216,7 @@ function row(model, version, bounds) {
   const why = Object.entries({ failed: count.failed, overran: count.overruns, ...count.refused, cancelled: count.cancelled }).filter(([, times]) => times).map(([word, times]) => `${word.replace("_", " ")} ${number(times)}`);
   return el("tr", {}, name,
     cell("Traffic", percent(load.share)),
-    cell("Workers", load.workers === load.workers_wanted ? number(load.workers) : `${number(load.workers)} of ${number(load.workers_wanted)}`, load.memory ? bytes(load.memory) : null),
+    cell("Workers", load.workers >= load.workers_wanted ? number(load.workers) : `${number(load.workers)} of ${number(load.workers_wanted)}`, load.memory ? bytes(load.memory) : null),
     cell("Waiting", number(load.pending), `of ${number(load.queue)}`),
     cell("Requests/s", number(rate(key, (now) => now.succeeded)), `${number(count.succeeded)} in all`),
     cell("No result", number(bad), why.join(", ")),
@@ -307,8 +307,10 @@ function table(name, note, rows) {
     el("table", { class: "counts" }, el("caption", { class: "sr" }, name), el("tbody", {}, rows)));
 }
 
+// The machine and its GPUs; nothing of a cluster, which has many, and somebody else to watch them.
 function machine(look) {
   const host = look.host;
+  if (host === null) return null;
   const gpus = look.gpus.map((gpu) => table(gpu.name || "GPU", gpu.uuid, [
     meter("Busy", gpu.utilization, percent(gpu.utilization)),
     part("Memory", gpu.memory_used, gpu.memory_total, bytes),
@@ -341,7 +343,7 @@ function draw() {
       look.models.length ? look.models.map((model) => card(model, look.bounds, look.models.length > FOLDED)) : el("p", { class: "empty" }, "The repository is empty.")),
     machine(look));
   patch(document.getElementById("main"), fresh);
-  document.getElementById("what").textContent = `server at ${location.host}, up ${span(look.now - look.host.started)}, models run in ${{ process: "processes", thread: "threads", inline: "the event loop" }[look.placement]}`;
+  document.getElementById("what").textContent = `server at ${location.host}, up ${span(look.now - look.started)}, models run in ${{ process: "processes", thread: "threads", inline: "the event loop", ray: "replicas on a Ray cluster" }[look.placement]}`;
   document.getElementById("when").textContent = new Date(look.now * 1000).toLocaleTimeString("en-GB");
   document.getElementById("foot").replaceChildren(`narrowcast ${look.narrowcast} · `, el("a", { href: "metrics" }, "metrics"), " for Prometheus · ", el("a", { href: "status" }, "status"), " as JSON");
 }
@@ -354,7 +356,7 @@ async function ask() {
     const answer = await fetch("status", { cache: "no-store", signal: AbortSignal.timeout(5 * PERIOD) });
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     const look = await answer.json();
-    if (looks.length && look.host.started !== looks.at(-1).host.started) looks.length = 0; // another server
+    if (looks.length && look.started !== looks.at(-1).started) looks.length = 0; // another server
     looks.push(look);
     if (looks.length > KEPT) looks.shift();
     silence.hidden = true;
