@@ -370,30 +370,86 @@ def test_changes_under_load_reach_both_nodes_and_streams_are_answered(models: Pa
     assert json.loads((models / "serving-state.json").read_text())["models"]["scale"]["history"]
 
 
+class Administrator:
+    """Somebody who changes what is served again and again, and remembers how it went."""
+
+    def __init__(self, ports: list[int]) -> None:
+        self.statuses: Counter[int] = Counter()
+        self.wrong: list[Any] = []
+        self._ports = ports
+        self._over = False
+        self._thread = threading.Thread(target=self._change)
+        self._thread.start()
+
+    def _change(self) -> None:
+        while not self._over:
+            for port in self._ports:
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                body = json.dumps({"weights": {"2": 1}})
+                headers = {"Authorization": "Bearer secret"}
+                try:
+                    connection.request("POST", "/v2/repository/models/scale/traffic", body, headers)
+                    response = connection.getresponse()
+                    said = response.read()
+                    self.statuses[response.status] += 1
+                    again = response.headers["Retry-After"]
+                    if response.status != 200 and (response.status, again) != (503, "1"):
+                        self.wrong.append((response.status, again, said))
+                except OSError as error:
+                    self.wrong.append(error)
+                finally:
+                    connection.close()
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        self._over = True
+        self._thread.join(60)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_a_program_that_was_killed_is_taken_over_from_on_a_cluster_that_is_full(models: Path, nodes: Nodes) -> None:
-    rest = nodes.ports[0]
-    given = (models, "--ray-address", nodes.address, "--port", rest, "--metrics-port", -1, "--workers", 2)
-    first = Program(*given)
+def test_a_program_that_was_killed_is_taken_over_from_while_its_models_serve_on(models: Path, nodes: Nodes) -> None:
+    rest, grpc, other, _ = nodes.ports
+    given = (models, "--ray-address", nodes.address, "--port", rest, "--grpc-port", grpc, "--metrics-port", -1)
+    given = (*given, "--workers", 2, "--admin-token", "secret")  # the cluster is full
+    program = Program(*given)
     command = [sys.executable, "-m", "narrowcast", "serve", *map(str, given), "--engine", "ray"]
     second = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert second.returncode == 2
     assert "the cluster serves a repository already" in second.stderr
     old = replica_of("scale-2")
     assert old is not None
-    first.process.kill()
-    first.end()
-    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{rest}") as client:
-        wait_for(lambda: get(rest, "/v2/health/ready")[0] == 503)
-        assert infer(client, tritonclient.http) == 3.0, "loaded models are served on, though nobody had asked them"
-    program = Program(*given)
+    load, administrator = Load([rest, other]), Administrator([rest, other])
     try:
-        assert not old.is_running(), "it would have kept the room that the new one needs"
+        wait_for(lambda: administrator.statuses[200] > 0)
+        program.process.kill()
+        program.end()
+        wait_for(lambda: administrator.statuses[503] > 3)
+        assert get(rest, "/v2/health/ready") == (200, {"ready": True}), "it answers all that it is there for"
+        assert get(rest, "/v2/models/scale/stats")[0] == 503
+        with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}") as client:
+            assert client.is_server_ready()
+            with pytest.raises(tritonclient.grpc.InferenceServerException, match="UNAVAILABLE"):
+                client.load_model("scale", headers={"authorization": "Bearer secret"})
+        program = Program(*given)
+        changed = administrator.statuses[200]
+        wait_for(lambda: administrator.statuses[200] > changed)
+        load.end()
+        administrator.end()
+        assert (load.wrong, administrator.wrong) == ([], [])
+        assert load.seen.keys() == {"2"}
+        assert old.is_running(), "it was taken over"
+        (counted,) = get(rest, "/v2/models/scale/stats")[1]["model_stats"]
+        assert counted["inference_count"] == 2 * load.seen.total()
+        program.process.kill()
+        program.end()
+        program = Program(*given, "--max-batch", 2)
+        assert not old.is_running(), "it ran otherwise than it is to be run now, and there was no room for both"
         with tritonclient.http.InferenceServerClient(f"127.0.0.1:{rest}") as client:
             assert infer(client, tritonclient.http) == 3.0
-        assert get(rest, "/v2/health/ready")[0] == 200
     finally:
+        load.end()
+        administrator.end()
         code = program.end()
     assert code == 0
     assert replica_of("scale-") is None, "nothing is left"
@@ -546,7 +602,7 @@ run(
     Hosting(settings=Settings(Batching(1))),
     Scale(most=2, up_seconds=1, down_seconds=1),
     ServerOptions(port=int(sys.argv[2]), grpc_port=None, metrics_port=int(sys.argv[3])),
-    lambda ports: print_json({"listening": ports}),
+    lambda ports, failed: print_json({"listening": ports}),
 )
 """
 

@@ -19,8 +19,19 @@ __all__ = ["serve_on_ray"]
 #: Parameters of the command that mean the same with Ray.
 _MEANT = frozenset(
     {
-        *("places", "host", "port", "grpc_port", "metrics_port", "workers", "versions", "load", "grace", "token"),
-        *("max_batch", "batching", "preferred", "pad", "delay", "queue", "timeout"),
+        *(
+            "places",
+            "host",
+            "port",
+            "grpc_port",
+            "metrics_port",
+            "workers",
+            "versions",
+            "load",
+            "load_timeout",
+            "grace",
+        ),
+        *("token", "max_batch", "batching", "preferred", "pad", "delay", "queue", "timeout"),
         *("engine", "max_workers", "ray_address", "json", "debug"),
     }
 )
@@ -68,16 +79,19 @@ def serve_on_ray(
             f"the engine ray needs {error.name}, which is not installed", next_step="pip install 'narrowcast[ray]'"
         ) from error
 
-    def listening(ports: dict[str, int]) -> None:
+    def listening(ports: dict[str, int], failed: dict[str, str]) -> None:
+        loaded = [name for name in names if name not in failed]
         addresses = {
             name: f"{options.host}:{port}" if name == "grpc" else f"http://{options.host}:{port}"
             for name, port in ports.items()
         }
         if json:
-            print_json({"listening": addresses, "models": names})
+            print_json({"listening": addresses, "models": loaded, "failed": failed})
             return
         for name, address in addresses.items():
             console().print(f"{name}: {address}", markup=False)
-        console().print(f"models: {', '.join(names)}", markup=False)
+        console().print(f"models: {', '.join(loaded)}", markup=False)
+        for name, why in failed.items():
+            console().print(f"not loaded: {name}: {why}", markup=False)
 
     engine.run(places, hosting, scale, options, listening)

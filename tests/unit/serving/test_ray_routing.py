@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import re
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +17,14 @@ import numpy as np
 import pytest
 import tritonclient.grpc.service_pb2 as triton
 from serving_models import request, write_artifact
+from test_status_page import browse, words
 
 from narrowcast.artifacts.manifest import Manifest
 from narrowcast.errors import ArtifactError, ConfigError, RuntimeFailedError
 from narrowcast.recipes.target import Target
 from narrowcast.serving.hosting import Hosting
 from narrowcast.serving.http.message import Request, Response, refused
+from narrowcast.serving.http.server import HttpServer
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.ray.counting import Ledger, total
 from narrowcast.serving.ray.ingress import Ingress
@@ -106,10 +110,26 @@ class LocalFleet:
     def __init__(self) -> None:
         self.remotes: list[Copies] = []
         self.broken: set[int] = set()
+        self.burning: set[str] = set()
         self.keeper: Keeper | None = None
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.starting = 0
+        self.swept = False
+
+    async def inherit(self) -> None:
+        """Nothing runs there already."""
+
+    async def sweep(self) -> None:
+        self.swept = True
 
     async def deploy(self, planned: PlannedVersion) -> Remote:
-        if planned.version in self.broken:
+        self.starting += 1
+        try:
+            await self.hold.wait()
+        finally:
+            self.starting -= 1
+        if planned.version in self.broken or planned.name in self.burning:
             raise RuntimeFailedError("the machines are on fire")
         key = f"{planned.name}-{planned.version}-{len(self.remotes)}"
         started = [await ModelReplica.started(sent(planned), f"{key}-{copy}") for copy in range(planned.fewest)]
@@ -130,6 +150,12 @@ class LocalFleet:
         return found[-1]
 
 
+def unrefused(answer: Any) -> Any:
+    if isinstance(answer, Refused):
+        raise answer.refusal()
+    return answer
+
+
 class DirectKeeping(Keeping):
     """The keeper in this process, or none at all."""
 
@@ -142,13 +168,13 @@ class DirectKeeping(Keeping):
         return self.keeper
 
     async def ask(self, request: Request) -> Response:
-        return sent(await self.here().ask(sent(request)))
+        return unrefused(sent(await self.here().ask(sent(request))))
 
     async def call(self, call: Call) -> CallAnswer:
-        return sent(await self.here().call(sent(call)))
+        return unrefused(sent(await self.here().call(sent(call))))
 
-    async def wake(self, name: str, version: str) -> Table | Refused:
-        return await self.here().wake(name, version)
+    async def wake(self, name: str, version: str) -> Table:
+        return unrefused(await self.here().wake(name, version))
 
     async def follow(self, who: str, applied: int, settled: int) -> Table | None:
         return await self.here().follow(who, applied, settled)
@@ -323,15 +349,130 @@ def test_without_a_keeper_loaded_models_are_served_on(models: Path) -> None:
         assert (await asked.ask("GET", "/v2/health/live"))[0] == 200
         assert (await asked.ask("GET", "/v2/models/scale"))[0] == 503
         assert await asked.change("scale/load") == (503, "the keeper cannot be reached")
+        load = await asked.call("RepositoryModelLoad", triton.RepositoryModelLoadRequest(model_name="scale"))
+        assert (load.code, load.trailing) == ("UNAVAILABLE", (("retry-after", "1"),))
+        assert await ready(asked) == (200, True), "it answers all that it is there for"
+        assert (await asked.ask("POST", "/v2/health/ready"))[0] == 503
+        gone = asked.fleet.running("scale", 1).replicas
+        replicas, gone[:] = gone[:], []
+        assert await ready(asked) == (503, False)
+        gone[:] = replicas
         asked.add()
         informed = asyncio.ensure_future(asked.ingresses[1].informed())
         await asyncio.sleep(0.05)
         assert not informed.done(), "an ingress that knows nothing gets no requests"
+        assert await ready(asked, 1) == (503, False)
         asked.keeping.keeper = kept
         await informed
         assert await asked.infer("scale", 1) == 3.0
 
     with_keeper(models, check)
+
+
+async def ready(asked: Asked, through: int = 0) -> tuple[int, bool]:
+    """Return what an ingress says of itself over REST, and over gRPC."""
+    status, _ = await asked.ask("GET", "/v2/health/ready", through=through)
+    answer = await asked.ingresses[through].call(Call("ServerReady", b""))
+    return status, triton.ServerReadyResponse.FromString(answer.message).ready
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["later", "clock behind"])
+def test_the_next_keeper_is_followed_when_it_has_loaded(
+    models: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    async def check(asked: Asked) -> None:
+        assert await asked.infer("scale") == 3.0
+        asked.keeping.keeper = None
+        asked.fleet.hold.clear()
+        if ahead:
+            monkeypatch.setattr(time, "time_ns", lambda: 5)
+        following = Keeper([models], ALL, ServerOptions(token="secret", grace=5.0), asked.fleet)
+        starting = asyncio.ensure_future(following.start())
+        asked.keeping.keeper = following
+        for said in (await asked.change("scale/load"), await asked.infer("none")):
+            assert said == (503, "the models are being loaded; those that were loaded before are served on")
+        assert await ready(asked) == (200, True)
+        assert await asked.infer("scale") == 3.0
+        old = asked.fleet.running("scale", 2)
+        old.hold = asyncio.Event()
+        held = asyncio.ensure_future(asked.infer("scale"))
+        while not following._followers:
+            await asyncio.sleep(0.01)
+        asked.fleet.hold.set()
+        assert await starting == {}
+        sweeping = asyncio.ensure_future(following.sweep())
+        await following._followed(following._table.revision)
+        assert await asked.infer("scale") == 3.0
+        assert asked.fleet.running("scale", 2) is not old
+        await asyncio.sleep(0.2)
+        assert not sweeping.done(), "a request is under way to what the keeper before had"
+        assert not held.done()
+        old.hold.set()
+        assert await held == 3.0
+        await sweeping
+        assert asked.fleet.swept
+        asked.add()
+        assert await asked.change("scale/versions/1/promote") == {"1": 1.0}
+        assert [await asked.infer("scale", through) for through in (0, 1)] == [2.0, 2.0]
+        await following.stop()
+
+    with_keeper(models, check)
+
+
+# starting -------------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_loaded_side_by_side_and_one_that_fails_leaves_the_others_alone(models: Path) -> None:
+    async def check() -> None:
+        fleet = LocalFleet()
+        keeper = fleet.keeper = Keeper([models], ALL, ServerOptions(grace=5.0), fleet)
+        fleet.burning.add("scale")
+        fleet.hold.clear()
+        starting = asyncio.ensure_future(keeper.start())
+        while fleet.starting < 2:
+            await asyncio.sleep(0.01)
+        fleet.hold.set()
+        assert await starting == {"scale": "the machines are on fire"}
+        asked = Asked(keeper, fleet)
+        assert await asked.infer("other") == 5.0
+        assert await asked.infer("scale") == (404, "model 'scale' is not found: not loaded")
+        index = (await asked.ask("POST", "/v2/repository/index"))[1]
+        assert [entry.get("reason", "") for entry in index] == ["", "the machines are on fire", "not loaded"]
+        assert (await asked.ask("GET", "/v2/health/ready"))[0] == 200
+        await asked.ingresses[0].stop()
+        await keeper.stop()
+
+    asyncio.run(check())
+
+
+def test_a_start_that_loads_nothing_fails(models: Path) -> None:
+    async def check() -> None:
+        fleet = LocalFleet()
+        keeper = fleet.keeper = Keeper([models], ALL, ServerOptions(grace=5.0), fleet)
+        fleet.burning.update({"scale", "other"})
+        with pytest.raises(RuntimeFailedError, match="on fire"):
+            await keeper.start()
+        await keeper.stop()
+
+    asyncio.run(check())
+
+
+def test_the_end_of_a_start_is_the_end_of_all_its_loads(models: Path) -> None:
+    async def check() -> None:
+        fleet = LocalFleet()
+        keeper = fleet.keeper = Keeper([models], ALL, ServerOptions(grace=5.0), fleet)
+        fleet.hold.clear()
+        starting = asyncio.ensure_future(keeper.start())
+        while fleet.starting < 2:
+            await asyncio.sleep(0.01)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        await keeper.stop()
+        assert fleet.starting == 0
+        assert fleet.remotes == []
+
+    asyncio.run(check())
 
 
 # changes --------------------------------------------------------------------------------------------------------------
@@ -525,10 +666,54 @@ def test_metrics_are_those_of_all_replicas(models: Path) -> None:
         assert f"nv_inference_request_success{one} 3" in lines, "a counter never falls"
         gone.append(kept)
         with pytest.raises(Refusal, match="/metrics"):
-            metrics.handle(Request(b"GET", b"/", {}, b""))
+            metrics.handle(Request(b"GET", b"/elsewhere", {}, b""))
         with pytest.raises(Refusal, match="only GET"):
             metrics.handle(Request(b"POST", b"/metrics", {}, b""))
 
+    with_keeper(models, check, replace(ALL, workers=2))
+
+
+def test_the_page_of_a_cluster_shows_the_numbers_of_all_replicas(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        for _ in range(3):
+            await asked.infer("scale/versions/1")
+        asked.fleet.running("scale", 2).replicas.pop()
+        watch = ClusterMetrics(asked.keeper)
+        document = json.loads(b"".join((await watch.handle(Request(b"GET", b"/status", {}, b""))).body))
+        assert (document["state"], document["placement"]) == ("ready", "ray")
+        assert (document["host"], document["memory"], document["gpus"]) == (None, None, [])
+        assert document["now"] >= document["started"]
+        found = {(m["name"], v["version"]): v["loaded"] for m in document["models"] for v in m["versions"]}
+        assert {key: (item["workers"], item["workers_wanted"]) for key, item in found.items()} == {
+            ("other", "1"): (2, 2),
+            ("scale", "1"): (2, 2),
+            ("scale", "2"): (1, 2),
+        }
+        one = found["scale", "1"]
+        assert (one["pending"], one["running"], one["memory"], one["counted"]["succeeded"]) == (0, 0, None, 3)
+        page = watch.handle(Request(b"GET", b"/", {}, b""))
+        assert isinstance(page, Response)
+        assert b"page.js" in b"".join(page.body)
+
+    with_keeper(models, check, replace(ALL, workers=2))
+
+
+@pytest.mark.slow
+def test_a_browser_shows_a_cluster(models: Path, tmp_path: Path) -> None:
+    async def check(asked: Asked) -> None:
+        for _ in range(3):
+            await asked.infer("scale")
+        server = HttpServer(ClusterMetrics(asked.keeper).handle, Limits())
+        port = await server.listen("127.0.0.1", 0)
+        dom = await asyncio.to_thread(browse, tmp_path, f"http://127.0.0.1:{port}/", "--dump-dom")
+        await server.close()
+        said = words(dom)
+        assert "models run in replicas on a Ray cluster" in said
+        assert re.search(r"Version 2 ready 100 % 2 ", said)
+        assert "Machine" not in said
+        assert "does not answer" not in said
+
+    (tmp_path / "seen").mkdir()
     with_keeper(models, check, replace(ALL, workers=2))
 
 

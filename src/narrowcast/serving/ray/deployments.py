@@ -28,8 +28,16 @@ __all__ = ["DeployedRepository", "Deployment", "Fleet"]
 class Fleet(Protocol):
     """The cluster, as far as versions are put on it and taken off it."""
 
+    async def inherit(self) -> None:
+        """Look at what runs there already; versions that are deployed later may turn out to be among it."""
+        ...
+
+    async def sweep(self) -> None:
+        """End what ran there already and was not deployed again."""
+        ...
+
     async def deploy(self, planned: PlannedVersion) -> Remote:
-        """Return the replicas of a version when they run.
+        """Return the replicas of a version when they run; they may have run already.
 
         Raises:
             NarrowcastError: They cannot be started; then none is left.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -14,8 +16,12 @@ from narrowcast.serving.ray.wire import Call, CallAnswer, Keeping, Refused, Remo
 from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.signature import Signature
 
-__all__ = ["ActorKeeping", "HandleRemote"]
+__all__ = ["APPLICATION", "KEEPER", "ActorKeeping", "HandleRemote", "find_keeper"]
 
+#: What the application that clients reach is called in the cluster; those of model versions begin with it.
+APPLICATION = "narrowcast"
+#: What the keeper is called there, in a namespace of the application's name.
+KEEPER = "keeper"
 #: How long replicas have to answer a question that goes to all of them.
 _ALL_SECONDS = 5.0
 
@@ -74,38 +80,55 @@ async def _reached(response: Any) -> Any:
         raise Refusal(503, "no replica of the model can take the request", retry_after=1) from error
 
 
-class ActorKeeping(Keeping):
-    """The keeper, reached as an actor.
-
-    Args:
-        actor: Ray's handle of it.
-    """
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    async def ask(self, request: Request) -> Response:
-        return await _kept(self._actor.ask.remote(request))
-
-    async def call(self, call: Call) -> CallAnswer:
-        return await _kept(self._actor.call.remote(call))
-
-    async def wake(self, name: str, version: str) -> Table | Refused:
-        return await _kept(self._actor.wake.remote(name, version))
-
-    async def follow(self, who: str, applied: int, settled: int) -> Table | None:
-        return await _kept(self._actor.follow.remote(who, applied, settled))
-
-
-async def _kept(reference: Any) -> Any:
-    """Return what the keeper answers.
+def find_keeper() -> Any:
+    """Return Ray's handle of the keeper that there is now.
 
     Raises:
-        Refusal: It cannot be reached (503).
+        ValueError: There is none.
     """
-    try:
-        return await reference
-    except RayActorError as error:
-        raise Refusal(
-            503, "the keeper of the repository cannot be reached; loaded models are served on", retry_after=1
-        ) from error
+    return ray.get_actor(KEEPER, APPLICATION)
+
+
+class ActorKeeping(Keeping):
+    """The keeper, reached as the actor of its name: when one has ended, the next is found."""
+
+    def __init__(self) -> None:
+        self._actor: Any = None
+
+    async def ask(self, request: Request) -> Response:
+        return await self._kept(lambda keeper: keeper.ask.remote(request))
+
+    async def call(self, call: Call) -> CallAnswer:
+        return await self._kept(lambda keeper: keeper.call.remote(call))
+
+    async def wake(self, name: str, version: str) -> Table:
+        return await self._kept(lambda keeper: keeper.wake.remote(name, version))
+
+    async def follow(self, who: str, applied: int, settled: int) -> Table | None:
+        return await self._kept(lambda keeper: keeper.follow.remote(who, applied, settled))
+
+    async def _kept(self, ask: Callable[[Any], Any]) -> Any:
+        """Return what the keeper answers.
+
+        Raises:
+            Refusal: It refuses, or there is none (503).
+        """
+        if self._actor is None:
+            try:
+                self._actor = await asyncio.to_thread(find_keeper)
+            except ValueError as error:
+                raise _unkept() from error
+        actor = self._actor
+        try:
+            answer = await ask(actor)
+        except RayActorError as error:
+            if self._actor is actor:
+                self._actor = None
+            raise _unkept() from error
+        if isinstance(answer, Refused):
+            raise answer.refusal()
+        return answer
+
+
+def _unkept() -> Refusal:
+    return Refusal(503, "the keeper of the repository cannot be reached; loaded models are served on", retry_after=1)

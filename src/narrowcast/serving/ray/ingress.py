@@ -24,14 +24,14 @@ from google.protobuf.message import DecodeError
 from narrowcast.oip.messages import INFERENCE
 from narrowcast.serving.catalogue import Catalogue
 from narrowcast.serving.hosting import Hosting
-from narrowcast.serving.http.message import Request, Response
+from narrowcast.serving.http.message import Request, Response, json_response
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol import documents
-from narrowcast.serving.ray.wire import Call, CallAnswer, Keeping, Refused, Remote, Table
+from narrowcast.serving.ray.wire import Call, CallAnswer, Keeping, Remote, Table
 from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.rest import RestApi
-from narrowcast.serving.rpc.service import CODES
+from narrowcast.serving.rpc.service import CODES, retry_metadata
 from narrowcast.serving.rpc.streams import answered_in_order
 from narrowcast.serving.shared_memory import SharedMemory
 
@@ -40,7 +40,8 @@ __all__ = ["Ingress"]
 _log = logging.getLogger(__name__)
 _INFER = re.compile(rb"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 #: What the keeper answers; the rest needs no model.
-_KEPT = re.compile(rb"/v2/(?:models|repository)/.*|/v2/health/ready")
+_KEPT = re.compile(rb"/v2/(?:models|repository)/.*")
+_READY = b"/v2/health/ready"
 #: How long until a keeper that could not be reached is asked again.
 _AGAIN_SECONDS = 1.0
 
@@ -94,7 +95,7 @@ class Ingress:
             else:
                 if table is not None:
                     self._go_by(table)
-                self._heard.set()
+                    self._heard.set()
 
     def _go_by(self, table: Table) -> None:
         """Go by a table if it is newer, and let go of what is in none any more."""
@@ -149,10 +150,12 @@ class Ingress:
         Raises:
             Refusal: There is no such model or version (404), or it cannot be loaded (503, 504, 507).
         """
-        told = await self._keeper.wake(name, version)
-        if isinstance(told, Refused):
-            raise told.refusal()
-        self._go_by(told)
+        self._go_by(await self._keeper.wake(name, version))
+
+    async def _can_answer(self) -> bool:
+        """Return whether all versions of the table can answer, by their own word."""
+        reports = await asyncio.gather(*(remote.reports() for remote in self._remotes.values()))
+        return self._heard.is_set() and all(reports)
 
     # REST -------------------------------------------------------------------------------------------------------------
 
@@ -166,9 +169,20 @@ class Ingress:
         match = _INFER.fullmatch(path) if request.method == b"POST" else None
         if match is not None:
             return asyncio.ensure_future(self._infer(_text(match["name"]), _text(match["version"]), request))
+        if path == _READY:
+            return asyncio.ensure_future(self._ready(request))
         if _KEPT.fullmatch(path):
             return asyncio.ensure_future(self._keeper.ask(request))
         return self._own.handle(request)
+
+    async def _ready(self, request: Request) -> Response:
+        """Say what the keeper says; without one, models are served on, and whoever splits the load must know."""
+        try:
+            return await self._keeper.ask(request)
+        except Refusal:
+            if request.method not in (b"GET", b"HEAD") or not await self._can_answer():
+                raise
+        return json_response({"ready": True})
 
     async def _infer(self, name: str, version: str, request: Request) -> Response:
         for _ in range(2):
@@ -192,10 +206,19 @@ class Ingress:
                 message = INFERENCE["ServerMetadataResponse"](**documents.server_metadata())
                 return CallAnswer(message.SerializeToString())
             _read(call)  # the keeper would take a message for granted
+            if call.method == "ServerReady":
+                return await self._ready_call(call)
             return await self._keeper.call(call)
         except Refusal as refusal:
             code = CODES.get(refusal.status, grpc.StatusCode.INTERNAL)
-            return CallAnswer(b"", code.name, refusal.message)
+            return CallAnswer(b"", code.name, refusal.message, retry_metadata(refusal))
+
+    async def _ready_call(self, call: Call) -> CallAnswer:
+        try:
+            return await self._keeper.call(call)
+        except Refusal:
+            message = INFERENCE["ServerReadyResponse"](ready=await self._can_answer())
+            return CallAnswer(message.SerializeToString())
 
     async def _infer_call(self, call: Call) -> CallAnswer:
         came = time.monotonic()

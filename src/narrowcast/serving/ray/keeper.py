@@ -3,6 +3,9 @@
 It is a server without listeners whose models run elsewhere. What is no inference it answers itself, in the words of the
 same handlers; of each change it tells the ingress replicas, which say when they go by it, and when nothing is under way
 any more that went by what was before. Only then is a change answered, and only then do replaced replicas end.
+
+A keeper that begins where another one was lost takes over the replicas that run what it would start, so that they answer
+all the while; what it does not take over ends when the ingress replicas go by the new table.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from narrowcast.serving.ray.wire import Call, CallAnswer, Refused, Report, Route
 from narrowcast.serving.refusals import Refusal, change_refusal
 from narrowcast.serving.server import InferenceServer, ServerOptions
 from narrowcast.serving.traffic import Traffic
+from narrowcast.serving.watching.api import ServerState
+from narrowcast.serving.watching.gauges import Gauges
 
 __all__ = ["Keeper"]
 
@@ -38,6 +43,7 @@ _SILENT_SECONDS = 10.0
 #: How often replicas are asked how they are, when nobody wants to know.
 _LOOK_SECONDS = 2.0
 _STEP_SECONDS = 0.01
+_LOADING = Refused(503, "the models are being loaded; those that were loaded before are served on", 1)
 
 
 @dataclass(slots=True)
@@ -64,9 +70,13 @@ class Keeper:
     def __init__(self, places: Sequence[Path], hosting: Hosting, options: ServerOptions, fleet: Fleet) -> None:
         self._grace = options.grace
         self._repository = DeployedRepository(places, hosting, options.limits, options.grace, fleet, self._withdraw)
-        embedded = replace(EMBEDDED, limits=options.limits, token=options.token, grace=options.grace)
+        embedded = replace(
+            EMBEDDED, limits=options.limits, token=options.token, grace=options.grace, load_timeout=None
+        )  # the fleet knows better why a version does not start
         self._server = InferenceServer(self._repository, hosting, embedded)
-        self._table = Table()
+        self._fleet = fleet
+        self._loaded = False
+        self._table = Table(time.time_ns())  # above those of keepers before
         self._changed = asyncio.Event()
         self._followers: dict[str, _Follower] = {}
         self._ledgers: defaultdict[tuple[str, str], Ledger] = defaultdict(Ledger)
@@ -78,15 +88,42 @@ class Keeper:
         """The models."""
         return self._server.catalogue
 
-    async def start(self) -> None:
-        """Load all models.
+    @property
+    def state(self) -> ServerState:
+        """Whether all that was loaded can answer."""
+        if self._ending:
+            return "ending"
+        return "ready" if self._loaded and self.catalogue.ready else "not ready"
+
+    async def start(self) -> dict[str, str]:
+        """Load all models side by side; one that cannot be loaded leaves the others alone.
+
+        Returns:
+            Why models were not loaded, by name.
 
         Raises:
-            NarrowcastError: One cannot be loaded.
+            NarrowcastError: None can be loaded, or what is remembered cannot be read.
         """
-        await self._server.start()
+        await self._fleet.inherit()
+        remembered = self.catalogue.remembered()
+        loads = (self.catalogue.restore(name, before) for name, before in remembered.items())
+        failed: dict[str, NarrowcastError] = {}
+        for name, outcome in zip(remembered, await asyncio.gather(*loads, return_exceptions=True), strict=True):
+            if isinstance(outcome, NarrowcastError):
+                failed[name] = outcome
+            elif outcome is not None:
+                raise outcome
+        if failed and len(failed) == len(remembered):
+            raise next(iter(failed.values()))
+        self._loaded = True
         self._publish()
         self._looking = asyncio.create_task(self._look_again())
+        return {name: str(error) for name, error in failed.items()}
+
+    async def sweep(self) -> None:
+        """End what a keeper before this one left and nobody took over, when no request goes there any more."""
+        await self._withdraw()
+        await self._fleet.sweep()
 
     async def stop(self) -> None:
         """Unload all models; nobody asks for anything any more."""
@@ -97,8 +134,10 @@ class Keeper:
 
     # answering --------------------------------------------------------------------------------------------------------
 
-    async def ask(self, request: Request) -> Response:
+    async def ask(self, request: Request) -> Response | Refused:
         """Return the answer to a request of the REST protocol that is no inference; changes are in force with it."""
+        if not self._loaded:
+            return _LOADING
         if request.target.partition(b"?")[0].endswith(b"/stats"):
             await self.look()
         response = await answer_request(self._server, request)
@@ -106,8 +145,10 @@ class Keeper:
             await self._followed(self._publish())
         return response
 
-    async def call(self, call: Call) -> CallAnswer:
+    async def call(self, call: Call) -> CallAnswer | Refused:
         """Return the answer to a gRPC call that is no inference; changes are in force with it."""
+        if not self._loaded:
+            return _LOADING
         if call.method == "ModelStatistics":
             await self.look()
         answer = await answer_call(self._server, call)
@@ -117,6 +158,8 @@ class Keeper:
 
     async def wake(self, name: str, version: str) -> Table | Refused:
         """Return the newest table, with a version that is loaded first if need be."""
+        if not self._loaded:
+            return _LOADING
         try:
             await self.catalogue.get(name, version)
         except Refusal as refusal:
@@ -136,10 +179,12 @@ class Keeper:
             applied: Revision of the table that it goes by.
             settled: No request of it is under way that went by an older table than this.
         """
+        if applied > self._table.revision:  # said by a keeper before, whose clock was ahead
+            self._tell(replace(self._table, revision=applied + 1))
         self._followers[who] = _Follower(applied, settled, time.monotonic())
         try:
             async with asyncio.timeout(_FOLLOW_SECONDS):
-                while self._table.revision <= applied:
+                while not self._loaded or self._table.revision <= applied:
                     await self._changed.wait()
         except TimeoutError:
             return None
@@ -156,10 +201,14 @@ class Keeper:
                 traffic, {version: item.remote for version, item in versions.items() if item and item.remote}
             )
         if _shown(models) != _shown(self._table.models):
-            self._table = Table(self._table.revision + 1, models)
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self._tell(Table(self._table.revision + 1, models))
         return self._table.revision
+
+    def _tell(self, table: Table) -> None:
+        """Let the ingress replicas hear of a table."""
+        self._table = table
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _deployment(self, served: ServedVersion) -> Deployment | None:
         """Return the deployment of a loaded version: the one whose signature it is, which no two share."""
@@ -218,10 +267,13 @@ class Keeper:
             except Exception:  # a cluster that changes has many ways to fail; the next look may succeed
                 _log.exception("replicas cannot be asked how they are")
 
-    def standing(self) -> list[tuple[ServedVersion, Deployment]]:
-        """Return all loaded versions with their deployments."""
-        found = [(served, self._deployment(served)) for served in self.catalogue.served()]
-        return [(served, deployment) for served, deployment in found if deployment is not None]
+    def gauges(self, served: ServedVersion) -> Gauges:
+        """Return how the replicas of a loaded version stand; their memory is Ray's to give."""
+        deployment = self._deployment(served)
+        alive, pending, running = (
+            (deployment.alive, deployment.pending, deployment.running) if deployment else (0, 0, 0)
+        )
+        return Gauges(alive, served.hosting.workers, pending, running, None)
 
 
 def _shown(models: Mapping[str, RoutedModel]) -> object:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from narrowcast.artifacts import load_artifact
+from narrowcast.artifacts.store import MANIFEST
 from narrowcast.errors import ArtifactError, ConfigError, choices
 from narrowcast.serving.hosting import Hosting
 from narrowcast.serving.limits import Limits
@@ -27,15 +29,12 @@ class Scale:
         address: The cluster, or None to start one on this machine.
         up_seconds: How long load must ask for more replicas before there are more.
         down_seconds: How long fewer must be enough before there are fewer.
-        patience: Seconds that a cluster has to start the replicas of a version, among them those that it takes to get
-            another machine.
     """
 
     most: int | None = None
     address: str | None = None
     up_seconds: float = 30.0
     down_seconds: float = 600.0
-    patience: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class PlannedVersion:
         name: The model.
         version: Its version.
         folder: The artifact, at the same place on every machine of the cluster.
+        content: Says what is in the artifact: a hash of its manifest, which has those of all files.
         hosting: How it is run; one worker, because replicas are Ray's.
         limits: Bounds on requests.
         threads: Threads that a replica computes with.
@@ -56,6 +56,7 @@ class PlannedVersion:
     name: str
     version: int
     folder: str
+    content: str
     hosting: Hosting
     limits: Limits
     threads: int
@@ -90,7 +91,8 @@ def planned_version(
     """
     threads = load_artifact(folder).manifest.target.threads
     alone = replace(hosting, placement=Placement.THREAD, workers=1, on_demand=False)
-    return PlannedVersion(name, version, str(folder), alone, limits, threads, hosting.workers, grace)
+    content = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    return PlannedVersion(name, version, str(folder), content, alone, limits, threads, hosting.workers, grace)
 
 
 def check_engine(name: str) -> None:

@@ -45,7 +45,7 @@ class ModelReplica:
             NarrowcastError: The model cannot be loaded.
         """
         sources = {planned.name: {planned.version: ArtifactSource(Path(planned.folder))}}
-        options = replace(EMBEDDED, limits=planned.limits, grace=planned.grace)
+        options = replace(EMBEDDED, limits=planned.limits, grace=planned.grace, load_timeout=None)
         server = InferenceServer(Repository(sources=sources), planned.hosting, options)
         await server.start()
         return cls(server, name)

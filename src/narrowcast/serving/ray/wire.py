@@ -146,7 +146,7 @@ class Table:
     """Who answers what.
 
     Attributes:
-        revision: Grows with each change.
+        revision: Grows with each change, and from one keeper to the next.
         models: All models that answer requests, by name.
     """
 
@@ -155,13 +155,16 @@ class Table:
 
 
 class Keeping(Protocol):
-    """The keeper of the repository, as the ingress reaches it."""
+    """The keeper of the repository, as the ingress reaches it.
+
+    Where it cannot be reached, or has not loaded the models yet, all that it is asked is refused (503).
+    """
 
     async def ask(self, request: Request) -> Response:
         """Return the answer to a request of the REST protocol that is no inference.
 
         Raises:
-            Refusal: The keeper cannot be reached (503).
+            Refusal: Nobody can answer now (503).
         """
         ...
 
@@ -169,15 +172,15 @@ class Keeping(Protocol):
         """Return the answer to a gRPC call that is no inference.
 
         Raises:
-            Refusal: The keeper cannot be reached (503).
+            Refusal: Nobody can answer now (503).
         """
         ...
 
-    async def wake(self, name: str, version: str) -> Table | Refused:
+    async def wake(self, name: str, version: str) -> Table:
         """Return the newest table, with a version that is loaded first if need be; empty for what the traffic draws.
 
         Raises:
-            Refusal: The keeper cannot be reached (503).
+            Refusal: There is no such model or version (404), or it cannot be loaded (503, 504, 507).
         """
         ...
 
