@@ -182,6 +182,16 @@ def test_what_cannot_be_read_is_refused(data: bytes, status: int) -> None:
     assert body.startswith(b'{"error":')
 
 
+def test_a_body_longer_than_its_length_says_is_no_part_of_the_request() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
+        writer.write(b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody and more of it\r\n\r\n")
+        return await answer(reader), await answer(reader), await reader.read()
+
+    first, second, rest = run(talk)
+    assert (first[0], first[2]) == (200, b"POST /x body")
+    assert (second[0], rest) == (400, b""), "what follows is no request, and the connection ends"
+
+
 def test_a_chunked_body_over_the_bound_is_refused_before_its_end() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
         writer.write(b"POST /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
