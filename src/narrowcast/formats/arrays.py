@@ -70,9 +70,17 @@ def torch_loaded() -> Any:
 
 
 def on_device(x: Any) -> bool:
-    """Return whether ``x`` is a torch tensor outside main memory."""
+    """Return whether ``x`` is a torch tensor outside main memory.
+
+    Raises:
+        FormatError: It is on the meta device.
+    """
     torch = torch_loaded()
-    return torch is not None and isinstance(x, torch.Tensor) and not x.is_cpu
+    if torch is None or not isinstance(x, torch.Tensor) or x.is_cpu:
+        return False
+    if x.is_meta:
+        raise FormatError("a tensor on the meta device, which holds no numbers", allowed="tensors with numbers")
+    return True
 
 
 @lru_cache(maxsize=64)
@@ -87,6 +95,13 @@ def dtype_name(dtype: Any) -> str:
     return dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
 
 
+@lru_cache(maxsize=256)
+def _known(dtype: Any) -> tuple[str, str | None, bool]:
+    """Return a dtype's name, the format whose codes it holds, and whether codecs compute with it as it is."""
+    name = dtype_name(dtype)
+    return name, CODED.get(name), name in FLOATS and (not isinstance(dtype, np.dtype) or dtype.isnative)
+
+
 def opened(x: Any) -> Opened:
     """Return ``x`` ready for a codec: any floating-point or whole numbers, of NumPy, torch (in main memory) or Python.
 
@@ -96,17 +111,14 @@ def opened(x: Any) -> Opened:
     torch = torch_loaded()
     if torch is not None and isinstance(x, torch.Tensor):
         own = x.dtype
-        dtype = dtype_name(own)
+        dtype, coded, ready = _known(own)
         if x.layout is not torch.strided:
             raise FormatError(f"a tensor of layout {x.layout}", next_step="give x.to_dense()")
-        if dtype in CODED:
-            return Opened(
-                x.detach().view(getattr(torch, code_dtype(8 * x.element_size()))).numpy(),
-                dtype,
-                CODED[dtype],
-                True,
-                own,
-            )
+        if ready:
+            return Opened(x.numpy(force=True), dtype, None, True, own)
+        if coded is not None:
+            codes = x.detach().view(getattr(torch, code_dtype(8 * x.element_size())))
+            return Opened(codes.numpy(), dtype, coded, True, own)
         if dtype not in _NUMBERS:
             raise refused(dtype)
         return Opened(_numbers(x.numpy(force=True), dtype), dtype, None, True, own)
@@ -114,9 +126,11 @@ def opened(x: Any) -> Opened:
         array = np.asarray(x)  # what is no number, or whole and too large, shows in the dtype that NumPy gives it
     except (TypeError, ValueError) as error:
         raise FormatError(f"{type(x).__name__} is no array of numbers: {error}", allowed=_allowed()) from None
-    dtype = dtype_name(array.dtype)
-    if dtype in CODED:
-        return Opened(array.view(code_dtype(8 * array.itemsize)), dtype, CODED[dtype], False, array.dtype)
+    dtype, coded, ready = _known(array.dtype)
+    if ready:
+        return Opened(array, dtype, None, False, array.dtype)
+    if coded is not None:
+        return Opened(array.view(code_dtype(8 * array.itemsize)), dtype, coded, False, array.dtype)
     return Opened(_numbers(array, dtype), dtype, None, False, array.dtype)
 
 

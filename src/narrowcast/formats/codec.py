@@ -100,16 +100,16 @@ def decode(codes: Any, format: FormatLike, *, dtype: str = "float64") -> Array:
     """
     if not isinstance(dtype, str) or dtype not in ("float64", "float32"):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise FormatError(f"dtype = {dtype!r:.100}", allowed="float64, float32")
-    source_format, last = _decoding(_key(format), dtype)
+    to = _decoding(_key(format), dtype)
     if on_device(codes):
-        return device.decode(codes, source_format, dtype)
-    source = opened_codes(codes, source_format.bits, last)
-    return source.back(fast.decode(source.array, source_format, dtype))
+        return device.decode(codes, to.format, dtype)
+    source = opened_codes(codes, to.format.bits, to.format.last_code)
+    return source.back(fast.decoded(source.array, to))
 
 
 @lru_cache(maxsize=256)
-def _decoding(format: str | ElementFormat, dtype: str) -> tuple[ElementFormat, int]:
-    """Return the format and its last code, if ``dtype`` holds its values."""
+def _decoding(format: str | ElementFormat, dtype: str) -> fast.Decoding:
+    """Return what a format and the dtype of its values come to, if that dtype holds them."""
     source_format = element(format)
     if dtype == "float32" and not fast.exact_in_float32(source_format):
         raise FormatError(
@@ -117,7 +117,7 @@ def _decoding(format: str | ElementFormat, dtype: str) -> tuple[ElementFormat, i
             allowed="dtype='float64'",
             next_step="or decode and cast",
         )
-    return source_format, source_format.last_code
+    return fast.Decoding.of(source_format, dtype)
 
 
 def cast(

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from narrowcast.formats import vectors
+from narrowcast.formats import conversions, vectors
 from narrowcast.formats.kinds import Format
-from narrowcast.formats.portable import ErrorSums, SpecialCodes, Values
+from narrowcast.formats.portable import ErrorSums, ExponentCodes, SpecialCodes, Values
 from narrowcast.formats.vectors import LANES, loop, summing_loop
 
 __all__ = [
     "absmax",
+    "casting_loop",
     "codes_above",
     "codes_above_scaled",
     "codes_by_half",
     "codes_of_scaled",
+    "converted",
     "counted",
     "decoded",
     "decoded_floats",
     "decoded_nibbles",
+    "decoding_loop",
     "errors",
+    "exponent_loop",
     "narrowed_to_odd",
+    "nearest_loop",
+    "quieted",
     "rounded_steps",
     "rounded_to_nearest",
     "values_by_half",
@@ -33,6 +40,9 @@ NAME = "numba"
 COMPILED = True
 CHUNK = 1 << 18
 _LARGEST = float(np.finfo(np.float64).max)
+_STRIP = 256  # numbers that are held against one edge after the other
+
+Loop = Callable[[np.ndarray, np.ndarray], None]
 
 
 @loop
@@ -57,11 +67,17 @@ values_by_half = codes_by_half
 @loop
 def codes_above(x: Any, edges: Any, out: Any) -> None:
     """See ``portable``."""
-    for i in range(x.size):
-        above = np.int32(0)
+    above = np.empty(_STRIP, np.int32)
+    for start in range(0, x.size, _STRIP):
+        part, codes = x[start : start + _STRIP], out[start : start + _STRIP]
+        for j in range(part.size):
+            above[j] = 0
         for k in range(edges.size):
-            above += np.int32(x[i] > edges[k])
-        out[i] = above
+            edge = edges[k]
+            for j in range(part.size):
+                above[j] += np.int32(part[j] > edge)
+        for j in range(part.size):
+            codes[j] = above[j]
 
 
 @loop
@@ -150,13 +166,34 @@ def decoded_nibbles(packed: np.ndarray, scales: np.ndarray, values: Values, out:
 
 def rounded_to_nearest(x: np.ndarray, format: Format, special: SpecialCodes, out: np.ndarray) -> None:
     """See ``portable``."""
-    infinite = special.beyond == special.infinite == format.infinity_code
-    if infinite and _is_half(format) and vectors.converts_half():
-        vectors.encode_half(x, out)
-    elif infinite and _is_cut(format):
-        vectors.encode_cut(x.view(np.uint32), np.uint32(23 - format.mantissa_bits), out)
-    else:
-        vectors.encode_nearest(x.view(np.uint32), _encoding_constants(format, special), out)
+    nearest_loop(format, special)(x, out)
+
+
+def nearest_loop(format: Format, special: SpecialCodes) -> Loop:
+    """Return what writes codes as ``portable.rounded_to_nearest`` says: all that depends on the format is worked out."""
+    if _overflows(format, special) and _is_half(format) and vectors.converts_half():
+        return vectors.encode_half
+    if _overflows(format, special) and _is_cut(format):
+        dropped = np.uint32(23 - format.mantissa_bits)
+        return lambda x, out: vectors.encode_cut(x.view(np.uint32), dropped, out)
+    constants = _encoding_constants(format, special)
+    return lambda x, out: vectors.encode_nearest(x.view(np.uint32), constants, out)
+
+
+def casting_loop(format: Format, special: SpecialCodes) -> Loop | None:
+    """Return what writes the float32 numbers that those codes stand for, in one pass; None where there is no such loop."""
+    if _overflows(format, special) and _is_half(format) and vectors.converts_half():
+        return vectors.cast_half
+    if _overflows(format, special) and _is_cut(format):
+        dropped = np.uint32(23 - format.mantissa_bits)
+        return lambda x, out: vectors.cast_cut(x.view(np.uint32), dropped, out.view(np.uint32))
+    return None
+
+
+def exponent_loop(codes: ExponentCodes) -> Loop:
+    """Return what writes the E8M0 codes of float32 numbers."""
+    constants = _words(*codes)
+    return lambda x, out: conversions.encode_exponents(x.view(np.uint32), constants, out)
 
 
 def narrowed_to_odd(x: np.ndarray) -> np.ndarray:
@@ -168,13 +205,38 @@ def narrowed_to_odd(x: np.ndarray) -> np.ndarray:
 
 def decoded_floats(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
     """See ``portable``."""
-    if _is_half(format) and vectors.converts_half():
-        vectors.decode_half(codes, out)
-    elif _is_cut(format):
-        vectors.decode_cut(codes, np.uint32(23 - format.mantissa_bits), out)
-    else:
-        vectors.decode_arithmetically(codes, _decoding_constants(format), out)
+    decoding_loop(format)(codes, out)
     return True
+
+
+def decoding_loop(format: Format) -> Loop:
+    """Return what writes values as ``portable.decoded_floats`` says; E8M0's too."""
+    if _is_half(format) and vectors.converts_half():
+        return vectors.decode_half
+    if _is_cut(format):
+        dropped = np.uint32(23 - format.mantissa_bits)
+        return lambda codes, out: vectors.decode_cut(codes, dropped, out)
+    if not format.has_zero:
+        return conversions.decode_exponents
+    constants = _decoding_constants(format)
+    return lambda codes, out: vectors.decode_arithmetically(codes, constants, out)
+
+
+def converted(x: np.ndarray, out: np.ndarray) -> None:
+    """See ``portable``."""
+    conversions.convert(x, out)
+
+
+def quieted(codes: np.ndarray, format: Format, out: np.ndarray) -> None:
+    """See ``portable``."""
+    word = codes.dtype.type
+    mask, infinity, quiet = word(format.magnitude_mask), word(format.infinity_code), word(1 << format.mantissa_bits - 1)
+    conversions.copy_quiet(codes, mask, infinity, quiet, out)
+
+
+def _overflows(format: Format, special: SpecialCodes) -> bool:
+    """Return whether what is too large becomes infinity."""
+    return format.has_inf and special.beyond == special.infinite == format.infinity_code
 
 
 def _is_half(format: Format) -> bool:

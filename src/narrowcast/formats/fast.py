@@ -1,18 +1,19 @@
 """encode, decode and cast on NumPy arrays: each piece of an array by the quickest way that is exact.
 
-Arrays are cut so that what is worked on stays in the processor's cache.
+Compiled loops pass over a whole array once where one of them does it all; else arrays are cut so that what is worked on
+stays in the processor's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from narrowcast.errors import FormatError
-from narrowcast.formats.arrays import Opened, code_dtype
+from narrowcast.formats.arrays import CODED, Opened, code_dtype
 from narrowcast.formats.codebooks import codebook_codes, codebook_edges
 from narrowcast.formats.engine import engine
 from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer
@@ -29,17 +30,22 @@ from narrowcast.formats.tables import (
     encode_exactly,
     encoding_table,
     exact_in_float32,
+    exponent_codes,
+    is_exponent,
+    narrows_first,
     special_codes,
     values_of,
 )
 
 __all__ = [
+    "Decoding",
     "Encoding",
     "by_rint",
     "cast",
     "codebook_edges",
     "decode",
     "decode_part",
+    "decoded",
     "encode",
     "encode_part",
     "exact_in_float32",
@@ -47,8 +53,12 @@ __all__ = [
 
 _PIECE = 1 << 16  # elements that compiled loops pass on to each other: they stay in the cache
 _SINGLE = np.dtype(np.float32)
-_FP16 = ELEMENTS["fp16"]
+_FP16, _FP32 = ELEMENTS["fp16"], ELEMENTS["fp32"]
 _WIDE: dict[ElementFormat, type[np.floating]] = {ELEMENTS["fp32"]: np.float32, ELEMENTS["fp64"]: np.float64}
+_OWN = {np.dtype(dtype): name for name, dtype in (("fp16", "f2"), ("fp32", "f4"), ("fp64", "f8"))}
+_DTYPES = (*_OWN.values(), *CODED.values())  # names of the formats that arrays come in
+
+Loop = Callable[[np.ndarray, np.ndarray], None]  # from a flat array to another one
 
 
 class Encoding(NamedTuple):
@@ -58,34 +68,115 @@ class Encoding(NamedTuple):
         format: What to encode to.
         rules: What to do where the format gives a choice.
         dtype: Of the codes.
-        special: For the loop that writes the codes of float32 numbers in one pass; None where the rules are not those of
-            arithmetic.
+        special: Of the arithmetic that encodes float32 numbers; None where the rules are not its own.
+        loop: Writes the codes of float32 numbers in one pass; None without such a compiled loop, or where NaN is refused.
+        casting: Writes what float32 numbers are rounded to in one pass; None without such a compiled loop.
+        holds: Names of the formats whose numbers these rules leave as they are: those of dtypes that the format contains.
     """
 
     format: ElementFormat
     rules: Rules
     dtype: np.dtype[Any]
     special: SpecialCodes | None
+    loop: Loop | None
+    casting: Loop | None
+    holds: frozenset[str]
 
     @staticmethod
     @lru_cache(maxsize=256)
     def of(format: ElementFormat, rules: Rules) -> Encoding:
         """Return what the two come to."""
-        arithmetic = isinstance(format, Format) and rules.rounding is Rounding.NEAREST_EVEN and by_arithmetic(format)
-        special = special_codes(format, rules) if arithmetic else None
-        return Encoding(format, rules, np.dtype(code_dtype(format.bits)), special)
+        special, loop, casting = None, None, None
+        if isinstance(format, Format):
+            if rules.rounding is Rounding.NEAREST_EVEN and by_arithmetic(format):
+                special = special_codes(format, rules)
+            if engine().COMPILED and not _refuses_nan(format, rules):
+                loop, casting = _loops(format, rules, special)
+        return Encoding(format, rules, np.dtype(code_dtype(format.bits)), special, loop, casting, _held(format, rules))
+
+
+def _held(format: ElementFormat, rules: Rules) -> frozenset[str]:
+    """Return the names of :attr:`Encoding.holds`."""
+    if isinstance(format, Format) and format.has_inf and rules.overflow not in (Overflow.IEEE, Overflow.SATURATE):
+        return frozenset()  # infinity becomes something else
+    held = {name for name in _DTYPES if ELEMENTS[name] == format}
+    if format == ELEMENTS["fp64"] or format == ELEMENTS["fp32"]:
+        held |= {name for name in _DTYPES if format == ELEMENTS["fp64"] or exact_in_float32(ELEMENTS[name])}
+    return frozenset(held)
+
+
+def _loops(format: Format, rules: Rules, special: SpecialCodes | None) -> tuple[Loop | None, Loop | None]:
+    """Return the compiled loops that encode and cast float32 numbers in one pass."""
+    from narrowcast.formats import compiled
+
+    if special is not None:
+        return compiled.nearest_loop(format, special), compiled.casting_loop(format, special)
+    if is_exponent(format):
+        codes = exponent_codes(format, rules)
+        return None if codes is None else compiled.exponent_loop(codes), None
+    return None, None
+
+
+class Decoding(NamedTuple):
+    """A format and the dtype of its values, worked out once.
+
+    Args:
+        format: Of the codes.
+        dtype: Of the values.
+        loop: Writes the values of codes in one pass; None without such a compiled loop.
+    """
+
+    format: ElementFormat
+    dtype: np.dtype[Any]
+    loop: Loop | None
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def of(format: ElementFormat, dtype: str) -> Decoding:
+        """Return what the two come to."""
+        return Decoding(format, np.dtype(dtype), _decoding_loop(format, dtype) if engine().COMPILED else None)
+
+
+def _decoding_loop(format: ElementFormat, dtype: str) -> Loop | None:
+    from narrowcast.formats import compiled
+
+    if isinstance(format, Format) and (decoded_by_arithmetic(format) or is_exponent(format)):
+        return compiled.decoding_loop(format)
+    if isinstance(format, Format) and format in _WIDE:
+        return lambda codes, out: _widened(codes, format, out)
+    if format.bits > 16:
+        return None
+    values = values_of(format, dtype)
+    return lambda codes, out: compiled.decoded(codes, values, out)
 
 
 def encode(source: Opened, to: Encoding, seed: int) -> np.ndarray:
     """Return the codes of ``source``, in its shape."""
     x = source.array
-    codes = np.empty(x.shape, to.dtype)
-    if to.special is not None and source.coded is None and x.dtype == _SINGLE and engine().COMPILED:
-        _encode_part(x.reshape(-1), to, codes.reshape(-1), 0, seed)  # one pass: the cache plays no part
+    if to.loop is not None and x.dtype == _SINGLE:
+        codes = np.empty(x.shape, to.dtype)
+        to.loop(x.reshape(-1), codes.reshape(-1))  # one pass: the cache plays no part
         return codes
+    own = source.coded or _OWN[x.dtype]
+    if own in to.holds:
+        return _kept(x, ELEMENTS[own], to)
+    codes = np.empty(x.shape, to.dtype)
     for part, out, start in _parts(x, codes):
         _encode_part(_numbers(part, source.coded), to, out, start, seed)
     return codes
+
+
+def _kept(x: np.ndarray, own: ElementFormat, to: Encoding) -> np.ndarray:
+    """Return the codes of numbers of the format ``own``, which ``to`` holds: nothing is rounded."""
+    codes = x.view(code_dtype(8 * x.itemsize))
+    if own != to.format:
+        return decode(codes, own, _WIDE[to.format].__name__).view(to.dtype)
+    out = np.empty(x.shape, to.dtype)
+    if isinstance(own, Format) and own.has_inf:
+        engine().quieted(codes.reshape(-1), own, out.reshape(-1))
+    else:
+        np.copyto(out, codes)
+    return out
 
 
 def _numbers(x: np.ndarray, coded: str | None) -> np.ndarray:
@@ -108,9 +199,12 @@ def encode_part(x: np.ndarray, format: ElementFormat, rules: Rules, out: np.ndar
 
 
 def _encode_part(x: np.ndarray, to: Encoding, out: np.ndarray, start: int, seed: int) -> None:
-    format, rules, _, special = to
+    format, rules, special = to.format, to.rules, to.special
     if x.dtype == np.float16:
         x = decode(x.view(np.uint16), _FP16, "float32")
+    if to.loop is not None and (x.dtype == _SINGLE or special is not None or narrows_first(format, rules)):
+        to.loop(x if x.dtype == _SINGLE else engine().narrowed_to_odd(x), out)
+        return
     _check_nan(x, format, rules, start)
     if special is not None and isinstance(format, Format):
         single = x if x.dtype == _SINGLE else engine().narrowed_to_odd(x)
@@ -119,27 +213,21 @@ def _encode_part(x: np.ndarray, to: Encoding, out: np.ndarray, start: int, seed:
         out[...] = codebook_codes(_without_nan(x, format, rules), format, rules, start, seed)
     elif isinstance(format, Integer) and by_rint(format, rules):
         _encode_by_rint(x, format, out)
-    elif x.dtype == _SINGLE and by_table(format, rules):
-        engine().codes_by_half(x, encoding_table(format, rules), out)
-    elif format in _WIDE and (rules.rounding, rules.overflow) == (Rounding.NEAREST_EVEN, Overflow.IEEE):
-        _convert(x, out.view(_WIDE[format]))
+    elif by_table(format, rules) and (x.dtype == _SINGLE or narrows_first(format, rules)):
+        single = x if x.dtype == _SINGLE else engine().narrowed_to_odd(x)
+        engine().codes_by_half(single, encoding_table(format, rules), out)
+    elif format == _FP32 and (rules.rounding, rules.overflow) == (Rounding.NEAREST_EVEN, Overflow.IEEE):
+        engine().converted(x, out.view(_SINGLE))  # float32 itself is held
     else:
         out[...] = encode_exactly(x, format, rules, start, seed)
 
 
-def _convert(x: np.ndarray, out: np.ndarray) -> None:
-    """Write float32 or float64 numbers as either, rounded to nearest even; a NaN is quiet."""
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        np.copyto(out, x, casting="same_kind")
-    if x.dtype == out.dtype:  # then a NaN was copied as it is
-        lost = np.isnan(out)
-        if lost.any():
-            words, quiet = (np.uint32, 1 << 22) if out.dtype == np.float32 else (np.uint64, 1 << 51)
-            out.view(words)[lost] |= words(quiet)
+def _refuses_nan(format: ElementFormat, rules: Rules) -> bool:
+    return not (isinstance(format, Format) and format.has_nan) and rules.nan is NanInput.ERROR
 
 
 def _check_nan(x: np.ndarray, format: ElementFormat, rules: Rules, start: int) -> None:
-    if (isinstance(format, Format) and format.has_nan) or rules.nan is not NanInput.ERROR:
+    if not _refuses_nan(format, rules):
         return
     if np.isnan(engine().absmax(x[None])[0] if x.dtype == np.float32 and x.size else x).any():
         nan = np.isnan(x)
@@ -165,11 +253,10 @@ def by_rint(format: Integer, rules: Rules) -> bool:
 
 
 def _encode_by_rint(x: np.ndarray, format: Integer, out: np.ndarray) -> None:
+    step, zero = np.array([format.step], x.dtype), np.zeros(1, np.int32)
+    lowest, highest = round(format.min / format.step), round(format.max / format.step)
     with np.errstate(over="ignore"):  # infinity is clamped like any other number
-        steps = np.rint(x * format.step**-1) if format.fraction_bits else np.rint(x)
-    np.clip(steps, format.min / format.step, format.max / format.step, out=steps)
-    out[...] = steps.astype(np.int32)
-    out &= (1 << format.bits) - 1
+        engine().rounded_steps(x[None], step, zero, lowest, highest, (1 << format.bits) - 1, out[None])
 
 
 def _encode_by_arithmetic(x: np.ndarray, format: Format, special: SpecialCodes, out: np.ndarray) -> None:
@@ -186,21 +273,34 @@ def _encode_by_arithmetic(x: np.ndarray, format: Format, special: SpecialCodes, 
 
 def decode(codes: np.ndarray, format: ElementFormat, dtype: str) -> np.ndarray:
     """Return the values of unsigned codes in ``dtype``, rounded to it where it does not hold them."""
-    values = np.empty(codes.shape, dtype)
-    if engine().COMPILED and decoded_by_arithmetic(format):
-        decode_part(codes.reshape(-1), format, values.reshape(-1))  # one pass: the cache plays no part
+    return decoded(codes, Decoding.of(format, dtype))
+
+
+def decoded(codes: np.ndarray, to: Decoding) -> np.ndarray:
+    """As :func:`decode`."""
+    values = np.empty(codes.shape, to.dtype)
+    if to.loop is not None:
+        to.loop(codes.reshape(-1), values.reshape(-1))  # one pass: the cache plays no part
         return values
     for part, out, _ in _parts(codes, values):
-        decode_part(part, format, out)
+        _decode_part(part, to.format, out)
     return values
 
 
 def decode_part(codes: np.ndarray, format: ElementFormat, out: np.ndarray) -> None:
     """Write the values of one contiguous piece of codes as float32 or float64."""
+    loop = Decoding.of(format, out.dtype.name).loop
+    if loop is not None:
+        loop(codes, out)
+    else:
+        _decode_part(codes, format, out)
+
+
+def _decode_part(codes: np.ndarray, format: ElementFormat, out: np.ndarray) -> None:
     if decoded_by_arithmetic(format) and isinstance(format, Format) and engine().decoded_floats(codes, format, out):
         return
-    if format in _WIDE:
-        _convert(codes.view(_WIDE[format]), out)
+    if isinstance(format, Format) and format in _WIDE:
+        _widened(codes, format, out)
     elif format.bits <= 16:
         engine().decoded(codes, values_of(format, out.dtype.name), out)
     else:
@@ -208,12 +308,28 @@ def decode_part(codes: np.ndarray, format: ElementFormat, out: np.ndarray) -> No
             out[...] = decode_exactly(codes, format)
 
 
+def _widened(codes: np.ndarray, format: Format, out: np.ndarray) -> None:
+    """Write the numbers of FP32 or FP64, given as codes, as float32 or float64; a NaN is quiet."""
+    own = _WIDE[format]
+    if out.dtype == own:
+        engine().quieted(codes, format, out.view(codes.dtype))
+    else:
+        engine().converted(codes.view(own), out)
+
+
 def cast(source: Opened, to: Encoding, seed: int) -> np.ndarray:
     """Return ``source`` rounded to the numbers of ``to.format``, in its own dtype."""
     x, coded = source.array, source.coded
+    own = coded or _OWN[x.dtype]
+    if own in to.holds:
+        return _kept(x, ELEMENTS[own], Encoding.of(ELEMENTS[own], Rules.of(ELEMENTS[own]))).view(x.dtype)
+    rounded = np.empty(x.shape, x.dtype)
+    if to.casting is not None and x.dtype == _SINGLE:
+        to.casting(x.reshape(-1), rounded.reshape(-1))  # one pass: the cache plays no part
+        return rounded
     if coded is None and x.dtype == np.float16:
         x, coded = x.view(np.uint16), _FP16.name
-    rounded = np.empty(x.shape, x.dtype)
+        rounded = rounded.view(np.uint16)
     for part, out, start in _parts(x, rounded):
         _cast_part(_numbers(part, coded), to, out, coded, start, seed)
     return rounded.view(source.array.dtype)
@@ -221,13 +337,13 @@ def cast(source: Opened, to: Encoding, seed: int) -> np.ndarray:
 
 def _cast_part(x: np.ndarray, to: Encoding, out: np.ndarray, coded: str | None, start: int, seed: int) -> None:
     """Round one piece of numbers, and write them as they are or as codes of the format ``coded``."""
-    format, rules, dtype, special = to
-    single = special is None and x.dtype == _SINGLE and coded is None
+    format, rules = to.format, to.rules
+    single = to.special is None and x.dtype == _SINGLE and coded is None
     if single and not isinstance(format, Codebook) and by_table(format, rules):
         _check_nan(x, format, rules, start)
         engine().values_by_half(x, casting_table(format, rules), out)
         return
-    codes = np.empty(x.shape, dtype)
+    codes = np.empty(x.shape, to.dtype)
     _encode_part(x, to, codes, start, seed)
     if coded is None:
         decode_part(codes, format, out)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from narrowcast.errors import FormatError
-from narrowcast.formats.arrays import Array, torch_loaded
+from narrowcast.formats.arrays import Array, on_device, torch_loaded
 from narrowcast.formats.checks import whole
 
 __all__ = ["pack", "pack_known", "packed_size", "unpack", "unpack_known"]
@@ -106,7 +106,7 @@ def unpack_known(packed: np.ndarray, bits: int, count: int, *, high_first: bool 
 
 def _flat(array: Array) -> np.ndarray:
     torch = torch_loaded()
-    if torch is not None and isinstance(array, torch.Tensor):
+    if on_device(array) or (torch is not None and isinstance(array, torch.Tensor)):
         array = array.numpy(force=True)
     return np.ascontiguousarray(array).reshape(-1)
 

@@ -14,6 +14,7 @@ from narrowcast.formats.kinds import Format
 
 __all__ = [
     "ErrorSums",
+    "ExponentCodes",
     "SpecialCodes",
     "Values",
     "absmax",
@@ -21,12 +22,14 @@ __all__ = [
     "codes_above_scaled",
     "codes_by_half",
     "codes_of_scaled",
+    "converted",
     "counted",
     "decoded",
     "decoded_floats",
     "decoded_nibbles",
     "errors",
     "narrowed_to_odd",
+    "quieted",
     "rounded_steps",
     "rounded_to_nearest",
     "values_by_half",
@@ -59,6 +62,19 @@ class ErrorSums(NamedTuple):
     zero: int  # afterwards
     underflowed: int  # zero afterwards, but not before
     subnormal: int  # afterwards smaller than the smallest normal number, but not zero
+
+
+class ExponentCodes(NamedTuple):
+    """How float32 numbers become E8M0 codes; ``conversions.encode_exponents`` says what each one is."""
+
+    added: int
+    edge: int
+    beyond: int
+    infinite: int
+    nan: int
+    zero: int
+    negative: int
+    minus_infinite: int
 
 
 class Values:
@@ -236,6 +252,21 @@ def decoded_floats(codes: np.ndarray, format: Format, out: np.ndarray) -> bool:
     if nan.any():
         word[nan] |= 0x400000
     return True
+
+
+def converted(x: np.ndarray, out: np.ndarray) -> None:
+    """Write float32 numbers as float64, or float64 ones as float32, rounded to nearest even; a NaN is quiet."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        np.copyto(out, x, casting="same_kind")
+
+
+def quieted(codes: np.ndarray, format: Format, out: np.ndarray) -> None:
+    """Write codes of a format with infinity as they are, but NaN quiet."""
+    np.copyto(out, codes)
+    word = codes.dtype.type
+    lost = (codes & word(format.magnitude_mask)) > word(format.infinity_code)
+    if lost.any():
+        out[lost] |= word(1 << (format.mantissa_bits - 1))
 
 
 def counted(codes: np.ndarray, bins: int) -> np.ndarray:

@@ -102,8 +102,6 @@ def quantize(
 
 def _on_device(x: Any, scheme: Scheme, importance: Any, seed: int) -> QuantizedTensor:
     """Quantise by a kernel, or through main memory where there is none for the scheme; the result is on the device."""
-    if x.device.type == "meta":
-        raise FormatError("a tensor on the meta device, which holds no numbers", allowed="tensors with numbers")
     shape = tuple(x.shape)
     layout = Rows.of(shape, scheme.granularity, pad=scheme.pad)
     made = device.quantize(x, scheme, layout) if importance is None else None

@@ -9,7 +9,7 @@ import numpy as np
 
 from narrowcast.errors import FormatError, choices
 from narrowcast.formats.analysis import error
-from narrowcast.formats.arrays import opened
+from narrowcast.formats.arrays import on_device, opened
 from narrowcast.formats.blocks import BlockFormat
 from narrowcast.formats.checks import check_words, whole
 from narrowcast.formats.fast import codebook_edges
@@ -78,7 +78,7 @@ def four_bit_errors(x: Any, block: int = 64) -> dict[str, float]:
         FormatError: A block that does not divide the number of elements.
     """
     block = whole("block", block, least=1)
-    numbers = opened(x).array.astype(np.float64)
+    numbers = opened(x.cpu() if on_device(x) else x).array.astype(np.float64)
     if not numbers.size or numbers.size % block:
         raise FormatError(f"{numbers.size} elements in blocks of {block}", allowed="a multiple of the block")
     rows = numbers.reshape(-1, block)

@@ -112,6 +112,13 @@ ALIASES: dict[str, str] = {
     "ue8m0": "e8m0",
     "fp8e8m0": "e8m0",
     **{f"{sign[0]}{bits}": f"{sign}{bits}" for sign in ("int", "uint") for bits in (2, 3, 4, 8, 16)},
+    "f8e4m3": "e4m3fn",  # this and the next are safetensors' names
+    "f8e8m0": "e8m0",
+    "f8e4m3fnuz": "e4m3fnuz",
+    "f8e5m2fnuz": "e5m2fnuz",
+    "f6e2m3": "e2m3",
+    "f6e3m2": "e3m2",
+    "f4": "e2m1",
     "normalfloat4": "nf4",
     "mxfp8": "mxfp8_e4m3",
     "mxfp6": "mxfp6_e2m3",

@@ -14,9 +14,9 @@ import numpy as np
 
 from narrowcast.formats import bits
 from narrowcast.formats.arrays import code_dtype
-from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer
-from narrowcast.formats.portable import SpecialCodes, Values
-from narrowcast.formats.rules import Overflow, Rounding, Rules
+from narrowcast.formats.kinds import Codebook, ElementFormat, Format, Integer, Nan
+from narrowcast.formats.portable import ExponentCodes, SpecialCodes, Values
+from narrowcast.formats.rules import Below, Overflow, Rounding, Rules
 
 __all__ = [
     "by_arithmetic",
@@ -27,6 +27,9 @@ __all__ = [
     "encode_exactly",
     "encoding_table",
     "exact_in_float32",
+    "exponent_codes",
+    "is_exponent",
+    "narrows_first",
     "special_codes",
     "values_of",
 ]
@@ -80,6 +83,43 @@ def by_table(format: Format | Integer, rules: Rules) -> bool:
         and rules.rounding is not Rounding.STOCHASTIC
         and rules.overflow is not Overflow.WRAP  # which looks at the lowest digits
     )
+
+
+def narrows_first(format: ElementFormat, rules: Rules) -> bool:
+    """Return whether float64 numbers may become float32, rounded to odd, before :func:`by_table` looks at them.
+
+    A format that reaches as far as float32 must round what lies beyond away from zero: float32's largest number would not.
+    """
+    if not isinstance(format, Format) or format.maximum_exponent < 127:
+        return True
+    away = {Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY} | (set() if format.signed else {Rounding.UP})
+    return format.maximum_exponent == 127 and rules.rounding in away
+
+
+def is_exponent(format: ElementFormat) -> bool:
+    """Return whether a format is E8M0, whatever it is called: float32's exponents alone, and NaN."""
+    return (
+        isinstance(format, Format)
+        and (format.exponent_bits, format.mantissa_bits, format.bias) == (8, 0, 127)
+        and (format.signed, format.has_zero, format.nan) == (False, False, Nan.ALL_ONES)
+    )
+
+
+@lru_cache(maxsize=64)
+def exponent_codes(format: Format, rules: Rules) -> ExponentCodes | None:
+    """Return how float32 numbers become E8M0 codes by these rules; None by a rounding that needs more than an addition."""
+    rounded = {
+        Rounding.NEAREST_EVEN: (1 << 22, 3 << 21),
+        Rounding.NEAREST_AWAY: (1 << 22, 3 << 21),
+        Rounding.UP: ((1 << 23) - 1, (1 << 22) + 1),
+    }.get(rules.rounding)
+    if rounded is None:
+        return None
+    numbers = np.array([2.0**128, math.inf, math.nan, 0.0, -1.0, -math.inf])
+    codes = [int(code) for code in encode_exactly(numbers, format, rules, 0, 0)]
+    if rules.below is Below.MAGNITUDE:
+        codes[4:] = [256, 256]
+    return ExponentCodes(*rounded, *codes)
 
 
 @lru_cache(maxsize=64)

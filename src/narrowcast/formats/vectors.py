@@ -22,6 +22,8 @@ from numba.extending import intrinsic
 
 __all__ = [
     "LANES",
+    "cast_cut",
+    "cast_half",
     "converts_half",
     "decode_arithmetically",
     "decode_cut",
@@ -168,6 +170,18 @@ def decode_cut(codes: Any, dropped: Any, out: Any) -> None:
         out[i] = np.uint32(word | np.uint32(0x400000) if lost else word).view(np.float32)
 
 
+@loop
+def cast_cut(words: Any, dropped: Any, out: Any) -> None:
+    """Write what :func:`encode_cut` and :func:`decode_cut` lead to, as bits of float32: shapes [n], uint32."""
+    half = _minus(_left(np.uint32(1), _minus(dropped, np.uint32(1))), np.uint32(1))
+    for i in range(words.size):
+        kept = _right(words[i], dropped)
+        rounded = _right(_plus(_plus(words[i], half), kept & np.uint32(1)), dropped)
+        lost = (words[i] & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        quiet = _left(kept, dropped) | np.uint32(0x400000)
+        out[i] = quiet if lost else _left(rounded, dropped)
+
+
 # float64 ------------------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +243,13 @@ def decode_half(codes: Any, out: Any) -> None:
     """Write the values of FP16 codes as float32 or float64, on a processor that ``converts_half``: shapes [n]."""
     for i in range(codes.size):
         out[i] = _from_half(codes[i])
+
+
+@loop
+def cast_half(x: Any, out: Any) -> None:
+    """Write float32 numbers rounded to FP16's, on a processor that ``converts_half``: shapes [n]."""
+    for i in range(x.size):
+        out[i] = _from_half(_to_half(x[i]))
 
 
 # Look-ups in a register ---------------------------------------------------------------------------------------------------

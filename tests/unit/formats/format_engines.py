@@ -20,13 +20,26 @@ ENGINES = ("portable", "compiled", "torch")  # numba and torch are dependencies 
 def running_on(name: str) -> Iterator[Any]:
     """Let the codecs go one way only; gives the engine whose loops run."""
     chosen = importlib.import_module(f"narrowcast.formats.{'portable' if name == 'torch' else name}")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, _nothing_kept():
         for module_name, module in list(sys.modules.items()):
             if module_name.startswith("narrowcast.formats.") and callable(vars(module).get("engine")):
                 patch.setattr(module, "engine", lambda: chosen)
         if name != "torch":
             patch.setattr(fast, "encode_natively", lambda *_: False)
         yield chosen
+
+
+@contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """Forget which loops formats and rules lead to, before and after: they belong to an engine."""
+    kept = (codec._encoding, codec._decoding, fast.Encoding.of, fast.Decoding.of)
+    for answers in kept:
+        answers.cache_clear()
+    try:
+        yield
+    finally:
+        for answers in kept:
+            answers.cache_clear()
 
 
 def _everywhere(call: Callable[..., Any]) -> Callable[..., Any]:

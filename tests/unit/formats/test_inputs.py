@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -325,10 +326,40 @@ def test_a_list_for_a_format_is_refused_like_any_other_thing() -> None:
 
 @pytest.mark.parametrize(
     ("alias", "name"),
-    [("f16", "fp16"), ("F8_E5M2", "e5m2"), ("i16", "int16"), ("u3", "uint3"), ("Half", "fp16"), ("fp4", "e2m1")],
+    [
+        ("f16", "fp16"),
+        ("F8_E5M2", "e5m2"),
+        ("i16", "int16"),
+        ("u3", "uint3"),
+        ("Half", "fp16"),
+        ("fp4", "e2m1"),
+        ("F8_E4M3", "e4m3fn"),
+        ("F8_E8M0", "e8m0"),
+        ("F6_E2M3", "e2m3"),
+        ("F4", "e2m1"),
+    ],
 )
 def test_what_people_type_is_understood(alias: str, name: str) -> None:
     assert nf.get(alias) is nf.get(name)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: nf.encode(x, "bf16"),
+        lambda x: nf.cast(x, "int8"),
+        lambda x: nf.decode(x, "e4m3fn"),
+        lambda x: nf.quantize(x, "mxfp4"),
+        lambda x: nf.error(x, x),
+        lambda x: nf.pack(x, 8),
+        lambda x: nf.unpack(x, 8, 3),
+        lambda x: nf.four_bit_errors(x),
+    ],
+)
+def test_tensors_that_hold_no_numbers_are_refused(call: Callable[[torch.Tensor], object]) -> None:
+    for dtype in (torch.float32, torch.uint8):
+        with pytest.raises(FormatError, match="meta device"):
+            call(torch.empty(64, dtype=dtype, device="meta"))
 
 
 def test_below_to_nan_needs_nan() -> None:
