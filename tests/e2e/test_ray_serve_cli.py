@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc as grpclib
 import numpy as np
 import onnx
 import psutil
@@ -35,6 +36,7 @@ import narrowcast.serving.ray
 from e2e.command import Cli
 from narrowcast.artifacts.manifest import Manifest
 from narrowcast.artifacts.store import save_artifact
+from narrowcast.oip.messages import HEALTH
 
 ManifestOf = Callable[..., Manifest]
 #: Nothing is reported, no token is written to the user's folder, and each node's proxy has ports of its own.
@@ -99,6 +101,26 @@ def test_a_cluster_that_is_not_there_and_a_port_that_is_taken_are_told_at_once(
     mistake = cli("serve", models, "--engine", "ray", "--ray-address", "here:x")
     assert mistake.code == 2
     assert "Ray address 'here:x' is none" in mistake.words
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own, at its import
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "It failed.\nTraceback\n  raise X(\nnarrowcast.errors.ArtifactError: no a: b\nNext: c",
+            "ArtifactError: no a: b",
+        ),
+        ("Traceback\nray.exceptions.OneError: first\n\nValueError: a\n", "ValueError: a"),
+        ("The deployment is broken.\nIt takes: too long.\n", "It takes: too long."),
+        (KeyError(), "KeyError"),
+    ],
+    ids=["ours", "last", "words", "nothing"],
+)
+def test_what_ray_says_in_pages_is_told_in_a_line(said: str | Exception, told: str) -> None:
+    from narrowcast.serving.ray.cluster import brief
+
+    assert brief(said) == told
 
 
 # a cluster ------------------------------------------------------------------------------------------------------------
@@ -211,6 +233,17 @@ def infer(client: Any, module: Any, rows: int = 1, version: str = "") -> float:
     return float(client.infer("scale", [item], model_version=version).as_numpy("y")[0, 0])
 
 
+def health(port: int) -> str:
+    """Return what a health check over gRPC is answered."""
+    with grpclib.insecure_channel(f"127.0.0.1:{port}") as channel:
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            HEALTH["HealthCheckRequest"].SerializeToString,
+            HEALTH["HealthCheckResponse"].FromString,
+        )
+        return {1: "SERVING", 2: "NOT_SERVING"}[check(HEALTH["HealthCheckRequest"](), timeout=30).status]
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 120
     while not condition():
@@ -279,11 +312,12 @@ def test_two_nodes_serve_the_protocol_and_one_of_them_may_go(models: Path, nodes
         *("--workers", 2, "--delay", 50, "--max-batch", 4),
     )
     try:
-        assert program.said["models"] == ["scale"]
+        assert (program.said["models"], program.said["failed"]) == (["scale"], {})
         for port in (rest, nodes.ports[2]):  # through the proxy of each node
             assert get(port, "/v2/health/ready") == (200, {"ready": True})
             with tritonclient.http.InferenceServerClient(f"127.0.0.1:{port}") as client:
                 assert infer(client, tritonclient.http) == 3.0
+        assert health(grpc) == "SERVING"
         with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}") as client:
             assert client.is_model_ready("scale")
             assert infer(client, tritonclient.grpc) == 3.0
@@ -299,6 +333,10 @@ def test_two_nodes_serve_the_protocol_and_one_of_them_may_go(models: Path, nodes
         assert counted["execution_count"] < 43, "requests that came together ran together"
         assert values(metrics, "nv_inference_count") == {"2": 43}
         assert values(metrics, "narrowcast_workers") == {"2": 2}
+        status = get(metrics, "/status")[1]
+        assert (status["state"], status["placement"]) == ("ready", "ray")
+        states = [(model["name"], item["state"]) for model in status["models"] for item in model["versions"]]
+        assert states == [("scale", "UNAVAILABLE"), ("scale", "READY")]
         assert get(rest, "/v2/models/none")[0] == 404
         nodes.lose_second()
         with tritonclient.http.InferenceServerClient(f"127.0.0.1:{rest}") as client:
@@ -322,8 +360,14 @@ def test_two_nodes_serve_the_protocol_and_one_of_them_may_go(models: Path, nodes
 
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_changes_under_load_reach_both_nodes_and_streams_are_answered(models: Path, nodes: Nodes) -> None:
+def test_changes_under_load_reach_both_nodes_and_streams_are_answered(
+    models: Path, manifest_of: ManifestOf, nodes: Nodes
+) -> None:
     rest, grpc, other, _ = nodes.ports
+    broken = models / "broken" / "1" / "artifact"
+    broken.mkdir(parents=True)
+    (broken / "model.onnx").write_bytes(b"no model")
+    save_artifact(broken, manifest_of())
     (metrics,) = free_ports(1)
     program = Program(
         *(models, "--ray-address", nodes.address, "--port", rest, "--grpc-port", grpc, "--metrics-port", metrics),
@@ -331,6 +375,10 @@ def test_changes_under_load_reach_both_nodes_and_streams_are_answered(models: Pa
     )
     load = Load([])
     try:
+        assert program.said["models"] == ["scale"], "it is served, though another model cannot be"
+        assert program.said["failed"].keys() == {"broken"}
+        assert "INVALID_PROTOBUF" in program.said["failed"]["broken"]
+        assert get(rest, "/v2/models/broken")[0] == 404
         assert change(rest, "scale/versions/1/promote", "guess")[0] == 401
         with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}") as client:
             answers: queue.Queue[Any] = queue.Queue()
@@ -427,6 +475,10 @@ def test_a_program_that_was_killed_is_taken_over_from_while_its_models_serve_on(
         wait_for(lambda: administrator.statuses[503] > 3)
         assert get(rest, "/v2/health/ready") == (200, {"ready": True}), "it answers all that it is there for"
         assert get(rest, "/v2/models/scale/stats")[0] == 503
+        elsewhere = [str(other if part == str(rest) else part) for part in command]
+        third = subprocess.run(elsewhere, capture_output=True, text=True, timeout=120)
+        assert third.returncode == 2
+        assert f"listens for HTTP on 127.0.0.1:{rest}" in " ".join(third.stderr.split())
         with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}") as client:
             assert client.is_server_ready()
             with pytest.raises(tritonclient.grpc.InferenceServerException, match="UNAVAILABLE"):
@@ -527,6 +579,11 @@ def ask(port: int, answers: list[tuple[int, Any]], wait: float = 120.0) -> None:
         connection.close()
 
 
+def executions(port: int) -> int:
+    (counted,) = get(port, "/v2/models/slow/stats")[1]["model_stats"]
+    return counted["execution_count"]
+
+
 @pytest.mark.exhaustive
 def test_clients_that_leave_are_not_served_and_replicas_that_die_come_back(
     tmp_path: Path, manifest_of: ManifestOf, monkeypatch: pytest.MonkeyPatch
@@ -550,8 +607,7 @@ def test_clients_that_leave_are_not_served_and_replicas_that_die_come_back(
         ask(port, answers)
         took = time.monotonic() - began
         assert [status for status, _ in answers] == [200, 200]
-        (counted,) = get(port, "/v2/models/slow/stats")[1]["model_stats"]
-        assert counted["execution_count"] == 2, "what the client asked for that left was run"
+        assert executions(port) == 2, "what the client asked for that left was run"
         waiting = [threading.Thread(target=ask, args=(port, answers)) for _ in range(4)]
         for thread in waiting:
             thread.start()
@@ -563,7 +619,17 @@ def test_clients_that_leave_are_not_served_and_replicas_that_die_come_back(
                 hurried.infer("slow", [item], client_timeout=2 * took)
         for thread in waiting:
             thread.join(120)
-        assert [status for status, _ in answers] == [200] * 6
+        assert [status for status, _ in answers] == [200] * 6, answers
+        counts = [executions(port)]
+        first = threading.Thread(target=ask, args=(port, answers))
+        first.start()
+        with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}") as fickle:
+            time.sleep(0.3)
+            fickle.async_infer("slow", [item], lambda result, error: None).cancel()
+        first.join(120)
+        ask(port, answers)
+        counts.append(executions(port))
+        assert counts[1] - counts[0] == 2, "what was cancelled was run"
         victim = replica_of("slow-1")
         assert victim is not None
         died: list[tuple[int, Any]] = []

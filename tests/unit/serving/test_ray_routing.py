@@ -21,6 +21,7 @@ from test_status_page import browse, words
 
 from narrowcast.artifacts.manifest import Manifest
 from narrowcast.errors import ArtifactError, ConfigError, RuntimeFailedError
+from narrowcast.oip.messages import HEALTH
 from narrowcast.recipes.target import Target
 from narrowcast.serving.hosting import Hosting
 from narrowcast.serving.http.message import Request, Response, refused
@@ -758,8 +759,9 @@ def test_the_last_words_of_a_replica_stand() -> None:
     ledger.note(Report("a", counted((1, 5), (1, 5))), ended=True)
     ledger.note(Report("a", counted((1, 5))))  # it was on its way before
     ledger.note(Report("b", counted((1, 5))))
+    ledger.note(Report("c", counted((1, 5))), ended=True)
     ledger.write(statistics)
-    assert statistics.executions == 3
+    assert statistics.executions == 4
 
 
 # gRPC -----------------------------------------------------------------------------------------------------------------
@@ -804,6 +806,38 @@ def test_calls_of_the_stubs_of_triton_are_answered_like_requests(models: Path) -
     with_keeper(models, check)
 
 
+def test_health_is_that_of_the_server_or_of_a_model(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        async def health(service: str) -> str:
+            message = HEALTH["HealthCheckRequest"](service=service).SerializeToString()
+            answer = await asked.ingresses[0].call(Call("Check", message))
+            status = HEALTH["HealthCheckResponse"].FromString(answer.message).status
+            return answer.code or {1: "SERVING", 2: "NOT_SERVING"}[status]
+
+        await asked.ingresses[0].informed()
+        services = ("", SERVICE, "scale", "other", "none")
+        assert [await health(name) for name in services] == ["SERVING"] * 4 + ["NOT_FOUND"]
+        asked.fleet.running("other", 1).replicas.clear()
+        await asked.keeper.look()
+        expected = ["NOT_SERVING", "NOT_SERVING", "SERVING", "NOT_SERVING", "NOT_FOUND"]
+        assert [await health(name) for name in services] == expected
+        assert (await asked.ingresses[0].call(Call("Check", b"\xff\xff"))).code == "INVALID_ARGUMENT"
+
+    with_keeper(models, check)
+
+
+def test_messages_larger_than_allowed_go_nowhere(models: Path) -> None:
+    async def check(asked: Asked) -> None:
+        message = infer_message("scale").SerializeToString()
+        for largest, code in ((len(message), ""), (len(message) - 1, "RESOURCE_EXHAUSTED")):
+            ingress = Ingress(asked.keeping, Limits(decompressed_bytes=largest))
+            await ingress.informed()
+            assert (await ingress.call(Call("ModelInfer", message))).code == code
+            await ingress.stop()
+
+    with_keeper(models, check)
+
+
 def test_deadlines_of_calls_are_those_of_requests(models: Path) -> None:
     async def check(asked: Asked) -> None:
         message = infer_message("scale").SerializeToString()
@@ -820,9 +854,13 @@ def test_what_a_client_sends_is_not_taken_for_its_deadline() -> None:
     class Server:
         """As much of Ray's as the service is registered with."""
 
+        def __init__(self) -> None:
+            self.services: dict[str, Any] = {}
+
         def add_generic_rpc_handlers(self, handlers: Any) -> None:
-            (self.handlers,) = handlers
-            replaced = self.handlers._method_handlers
+            (added,) = handlers
+            self.services[added.service_name()] = added
+            replaced = added._method_handlers
             for name, handler in replaced.items():
                 replaced[name] = handler._replace(unary_unary=answer, stream_stream=answer)
 
@@ -832,7 +870,9 @@ def test_what_a_client_sends_is_not_taken_for_its_deadline() -> None:
 
     server = Server()
     add_service(None, server)
-    method = server.handlers.service(SimpleNamespace(method=f"/{SERVICE}/ModelInfer"))
+    assert server.services.keys() == {SERVICE, "grpc.health.v1.Health"}
+    handlers = server.services[SERVICE]
+    method = handlers.service(SimpleNamespace(method=f"/{SERVICE}/ModelInfer"))
     for remaining in (None, 1.5):
         context = SimpleNamespace(
             invocation_metadata=lambda: (("application", "a"), ("narrowcast-remaining-seconds", "x")),
@@ -845,9 +885,9 @@ def test_what_a_client_sends_is_not_taken_for_its_deadline() -> None:
         ((("application", "a"),), 1.5),
     ]
     assert [peer for _, peer in seen] == ["client", "client"]
-    stream = server.handlers.service(SimpleNamespace(method=f"/{SERVICE}/ModelStreamInfer"))
+    stream = handlers.service(SimpleNamespace(method=f"/{SERVICE}/ModelStreamInfer"))
     assert (stream.stream_stream, stream.request_streaming) == (answer, True)
-    assert server.handlers.service(SimpleNamespace(method=f"/{SERVICE}/None")) is None
+    assert handlers.service(SimpleNamespace(method=f"/{SERVICE}/None")) is None
 
 
 def test_streams_are_answered_in_order_and_go_on_after_an_error(models: Path) -> None:

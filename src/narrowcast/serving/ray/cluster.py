@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 
 import ray
@@ -17,6 +18,10 @@ __all__ = ["Cluster", "brief"]
 
 #: How long a cluster has to take a connection.
 _REACH_SECONDS = 5.0
+#: What Ray's proxy for gRPC learns of the service by.
+_SERVICE = "narrowcast.serving.ray.rpc.add_service"
+#: The line of a traceback that says what was raised.
+_RAISED = re.compile(r"(?:\w+\.)*[A-Z]\w*(?:Error|Exception)\b.*: ")
 _START = "start one with ray start --head, or leave --ray-address out"
 
 
@@ -53,8 +58,7 @@ class Cluster:
                 proxy_location=ProxyLocation.EveryNode,
                 http_options=HTTPOptions(host=options.host, port=options.port or 0),
                 grpc_options=gRPCOptions(
-                    port=options.grpc_port or 0,
-                    grpc_servicer_functions=["narrowcast.serving.ray.rpc.add_service"] if options.grpc_port else [],
+                    port=options.grpc_port or 0, grpc_servicer_functions=[_SERVICE] if options.grpc_port else []
                 ),
             )
         except Exception as error:  # what comes from the proxies has many types
@@ -62,6 +66,33 @@ class Cluster:
             raise OutputError(
                 f"Ray cannot listen on {options.host}:{options.port}: {brief(error)}", next_step="name another port"
             ) from error
+        try:
+            self._check_listening()
+        except OutputError:
+            self.__exit__()
+            raise
+
+    def _check_listening(self) -> None:
+        """Make sure that clients are listened to where they are told to be; what runs already goes on as it was started.
+
+        Raises:
+            OutputError: They are listened to elsewhere.
+        """
+        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        http, grpc = ray.get([controller.get_http_config.remote(), controller.get_grpc_config.remote()])
+        options = self._options
+        runs = {
+            "HTTP": (http.host, http.port),
+            "gRPC": (options.host, grpc.port * (_SERVICE in grpc.grpc_servicer_functions)),
+        }
+        for name, port in (("HTTP", options.port), ("gRPC", options.grpc_port)):
+            host, other = runs[name]
+            if port is not None and (host, other) != (options.host, port):
+                raise OutputError(
+                    f"Ray Serve runs on the cluster already and listens for {name} "
+                    + (f"on {host}:{other}" if other else "to nobody"),
+                    next_step="name the same addresses, or end it first (serve shutdown)",
+                )
 
     def _check_reachable(self) -> None:
         """Find out at once what Ray would find out after minutes: nobody at the address, or somebody on a port.
@@ -102,6 +133,8 @@ def _check_free(host: str, port: int | None) -> None:
 
 
 def brief(error: Exception | str) -> str:
-    """Return the last line of what Ray says, which stands below the tracebacks of other processes."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else type(error).__name__
+    """Return the first line of the error that Ray tells of last, which stands below the tracebacks of other processes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines if _RAISED.match(line)]
+    found = (raised or lines or [type(error).__name__])[-1]
+    return found.removeprefix("narrowcast.errors.")[:300]

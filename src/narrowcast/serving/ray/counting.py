@@ -67,17 +67,21 @@ class Ledger:
     def __init__(self) -> None:
         self._known: dict[str, Statistics] = {}
         self._ended: set[str] = set()
+        self._past = Statistics()  # of those that have ended
 
     def note(self, report: Report, *, ended: bool = False) -> None:
         """Take what a replica has counted; its last words stand, whatever was under way when it spoke them."""
         if report.replica in self._ended:
             return
-        self._known[report.replica] = report.statistics
-        if ended:
-            self._ended.add(report.replica)
+        if not ended:
+            self._known[report.replica] = report.statistics
+            return
+        self._known.pop(report.replica, None)
+        self._ended.add(report.replica)
+        self._past = total([self._past, report.statistics])
 
     def write(self, statistics: Statistics) -> None:
         """Let statistics count what all replicas have counted."""
-        summed = total(self._known.values())
+        summed = total([self._past, *self._known.values()])
         for field in fields(Statistics):
             setattr(statistics, field.name, getattr(summed, field.name))

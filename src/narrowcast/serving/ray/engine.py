@@ -31,7 +31,7 @@ from narrowcast.serving.ray.ingress import Ingress
 from narrowcast.serving.ray.keeper import Keeper
 from narrowcast.serving.ray.metrics import ClusterMetrics
 from narrowcast.serving.ray.plan import Scale
-from narrowcast.serving.ray.rpc import METHODS, STREAM, RawMessage, split_deadline
+from narrowcast.serving.ray.rpc import CHECK, METHODS, STREAM, RawMessage, split_deadline
 from narrowcast.serving.ray.wire import Call, CallAnswer, Refused, Report, Table
 from narrowcast.serving.server import ServerOptions
 
@@ -158,7 +158,7 @@ async def _stream(
         yield answer
 
 
-for _name in METHODS:
+for _name in (*METHODS, CHECK):
     setattr(_Ingress, _name, _method(_name))
 setattr(_Ingress, STREAM, _stream)
 
@@ -266,6 +266,7 @@ def _open(options: ServerOptions) -> None:
         name="ingress",
         num_replicas=sum(node["Alive"] for node in ray.nodes()),
         max_ongoing_requests=options.limits.connections,
+        max_queued_requests=options.limits.connections,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=options.grace,
         graceful_shutdown_wait_loop_s=FINISH_SECONDS,

@@ -82,6 +82,7 @@ class RayFleet:
         self._scale = scale
         self._load_timeout = load_timeout
         self._turn = asyncio.Semaphore(_AT_ONCE)
+        self._placing = asyncio.Lock()  # Ray cannot take two applications in two threads
         #: What a killed program left, and whether it runs.
         self._left: dict[str, bool] = {}
 
@@ -121,7 +122,7 @@ class RayFleet:
 
     async def _started(self, key: str, planned: PlannedVersion) -> Remote:
         patience = asyncio.timeout(self._load_timeout)
-        beginning = asyncio.ensure_future(asyncio.to_thread(self._begin, key, planned))
+        beginning = asyncio.ensure_future(self._begin(key, planned))
         try:
             handle = await asyncio.shield(beginning)
             async with patience:
@@ -139,9 +140,10 @@ class RayFleet:
             raise
         return HandleRemote(key, handle)
 
-    def _begin(self, key: str, planned: PlannedVersion) -> Any:
+    async def _begin(self, key: str, planned: PlannedVersion) -> Any:
         target = serve.RunTarget(self._bound(planned), name=key, route_prefix=None)
-        return serve.run_many([target], wait_for_applications_running=False)[0]
+        async with self._placing:
+            return (await asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False))[0]
 
     def _bound(self, planned: PlannedVersion) -> Any:
         scale = self._scale
@@ -166,6 +168,8 @@ class RayFleet:
         settings = deployment.options(
             name=f"{planned.name}-{planned.version}",
             max_ongoing_requests=planned.ongoing,
+            # As many may wait in one ingress replica while no replica runs.
+            max_queued_requests=planned.ongoing * (scale.most or planned.fewest),
             ray_actor_options={"num_cpus": planned.threads},
             graceful_shutdown_timeout_s=planned.grace,
             graceful_shutdown_wait_loop_s=FINISH_SECONDS,

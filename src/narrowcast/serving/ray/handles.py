@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from narrowcast.serving.http.message import Request, Response
@@ -55,7 +55,7 @@ class HandleRemote(Remote):
         try:
             asked = self._handle.broadcast("report")
             found = await asked.results_async(timeout_s=_ALL_SECONDS, return_exceptions=True)
-        except (TimeoutError, RayError):
+        except (TimeoutError, RayError, RayServeException):  # the last of a deployment that has ended
             return []
         return [answer for answer in found if isinstance(answer, Report)]
 

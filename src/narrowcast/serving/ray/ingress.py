@@ -21,17 +21,18 @@ from urllib.parse import unquote_to_bytes
 import grpc
 from google.protobuf.message import DecodeError
 
-from narrowcast.oip.messages import INFERENCE
+from narrowcast.oip.messages import HEALTH, INFERENCE
 from narrowcast.serving.catalogue import Catalogue
 from narrowcast.serving.hosting import Hosting
 from narrowcast.serving.http.message import Request, Response, json_response
 from narrowcast.serving.limits import Limits
 from narrowcast.serving.protocol import documents
+from narrowcast.serving.ray.rpc import CHECK
 from narrowcast.serving.ray.wire import Call, CallAnswer, Keeping, Remote, Table
 from narrowcast.serving.refusals import Refusal
 from narrowcast.serving.repository import Repository
 from narrowcast.serving.rest import RestApi
-from narrowcast.serving.rpc.service import CODES, retry_metadata
+from narrowcast.serving.rpc.service import CODES, SERVICE, retry_metadata
 from narrowcast.serving.rpc.streams import answered_in_order
 from narrowcast.serving.shared_memory import SharedMemory
 
@@ -59,6 +60,7 @@ class Ingress:
 
     def __init__(self, keeper: Keeping, limits: Limits, draw: Callable[[], float] = random.random) -> None:
         self._keeper = keeper
+        self._limits = limits
         self._draw = draw
         self._name = uuid.uuid4().hex
         self._table = Table()
@@ -205,7 +207,9 @@ class Ingress:
             if call.method == "ServerMetadata":
                 message = INFERENCE["ServerMetadataResponse"](**documents.server_metadata())
                 return CallAnswer(message.SerializeToString())
-            _read(call)  # the keeper would take a message for granted
+            if call.method == CHECK:
+                return await self._check(call)
+            self._read(call)  # the keeper would take a message for granted
             if call.method == "ServerReady":
                 return await self._ready_call(call)
             return await self._keeper.call(call)
@@ -220,9 +224,25 @@ class Ingress:
             message = INFERENCE["ServerReadyResponse"](ready=await self._can_answer())
             return CallAnswer(message.SerializeToString())
 
+    async def _check(self, call: Call) -> CallAnswer:
+        """Answer a health check of the server, or of the model that it names."""
+        name = self._read(call, HEALTH["HealthCheckRequest"]).service
+        if name in ("", SERVICE):
+            answer = await self._ready_call(Call("ServerReady", b""))
+        elif name not in self._table.models:
+            raise Refusal(404, f"service {name!r} is unknown")
+        else:
+            asked = INFERENCE["ModelReadyRequest"](name=name)
+            answer = await self._keeper.call(Call("ModelReady", asked.SerializeToString()))
+        if answer.code:
+            return answer
+        ready = INFERENCE["ModelReadyResponse"].FromString(answer.message).ready  # that of the server has the same form
+        message = HEALTH["HealthCheckResponse"](status="SERVING" if ready else "NOT_SERVING")
+        return CallAnswer(message.SerializeToString())
+
     async def _infer_call(self, call: Call) -> CallAnswer:
         came = time.monotonic()
-        request = _read(call)
+        request = self._read(call)
         name, version = request.model_name, request.model_version
         for _ in range(2):
             with self._going():
@@ -231,6 +251,19 @@ class Ingress:
                     return await remote.call(_sent_on(call, came))
             await self._loaded(name, number)
         raise _between_changes(name)
+
+    def _read(self, call: Call, kind: Any = None) -> Any:
+        """Return the message of a call.
+
+        Raises:
+            Refusal: It is larger than allowed (413) or cannot be read (400).
+        """
+        if len(call.message) > self._limits.decompressed_bytes:
+            raise Refusal(413, f"the message is larger than {self._limits.decompressed_bytes} bytes")
+        try:
+            return (kind or INFERENCE[f"{call.method}Request"]).FromString(call.message)
+        except DecodeError as error:
+            raise Refusal(400, f"the message cannot be read: {error}") from None
 
     async def stream(
         self, messages: AsyncIterator[bytes], metadata: tuple[tuple[str, str], ...] = ()
@@ -249,24 +282,12 @@ class Ingress:
         response = INFERENCE["ModelStreamInferResponse"](error_message=answer.details)
         if answer.code:
             try:
-                response.infer_response.id = _read(call).id
+                response.infer_response.id = self._read(call).id
             except Refusal:
                 response.infer_response.SetInParent()
         else:
             response.infer_response.ParseFromString(answer.message)
         return response.SerializeToString()
-
-
-def _read(call: Call) -> Any:
-    """Return the message of a call.
-
-    Raises:
-        Refusal: It cannot be read (400).
-    """
-    try:
-        return INFERENCE[f"{call.method}Request"].FromString(call.message)
-    except DecodeError as error:
-        raise Refusal(400, f"the message cannot be read: {error}") from None
 
 
 def _sent_on(call: Call, came: float) -> Call:

@@ -6,7 +6,7 @@ import, and reading them twice would cost time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ import grpc
 
 from narrowcast.serving.rpc.service import SERVICE
 
-__all__ = ["METHODS", "STREAM", "RawMessage", "add_service"]
+__all__ = ["CHECK", "METHODS", "STREAM", "RawMessage", "add_service"]
 
-#: Calls with one request and one answer.
+#: Calls of the service with one request and one answer.
 METHODS = (
     *("ServerLive", "ServerReady", "ServerMetadata"),
     *("ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics", "ModelInfer"),
@@ -25,6 +25,8 @@ METHODS = (
 )
 #: The call with streams both ways.
 STREAM = "ModelStreamInfer"
+#: The call of the health checking protocol; watching takes a stream for each client, which replicas may not outlive.
+CHECK = "Check"
 #: Metadata with the seconds until a call's deadline, between Ray's proxy and the ingress.
 _REMAINING = "narrowcast-remaining-seconds"
 
@@ -42,7 +44,8 @@ class RawMessage:
 
 def add_service(servicer: Any, server: Any) -> None:
     """Register the service's methods; Ray puts its own in their place, which call the ingress by the same names."""
-    server.add_generic_rpc_handlers((_Handlers(),))
+    server.add_generic_rpc_handlers((_Handlers(SERVICE, METHODS, STREAM),))
+    server.add_generic_rpc_handlers((_Handlers("grpc.health.v1.Health", (CHECK,)),))
 
 
 def split_deadline(metadata: tuple[tuple[str, str], ...]) -> tuple[tuple[tuple[str, str], ...], float | None]:
@@ -55,18 +58,24 @@ def _theirs(metadata: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
 
 
 class _Handlers(grpc.ServiceRpcHandler):
-    """The service's methods as Ray makes them, which are told of the deadline by one more entry of the metadata.
+    """A service's methods as Ray makes them, which are told of the deadline by one more entry of the metadata.
 
     Ray reads and replaces the handlers in the attribute that the handlers of generated code have.
+
+    Args:
+        service: The service's full name.
+        methods: Those with one request and one answer.
+        streams: Those with streams both ways.
     """
 
-    def __init__(self) -> None:
-        handlers: dict[str, Any] = {name: grpc.unary_unary_rpc_method_handler(_nobody) for name in METHODS}
-        handlers[STREAM] = grpc.stream_stream_rpc_method_handler(_nobody)
-        self._method_handlers = {f"/{SERVICE}/{name}": handler for name, handler in handlers.items()}
+    def __init__(self, service: str, methods: Sequence[str], *streams: str) -> None:
+        self._service = service
+        handlers: dict[str, Any] = {name: grpc.unary_unary_rpc_method_handler(_nobody) for name in methods}
+        handlers |= {name: grpc.stream_stream_rpc_method_handler(_nobody) for name in streams}
+        self._method_handlers = {f"/{service}/{name}": handler for name, handler in handlers.items()}
 
     def service_name(self) -> str:
-        return SERVICE
+        return self._service
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = self._method_handlers.get(handler_call_details.method)
