@@ -1,4 +1,4 @@
-"""What a trainer refuses before the first step, with a word on what to do."""
+"""What a trainer refuses, with a word on what to do."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_weight",
     "check_weights",
     "moved_by",
+    "not_finite",
     "replicas_in",
     "trained_parameters",
     "unwrapped",
@@ -169,3 +170,18 @@ def check_weights(parameters: Mapping[str, nn.Parameter], precision: str) -> Non
                 next_step="call model.float() before the optimizer is made"
                 + ("" if kind == "FP16" else ", or train in bf16-true, which rounds its updates so that none is lost"),
             )
+
+
+def not_finite(step: int, precision: str, where: str = "") -> TrainingError:
+    """Return the error for an update that cannot be made, without loss scaling.
+
+    Args:
+        step: Updates before it.
+        precision: Name of the policy.
+        where: What is known of rank and layer.
+    """
+    return TrainingError(
+        f"a loss or a gradient of update {step} is not finite, in precision {precision}{where}",
+        next_step="check the data for NaN, lower the learning rate or set clip_norm; with nonfinite='skip' such updates "
+        "are left out instead",
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from narrowcast.errors import DeviceError, TrainingError
+from narrowcast.errors import DeviceError, NarrowcastError, TrainingError
+from narrowcast.training.alarm import Alarm, Failure
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
 
@@ -42,12 +43,16 @@ _LOST = re.compile(
 class Ranks:
     """The processes that train together.
 
+    As a context it leaves the group at the end, and when it is left by an error it tells the other processes: they do not wait
+    for this one until the timeout, but end with an error that names its rank and says what happened.
+
     Attributes:
         rank: The number of this one, from 0.
         world: How many there are.
         device: Where this one computes.
         mesh: Their devices in a row; None if there is one process alone.
         timeout_s: Seconds after which a process that does not answer is given up.
+        alarm: Tells the others that this one failed, and hears it of them; None where processes met without a store.
     """
 
     rank: int = 0
@@ -55,6 +60,7 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
     timeout_s: float = 900.0
+    alarm: Alarm | None = field(default=None, repr=False)
 
     @classmethod
     def from_environment(cls, device: str | torch.device = "cpu", *, timeout_s: float = 900.0) -> Ranks:
@@ -84,18 +90,26 @@ class Ranks:
         place = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
         if kind == "cuda":
             torch.cuda.set_device(place)
+        timeout = timedelta(seconds=timeout_s)
         with lost_ranks(timeout_s):
+            met, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+            number = (met.add("narrowcast", 1) - 1) // world  # of this group among those that meet in one store
+            store = dist.PrefixStore(f"narrowcast/{number}", met)
             dist.init_process_group(
                 _BACKENDS[kind],
+                store=store,
                 rank=rank,
                 world_size=world,
-                timeout=timedelta(seconds=timeout_s),
+                timeout=timeout,
                 device_id=place if kind == "cuda" else None,
             )
-            return cls(rank, world, place, init_device_mesh(kind, (world,)), timeout_s)
+            mesh = init_device_mesh(kind, (world,))
+            alarm = Alarm(dist.PrefixStore("alarm", store), rank, world, _wake) if world > 1 else None
+            return cls(rank, world, place, mesh, timeout_s, alarm)
 
     def maximum(self, tensor: Tensor) -> Tensor:
         """Return the greatest of all ranks' numbers, element by element, without a host synchronisation."""
+        self._check()
         if self.world == 1:
             return tensor
         greatest = tensor.detach().clone()
@@ -104,6 +118,7 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks, without a host synchronisation."""
+        self._check()
         if self.world == 1:
             return tensor
         total = tensor.detach().clone()
@@ -116,6 +131,7 @@ class Ranks:
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
         """Return the bytes that each rank gave, in order of ranks."""
+        self._check()
         if self.world == 1:
             return [content]
         own = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8).to(self.device)
@@ -146,7 +162,7 @@ class Ranks:
 
     @contextmanager
     def watched(self) -> Generator[None]:
-        """Say in one error that another process is gone or does not answer, whatever noticed it.
+        """Say in one error that another process failed, is gone or does not answer, whatever noticed it.
 
         Raises:
             TrainingError: An exchange failed, or took longer than the timeout; or replicas have parameters without gradient.
@@ -154,6 +170,11 @@ class Ranks:
         try:
             with lost_ranks(self.timeout_s):
                 yield
+        except TrainingError as error:
+            failure = self._failure(wait=True) if _is_lost(error.__cause__) else None
+            if failure is None:
+                raise
+            raise failure.error() from error
         except RuntimeError as error:
             if "finished reduction in the prior iteration" not in str(error):
                 raise
@@ -165,8 +186,25 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the group."""
+        if self.alarm is not None:
+            self.alarm.stop()
         if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _failure(self, *, wait: bool = False) -> Failure | None:
+        """Return which other process said that it failed."""
+        failure = None if self.alarm is None else self.alarm.failure(wait=wait)
+        return None if failure is None or failure.rank == self.rank else failure
+
+    def _check(self) -> None:
+        """Enter no exchange with a process that has failed.
+
+        Raises:
+            TrainingError: One has.
+        """
+        failure = self._failure()
+        if failure is not None:
+            raise failure.error()
 
     def __enter__(self) -> Self:
         return self
@@ -174,7 +212,25 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if isinstance(error, Exception) and self.alarm is not None:
+                self._tell(error, self.alarm)
+        finally:
+            self.close()
+
+    def _tell(self, error: Exception, alarm: Alarm) -> None:
+        """Tell the others of what ended this process, unless they told it first.
+
+        Raises:
+            TrainingError: What another process said, or what ended this one if it was no error of narrowcast's kind.
+        """
+        lost = any(map(_is_lost, _causes(error)))
+        failure = self._failure(wait=lost)
+        if failure is None and not lost:
+            alarm.ring(error)
+            failure = None if isinstance(error, NarrowcastError) else Failure.of(self.rank, error)
+        if failure is not None and str(failure.error()) != str(error):
+            raise failure.error() from error
 
 
 def replicate(
@@ -215,13 +271,32 @@ def lost_ranks(timeout_s: float) -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+        if not _is_lost(error):
             raise
         first = str(error).strip().splitlines()[0]
         raise TrainingError(
             f"another process of this training is gone, or has not answered for {timeout_s:g} s: {first}",
             next_step="look at what the other processes said, then start all of them again with --resume",
         ) from error
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Return whether it is what the process group raises for a lost process."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or bool(_LOST.search(str(error))))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it came from."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def _wake() -> None:
+    """End the exchanges that this process waits in: NCCL's; gloo's end as soon as the process that failed does."""
+    if dist.is_initialized() and dist.group.WORLD is not None:
+        dist.group.WORLD.abort()
 
 
 def _numbers(given: Mapping[str, str]) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Literal
 from narrowcast.training.writing import written
 
 __all__ = ["Ledger", "Skip"]
+
+_KEPT = 4096  # skips that are kept in memory: the latest
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,10 @@ class Skip:
 
 
 class Ledger:
-    """Skips in order, kept in memory and appended to a file once one is named."""
+    """Skips in order: the latest 4096 in memory, and all of them in a file from when one is named."""
 
     def __init__(self) -> None:
-        self._skips: list[Skip] = []
+        self._skips: deque[Skip] = deque(maxlen=_KEPT)
         self._path: Path | None = None
 
     def write_to(self, path: Path) -> None:

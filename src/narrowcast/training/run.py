@@ -56,7 +56,7 @@ def fit(
             shown.note(f"{out} is finished: nothing to do")
             return result
         _claim(out, config, ranks, resume=resume)
-        with answered(config, run.architecture, ranks), ranks.watched():
+        with ranks.watched(), answered(config, run.architecture, ranks):
             run.keep_teacher(out / TEACHER, shown.note)
             return Loop(run, out, shown).run(resume=resume)
 

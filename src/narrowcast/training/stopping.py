@@ -26,7 +26,7 @@ class Stopping:
     def __init__(self, device: torch.device, ranks: Ranks | None) -> None:
         self._asked = False
         self._agreed = False
-        self._alone = ranks is None or ranks.world == 1
+        self._ranks = ranks if ranks is not None and ranks.world > 1 else None
         self._courier = Courier(device)
         self._late = device.type == "cuda"
         self._under_way = False
@@ -38,13 +38,24 @@ class Stopping:
     @property
     def agreed(self) -> bool:
         """Whether some process asked: on each the same after each window, whichever asked and when."""
-        return self._asked if self._alone else self._agreed
+        return self._asked if self._ranks is None else self._agreed
 
-    def wish(self, like: Tensor) -> Tensor:
-        """Return what this process adds to the sum: 0-d, of the dtype and on the device of a tensor."""
-        return torch.full_like(like, float(self._asked))
+    def summed(self, total: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor | float, int]:
+        """Return a window's loss and weight summed over ranks, and how many ranks gradients are the mean of.
 
-    def heard(self, wishes: Tensor) -> None:
+        Args:
+            total: This rank's loss, 0-d.
+            weight: What it weighs; 0-d if it is a tensor.
+        """
+        if self._ranks is None:
+            return total, weight, 1
+        own = weight if isinstance(weight, Tensor) else torch.full_like(total, weight)
+        wish = torch.full_like(total, float(self._asked))
+        sums = self._ranks.sum(torch.stack([total, own.to(total), wish]))
+        self._hear(sums[2])
+        return sums[0], sums[1], self._ranks.world
+
+    def _hear(self, wishes: Tensor) -> None:
         """Take the sum of all wishes, 0-d."""
         if self._late and self._under_way:
             self._read()

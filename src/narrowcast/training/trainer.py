@@ -23,25 +23,37 @@ from narrowcast.training.checks import (
     check_weight,
     check_weights,
     moved_by,
+    not_finite,
     trained_parameters,
     unwrapped,
 )
 from narrowcast.training.doctor.exchange import ranks as processes
 from narrowcast.training.doctor.watch import Watch as Doctor
 from narrowcast.training.gradients import FusedUpdate, Gradients, Ranks
+from narrowcast.training.keeping import Keeping
 from narrowcast.training.ledger import Ledger
 from narrowcast.training.lookout import Lookout, Sighting
-from narrowcast.training.loss_scale import ScaleState
 from narrowcast.training.policies import Precision
 from narrowcast.training.policies import precision as policy_of
 from narrowcast.training.reduction import Reduction
 from narrowcast.training.rounding import WideUpdate, accumulate_in_fp32
 from narrowcast.training.settling import Books, Settling
 from narrowcast.training.stopping import Stopping
-from narrowcast.training.updates import update_for
+from narrowcast.training.updates import at_once, never, update_for
 from narrowcast.training.watching import BrokenStep, Watch
 from narrowcast.training.weighing import Unit
-from narrowcast.training.window import Batch, Decision, Fate, Loss, StepInfo, Window, as_batch, as_loss, samples_in
+from narrowcast.training.window import (
+    Batch,
+    Decision,
+    Fate,
+    Loss,
+    StepInfo,
+    Window,
+    as_batch,
+    as_loss,
+    outputs_of,
+    samples_in,
+)
 
 __all__ = ["Loss", "StepInfo", "Trainer", "Watch"]
 
@@ -112,7 +124,7 @@ class Trainer:
         self.clip_norm = clip_norm
         self.accumulate = accumulate
         self.ranks = ranks
-        self.watch: Watch | None = self._doctor(watch) if isinstance(watch, str) else watch
+        self.watch = watch if not isinstance(watch, str) else self._doctor(watch)
         self._guards = self.precision.scale.guards or nonfinite == "skip"
         self._decides = self._guards or self.device.type == "cpu"  # on the CPU nothing is waited for
         self._unit = Unit(self.device, ranks)
@@ -136,21 +148,17 @@ class Trainer:
         self._books = Books(self.precision.scale, schedule, ranked=ranks is not None)  # without a decision under way
         self._settling = Settling(self._books, self.device)
         self._settles_late = self._guards and self.device.type == "cuda"
+        self._keeping = Keeping(self.model, optimizer, self.precision, self._books, self._wide, self._unit)
         self._untold: StepInfo | None = None  # an update of which the watch has not heard yet what became of it
 
     def _doctor(self, level: Literal["cheap", "deep"]) -> Watch | None:
-        together = 1 if self.ranks is None else self.ranks.world
+        """Return the doctor, unless it would ask processes that do not train together."""
+        together, rank = (1, 0) if self.ranks is None else (self.ranks.world, self.ranks.rank)
         if processes() not in (1, together):
             _log.info("no doctor: the process group has %d members, and the trainer's ranks %d", processes(), together)
             return None
-        return Doctor(
-            unwrapped(self.model),
-            level,
-            optimizer=self._optimizer,
-            loss=self.loss,
-            precision=self.precision,
-            rank=0 if self.ranks is None else self.ranks.rank,
-        )
+        model, optimizer, policy = unwrapped(self.model), self._optimizer, self.precision
+        return Doctor(model, level, optimizer=optimizer, loss=self.loss, precision=policy, rank=rank)
 
     @property
     def steps(self) -> int:
@@ -174,7 +182,7 @@ class Trainer:
 
     @property
     def ledger(self) -> Ledger:
-        """The updates left out so far."""
+        """The updates left out so far; of many, the latest."""
         return self._settling.settled().ledger
 
     @property
@@ -213,7 +221,7 @@ class Trainer:
         samples = samples_in(inputs)
         with self._reduction.backward(last=last), self.precision.running(self.device):
             with self.precision.autocast(self.device):
-                value = self.loss(self._outputs(inputs), targets)
+                value = self.loss(outputs_of(self.model, self.precision.inputs(inputs)), targets)
             loss, weight, mean = as_loss(value, samples)
             total, weight = self._unit.share(loss, weight, mean)
             factor = self._settle().scale.value / self.accumulate  # of the update before, with this forward pass queued
@@ -264,12 +272,6 @@ class Trainer:
         self._settling.check()
         return books
 
-    def _outputs(self, inputs: Any) -> Any:
-        inputs = self.precision.inputs(inputs)
-        if isinstance(inputs, dict):
-            return self.model(**inputs)
-        return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
-
     def _close(self, *, early: bool) -> StepInfo:
         """Decide, and update the weights or leave the update out."""
         window = self._window
@@ -278,14 +280,14 @@ class Trainer:
         if self.ranks is None or self.ranks.world == 1:
             check_weight(window.weight)
         self._reduction.close(early=early)
-        loss, weight, world = self._over_ranks(window.total, window.weight)
+        loss, weight, world = self.stopping.summed(window.total, window.weight)
         if world > 1 and self.device.type == "cpu":  # all raise or none does; elsewhere it would be waited for
             check_weight(float(weight))
         if self._guards:
             self._unit.closed(weight, window.count)
         factor = self.accumulate * world / (weight * self._books.scale.value)
         late = self._settles_late and self._update.leaves_out()
-        decide = self._settling.later if late else _at_once if self._decides else _never
+        decide = self._settling.later if late else at_once if self._decides else never
         census = self._reduction.census(window.total, located=self._decides)
         try:
             with self._wide.widened(self._books.steps):
@@ -339,7 +341,7 @@ class Trainer:
         if not self._guards:
             where = "" if self.ranks is None or origin.rank is None else f" on rank {origin.rank}"
             layer = f"; the first in the backward pass is {origin.layers[0]}" if origin.layers else ""
-            raise self._stopped(self._books.steps, where + layer)
+            raise not_finite(self._books.steps, self.precision.name, where + layer)
 
     def _show_broken(self, watch: Watch, scale: float, step: int, batch: Batch | None = None) -> None:
         """Show a watch the first broken micro-batch of the window at hand, or another one."""
@@ -347,18 +349,6 @@ class Trainer:
         if batch is not None:
             factor = scale / self.accumulate
             watch.on_nonfinite(BrokenStep(self.model, self.loss, batch, self.precision, scale, factor, step))
-
-    def _over_ranks(self, total: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor | float, int]:
-        """Return a window's loss and weight summed over ranks, and how many ranks gradients are the mean of.
-
-        With the same sum the ranks learn whether one of them asks to stop.
-        """
-        if self.ranks is None or self.ranks.world == 1:
-            return total, weight, 1
-        own = weight if isinstance(weight, Tensor) else torch.full_like(total, weight)
-        sums = self.ranks.sum(torch.stack([total, own.to(total), self.stopping.wish(total)]))
-        self.stopping.heard(sums[2])
-        return sums[0], sums[1], self.ranks.world
 
     def _before_update(self, left_out: Tensor | None) -> None:
         self._wide.begin(left_out)
@@ -371,14 +361,7 @@ class Trainer:
             return
         if self.watch is not None and seen.batch is not None:
             self._show_broken(self.watch, self._books.scale.value, seen.step, seen.batch)
-        raise self._stopped(seen.step, "")
-
-    def _stopped(self, step: int, where: str) -> TrainingError:
-        return TrainingError(
-            f"a loss or a gradient of update {step} is not finite, in precision {self.precision.name}{where}",
-            next_step="check the data for NaN, lower the learning rate or set clip_norm; with nonfinite='skip' such updates "
-            "are left out instead",
-        )
+        raise not_finite(seen.step, self.precision.name)
 
     def _open(self) -> None:
         """Open the next window."""
@@ -418,17 +401,7 @@ class Trainer:
                 f"a window of {self.accumulate} micro-batches holds {self._window.count}, whose gradients no state holds",
                 next_step="call flush() to update with them, or discard() to drop them, before state_dict()",
             )
-        return {
-            "precision": self.precision.name,
-            "model": unwrapped(self.model).state_dict(),
-            "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else None,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "scale": dict(self._books.scale._asdict()),
-            "rounding": self._wide.state_dict(),
-            "counters": {"steps": self.steps, "skipped": self.skipped},
-            "unit": self._unit.state_dict(),
-        }
+        return self._keeping.state(self.loss)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned, bit for bit.
@@ -436,43 +409,7 @@ class Trainer:
         Raises:
             TrainingError: It was saved in another precision or by an earlier version, or a schedule is missing on one side.
         """
-        if state["precision"] != self.precision.name:
-            raise TrainingError(
-                f"the state was saved in precision {state['precision']}, and this trainer runs in {self.precision.name}",
-                next_step=f"build the trainer with precision={state['precision']!r}, or load state['model'] alone",
-            )
-        if (self.schedule is None) != (state["schedule"] is None):
-            raise TrainingError(
-                f"the state holds {'no' if state['schedule'] is None else 'a'} schedule, and this trainer has "
-                f"{'none' if self.schedule is None else 'one'}",
-                next_step="build the trainer as it was when the state was saved",
-            )
-        if "unit" not in state:
-            raise TrainingError(
-                "the state was saved by an earlier version of narrowcast, which kept less than the next step depends on now",
-                next_step="finish the run with the version that began it, or begin anew; load state['model'] alone to go on "
-                "from its weights",
-            )
+        self._settling.settled()
+        self._keeping.check(state)
         self.discard()
-        with self._wide.held():
-            self.optimizer.load_state_dict(dict(state["optimizer"]))
-        unwrapped(self.model).load_state_dict(state["model"])
-        if isinstance(self.loss, nn.Module):
-            self.loss.load_state_dict(state["loss"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(dict(state["schedule"]))
-        self._wide.load_state_dict(state["rounding"])
-        self._books.scale = ScaleState(**state["scale"])
-        counters = state["counters"]
-        self._books.steps, self._books.skipped = counters["steps"], counters["skipped"]
-        self._unit.load_state_dict(state["unit"])
-
-
-def _at_once(finding: Finding) -> bool:
-    """Return whether everything is finite; waits for the device."""
-    broken = finding.broken
-    return not (broken.numpy() if broken.device.type == "cpu" else bool(broken))
-
-
-def _never(finding: Finding) -> None:
-    """Wait for nothing."""
+        self._keeping.load(state, self.loss)

@@ -19,12 +19,22 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from narrowcast.training.census import Census, Finding
 from narrowcast.training.gradients import CountingUpdate, FusedUpdate, Gradients, Ranks
 
-__all__ = ["Decide", "Update", "update_for"]
+__all__ = ["Decide", "Update", "at_once", "never", "update_for"]
 
 
 #: Takes what was found as soon as the device has it, and returns whether everything is finite; None if the host is not to
 #: wait for that. Weights are then harmed by what is not finite, unless the update leaves itself out.
 Decide = Callable[[Finding], bool | None]
+
+
+def at_once(finding: Finding) -> bool:
+    """Decide by waiting for the device."""
+    broken = finding.broken
+    return not (broken.numpy() if broken.device.type == "cpu" else bool(broken))
+
+
+def never(finding: Finding) -> None:
+    """Wait for nothing."""
 
 
 class Update(Protocol):

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from narrowcast.errors import TrainingError
 
-__all__ = ["Batch", "Decision", "Fate", "Loss", "StepInfo", "Window", "as_batch", "as_loss", "samples_in"]
+__all__ = ["Batch", "Decision", "Fate", "Loss", "StepInfo", "Window", "as_batch", "as_loss", "outputs_of", "samples_in"]
 
 #: Inputs (a tensor, a tuple of arguments, or a dict of arguments by name) and targets.
 Batch = tuple[Any, Any]
@@ -183,6 +183,13 @@ def as_batch(batch: Any) -> Batch:
         allowed="a pair (inputs, targets); inputs are a tensor, a tuple of arguments, or a dict of arguments by name",
         next_step="wrap the loader so that it gives such pairs",
     )
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> Any:
+    """Return what a model makes of inputs: a tensor, a tuple of arguments, or a dict of arguments by name."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
 def samples_in(inputs: Any) -> int:

@@ -353,7 +353,7 @@ def test_a_replay_that_does_not_fit_the_memory_ends_no_run(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(replay, "run", full)
+    monkeypatch.setattr(replay, "_run", full)
     model = nn.Sequential(nn.Linear(8, 8), DelayedLinear(8, 8), nn.Linear(8, 2))
     trainer, doctor = watched(model, squares, level="deep", every=2)
     for factor in (0.2, 0.2, 50.0):

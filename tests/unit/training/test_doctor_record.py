@@ -14,10 +14,11 @@ from safetensors.numpy import save_file
 from narrowcast.errors import ArtifactError, FormatError, TrainingError
 from narrowcast.training.doctor.buckets import BUCKETS, EDGES
 from narrowcast.training.doctor.histories import Histories, Sample, format_advice, scale_advice
+from narrowcast.training.doctor.journal import Journal
 from narrowcast.training.doctor.record import append, read, write_series
 from narrowcast.training.doctor.resuming import mark, rewind
 from narrowcast.training.doctor.values import Cause, Event, EventKind, Part, Reading, Remedy, Setting
-from narrowcast.training.doctor.verdict import cause_sentence, verdict
+from narrowcast.training.doctor.verdict import Tally, cause_sentence
 
 SETTING = Setting(level="cheap", every=50, precision="fp32", compute="fp32", formats=("fp16",), layers=())
 
@@ -264,10 +265,32 @@ def test_a_verdict_tells_each_fault_once_and_how_often_it_came():
         )
         for step in (7, 8, 9)
     ]
-    found = verdict(events, 10)
+    tally = Tally()
+    assert tally.verdict(10).healthy
+    for event in events:
+        tally.add(event)
+    found = tally.verdict(10)
     assert not found.healthy
     assert found.sentences == ("Step 7. It came again 2 times.",)
-    assert verdict((), 10).healthy
+
+
+def test_of_a_long_run_the_latest_events_are_kept_and_the_folder_and_the_verdict_know_them_all(tmp_path):
+    setting = Setting(level="cheap", every=50, precision="fp16-mixed", compute="fp16", formats=("fp16",), layers=())
+    journal = Journal(setting, tmp_path / "doctor", 0)
+    for step in range(5000):
+        sentence = f"Step {step}"
+        journal.note([Event(kind=EventKind.NONFINITE, step=step, rank=0, normal=False, sentence=sentence)])
+        journal.note([Event(kind=EventKind.BACKOFF, step=step, rank=0, normal=True, sentence=sentence)])
+    assert [event.step for event in journal.events] == [step for step in range(5000 - 2048, 5000) for _ in range(2)]
+    said = journal.write().verdict.sentences
+    assert said[0] == "Step 0. It came again 4999 times."
+    assert said[1].startswith("5000 steps were left out")
+    found = read(tmp_path)
+    assert len(found.events) == 10_000
+    assert found.summary.verdict.sentences == said
+    again = Journal(setting, tmp_path / "doctor", 6000)
+    assert len(again.events) == 4096
+    assert again.summary().verdict.sentences == said
 
 
 def test_a_series_that_is_taken_up_thins_out_as_if_it_had_not_been_cut(tmp_path):

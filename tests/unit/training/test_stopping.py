@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -36,30 +37,39 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(seen: list[dict[str, Any
         assert one[f"{held} again"]["steps"] == 8
 
 
+@dataclass(frozen=True, eq=False)
+class Two(Ranks):
+    """Two ranks, of which the other one has a loss of 1, a weight of 2, and perhaps asks to stop."""
+
+    world: int = 2
+    asks: bool = False
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + torch.tensor([1.0, 2.0, float(self.asks)])
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_wish_is_known_with_the_sum_or_a_window_later(late: bool) -> None:
-    stopping = Stopping(torch.device("cpu"), Ranks(0, 2))
+    stopping = Stopping(torch.device("cpu"), Two(asks=False))
     stopping._late = late
-    like = torch.tensor(3.5)
     found: list[bool] = []
     for window in range(5):
         if window == 2:
             stopping.ask()
-        wish = stopping.wish(like)
-        assert wish.dtype == like.dtype
-        stopping.heard(wish)
+        assert stopping.summed(torch.tensor(3.5), 4.0) == (4.5, 6.0, 2)
         found.append(stopping.agreed)
     assert found == [False, False, not late, True, True]
 
 
 def test_a_wish_of_another_rank_is_one_too() -> None:
-    stopping = Stopping(torch.device("cpu"), Ranks(0, 2))
-    stopping.heard(stopping.wish(torch.zeros(())) + 1)
+    stopping = Stopping(torch.device("cpu"), Two(asks=True))
+    stopping.summed(torch.tensor(3.5), torch.tensor(4.0))
     assert stopping.agreed
 
 
 def test_alone_it_is_agreed_when_it_is_asked() -> None:
     stopping = Stopping(torch.device("cpu"), None)
+    assert stopping.summed(torch.tensor(3.5), 4.0) == (3.5, 4.0, 1)
     assert not stopping.agreed
     stopping.ask()
     assert stopping.agreed

@@ -40,7 +40,7 @@ def test_it_is_there_and_changes_no_bit():
 
 
 def test_what_it_keeps_of_a_long_run_is_bounded(monkeypatch):
-    monkeypatch.setattr(journal, "_READINGS", 4)
+    monkeypatch.setattr(journal, "_KEPT", 4)
     trainer, _ = trained(steps=9)
     assert [reading.step for reading in trainer.watch.record().readings] == [5, 6, 7, 8]
     assert "9 steps" in trainer.watch.summary().verdict.sentences[0]
@@ -60,7 +60,7 @@ def test_what_it_keeps_of_a_long_run_is_bounded(monkeypatch):
     ],
 )
 def test_steps_without_a_record_are_told_however_few_readings_are_kept(steps, said, monkeypatch):
-    monkeypatch.setattr(journal, "_READINGS", 2)
+    monkeypatch.setattr(journal, "_KEPT", 2)
     kept = Journal(SETTING, None, 0)
     for step in steps:
         kept.keep(Reading(step=step, loss=1.0))

@@ -17,6 +17,8 @@ from narrowcast.training.fused import FusedAdamW
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    # of torchao's source, where it is compiled for the first time
+    pytest.mark.filterwarnings("ignore:.*invalid escape sequence"),
 ]
 OPTIMIZERS = {
     "foreach": lambda params: torch.optim.AdamW(params, lr=1e-3, foreach=True),

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from narrowcast.errors import OutputError, TrainingError
 from narrowcast.training import DynamicScale, StaticScale, Trainer, precision
 from narrowcast.training.fused import FusedAdamW
+from narrowcast.training.ledger import Ledger, Skip
 
 OPTIMIZERS = {
     "plain": lambda params: torch.optim.AdamW(params, lr=1e-2),
@@ -122,6 +123,17 @@ def test_the_ledger_writes_lines(tmp_path):
     assert [line["attempt"] for line in lines] == [0, 1]
     assert lines[0]["layers"][0] == "second.bias"
     assert lines[1]["scale"] == 128.0
+
+
+def test_of_many_skips_the_latest_are_kept_in_memory_and_all_in_the_file(tmp_path):
+    ledger = Ledger()
+    ledger.write_to(tmp_path / "skips.jsonl")
+    for step in range(5000):
+        ledger.add(Skip(step, step, 0, ("head.bias",), "inf", 8.0))
+    assert [skip.step for skip in ledger] == list(range(5000 - 4096, 5000))
+    assert (len(ledger), ledger[0].step, ledger[-1].step) == (4096, 904, 4999)
+    lines = (tmp_path / "skips.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(5000))
 
 
 def test_a_ledger_that_cannot_be_written_says_so(tmp_path):

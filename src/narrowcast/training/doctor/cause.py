@@ -148,7 +148,7 @@ def _find(scene: Scene) -> _Finding | None:
         return _Finding(cause=known)
     try:
         replayed = _replayed(scene)  # where ranks run together, also for the others that may have to see it
-    except torch.OutOfMemoryError:  # gradients are kept aside, and ranges are counted in copies
+    except replay.NoRoomError:  # gradients are kept aside, and ranges are counted in copies
         replayed = _Finding(cause=_unseen(scene, (), _NO_ROOM))
     return replayed if known is None else _Finding(cause=known)
 
@@ -173,7 +173,7 @@ def _find_zeros(scene: Scene, names: Collection[str]) -> _Finding | None:
     """Return where gradients become zero on this rank; None if some do not."""
     try:
         return _replayed_zeros(scene, names)
-    except torch.OutOfMemoryError:
+    except replay.NoRoomError:
         return _Finding(cause=_unseen_zeros(scene, names, _NO_ROOM))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -51,7 +51,7 @@ class Diagnosis:
         self._optimizer = optimizer
         self._rank = rank
         self._replays = 0
-        self._skips: list[int] = []  # updates done before each left-out step
+        self._skips: deque[int] = deque(maxlen=_GROWN)  # updates done before each left-out step, the latest
         self._zero_steps = 0
         self._zero_samples: Counter[int] = Counter()  # by target, in a row
         self._faint: list[int] = []  # targets without a gradient that wait to be looked at
@@ -114,7 +114,7 @@ class Diagnosis:
             return False
         try:
             sound = replay.run(scene.but(scale=1.0)).finite
-        except torch.OutOfMemoryError:  # gradients are kept aside: whether the scale alone is too high is not known
+        except replay.NoRoomError:  # gradients are kept aside: whether the scale alone is too high is not known
             sound = False
         return all(text == "sound" for text in gather("sound" if sound else "broken", scene.device))
 
@@ -235,7 +235,7 @@ class Diagnosis:
             paths = Paths(scene.model)
             sentinel = Sentinel(paths)
             probe = None if cast is None else Probe(paths, cast, sentinel)
-            with suppress(torch.OutOfMemoryError):  # the cast was seen; where it comes from, and what mends it, is not
+            with suppress(replay.NoRoomError):  # the cast was seen; where it comes from, and what mends it, is not
                 replay.run(scene, paths.following(), sentinel, nullcontext() if probe is None else probe)
         cause = None if cast is None or _asked_for(cast, probe) else self._cut_off(cast, probe, step)
         return agreed(cause, scene.device) if scene is not None and scene.together else cause

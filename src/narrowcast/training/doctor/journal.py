@@ -12,13 +12,13 @@ from pathlib import Path
 from narrowcast.training.doctor import record, resuming
 from narrowcast.training.doctor.histories import Histories, format_advice, scale_advice
 from narrowcast.training.doctor.values import Event, Reading, Record, Setting, Summary, Verdict
-from narrowcast.training.doctor.verdict import verdict
+from narrowcast.training.doctor.verdict import Tally
 from narrowcast.training.writing import written
 
 __all__ = ["Journal"]
 
 _log = logging.getLogger(__name__)
-_READINGS = 4096  # that are kept in memory: the latest
+_KEPT = 4096  # readings, and events, that are kept in memory: the latest
 _WRITES = 10  # calls of save() from one write of the histograms to the next
 
 
@@ -31,7 +31,7 @@ class Journal:
         step: Updates done.
 
     Attributes:
-        events: In order.
+        events: In order, the latest 4096; the folder holds all of them.
         readings: One a step, the latest 4096; the folder holds all of them.
         histories: The histograms.
 
@@ -41,8 +41,9 @@ class Journal:
     """
 
     def __init__(self, setting: Setting, folder: Path | None, step: int) -> None:
-        self.events: list[Event] = []
-        self.readings: deque[Reading] = deque(maxlen=_READINGS)
+        self.events: deque[Event] = deque(maxlen=_KEPT)
+        self.readings: deque[Reading] = deque(maxlen=_KEPT)
+        self._tally = Tally()
         self._known = _Steps()
         self.histories = Histories()
         self._setting = setting
@@ -60,7 +61,8 @@ class Journal:
         return written(f"the doctor's record in {self._folder}")
 
     def _take_up(self, before: Record, step: int) -> None:
-        self.events = list(before.events)
+        for event in before.events:
+            self._recall(event)
         for reading in before.readings:
             self._remember(reading)
         for series in before.series:
@@ -80,10 +82,14 @@ class Journal:
     def note(self, events: Sequence[Event]) -> None:
         """Note what happened, in the log too."""
         for event in events:
-            self.events.append(event)
+            self._recall(event)
             if self._folder is not None:
                 self._unwritten.append(event)
             _log.log(logging.INFO if event.normal else logging.WARNING, "%s", event.sentence)
+
+    def _recall(self, event: Event) -> None:
+        self.events.append(event)
+        self._tally.add(event)
 
     def series(self) -> tuple[record.Series, ...]:
         """Return all histograms, in the order of the layers."""
@@ -102,7 +108,7 @@ class Journal:
     def _verdict(self) -> Verdict:
         """Return the answer, which says what part of the run it does not know."""
         known = self._known
-        found = verdict(self.events, len(known))
+        found = self._tally.verdict(len(known))
         if known.gap is None:
             return found
         first, onwards = known.gap

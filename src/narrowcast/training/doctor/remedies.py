@@ -67,6 +67,8 @@ def try_all(found: Iterator[Trial]) -> tuple[Remedy, ...]:
 def _tried(trial: Trial) -> Remedy:
     try:
         outcome, note = trial.run()
+    except replay.PartedError:
+        raise
     except (RuntimeError, TypeError, ValueError, NarrowcastError) as error:  # what a model raises when it is changed
         return _remedy(trial, False, f"the replay with it raised {type(error).__name__}: {str(error).splitlines()[0]}")
     mended = trial.sound(outcome)

@@ -1,4 +1,8 @@
-"""A step of training, run again with the same random numbers, and without a trace left in the model."""
+"""A step of training, run again with the same random numbers, and without a trace left in the model.
+
+Where ranks run it together they agree beforehand that all have room for it: one that gives up on the way would leave the
+others in an exchange, so that ends training on all.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from narrowcast.errors import TrainingError
 from narrowcast.training.doctor.exchange import gather, ranks
 from narrowcast.training.doctor.paths import bare
 from narrowcast.training.policies import Precision
 from narrowcast.training.random_state import random_state, set_random_state
-from narrowcast.training.window import Loss
+from narrowcast.training.window import Loss, outputs_of
 
-__all__ = ["Outcome", "Scene", "local", "restored", "run", "spread", "whole"]
+__all__ = ["NoRoomError", "Outcome", "PartedError", "Scene", "has_room", "local", "restored", "run", "spread", "whole"]
 
 Batch = tuple[Any, Any]
+#: A replay takes more than the step that it repeats: nothing is compiled, and ranges are counted in copies. One too many that
+#: is given up costs less than one that ends training.
+_MARGIN = 1.5
+
+
+class NoRoomError(RuntimeError):
+    """A replay does not fit the memory beside the run; where ranks run it together, on all of them."""
+
+
+class PartedError(TrainingError):
+    """This rank has left a replay that the others are in."""
 
 
 @dataclass(frozen=True)
@@ -118,15 +134,54 @@ def run(scene: Scene, *around: AbstractContextManager[Any]) -> Outcome:
         scene: What to run; all ranks have to run theirs where it runs together. Parameters, gradients, buffers, random states
             and whether the model trains are as before afterwards; the optimizer is not asked. Compiled parts run uncompiled.
         around: Contexts in which it runs, the outermost first.
+
+    Raises:
+        NoRoomError: Memory is missing; nothing has run where ranks run together.
+        PartedError: Memory is missing on this rank alone, after all had agreed that there is enough.
     """
     with ExitStack() as stack:
-        stack.enter_context(restored(scene.model))
+        _prepare(scene, stack)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if scene.random is not None:
             set_random_state(scene.random)
         for context in around:
             stack.enter_context(context)
-        return _run(scene)
+        try:
+            return _run(scene)
+        except torch.OutOfMemoryError as error:
+            if not scene.together:
+                raise NoRoomError(str(error)) from error
+            raise PartedError(
+                f"the doctor's replay of step {scene.step} ran out of memory on rank {scene.rank}, where there had seemed to "
+                "be room",
+                next_step="train in smaller batches or without the doctor (--set doctor=off, or watch=None); --resume goes on "
+                "from the last checkpoint",
+            ) from error
+
+
+def _prepare(scene: Scene, stack: ExitStack) -> None:
+    """Keep what is to be put back, on all ranks or on none."""
+    ready = not scene.together or has_room(scene)
+    try:
+        if ready:
+            stack.enter_context(restored(scene.model))
+    except torch.OutOfMemoryError:
+        ready = False
+    if scene.together:
+        ready = all(text == "ready" for text in gather("ready" if ready else "no room", scene.device))
+    if not ready:
+        raise NoRoomError("the replay does not fit the device's memory")
+
+
+def has_room(scene: Scene) -> bool:
+    """Return whether a GPU has room for what its largest step so far took, with the gradients of the run kept aside."""
+    device = scene.device
+    if device.type != "cuda":
+        return True  # the system gives main memory until there is none
+    held = torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+    aside = sum(local(one.grad).nbytes for one in scene.model.parameters() if one.grad is not None)
+    return free >= _MARGIN * (torch.cuda.max_memory_allocated(device) - held + aside)
 
 
 def _run(scene: Scene) -> Outcome:
@@ -134,7 +189,7 @@ def _run(scene: Scene) -> Outcome:
     inputs, targets = scene.batch
     with torch.enable_grad(), scene.precision.running(scene.device):
         with scene.precision.autocast(scene.device):
-            value = scene.loss(_call(model, scene.precision.inputs(inputs)), targets)
+            value = scene.loss(outputs_of(model, scene.precision.inputs(inputs)), targets)
         mean = value.total / value.weight if isinstance(value, Loss) else value
         if mean.requires_grad:
             (mean.float() * scene.scale).backward()
@@ -158,12 +213,6 @@ def _run(scene: Scene) -> Outcome:
         filled=filled,
         nonzero=sum(filled.values()) / max(sum(numbers_on), 1),
     )
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from narrowcast.training.doctor.paths import in_words
 from narrowcast.training.doctor.values import Cause, Event, EventKind, Part, Remedy, Verdict
 
-__all__ = ["cause_sentence", "verdict"]
+__all__ = ["Tally", "cause_sentence"]
 
 _PASSES = {Part.FORWARD: "forward pass", Part.BACKWARD: "backward pass", Part.UPDATE: "update"}
 _KINDS = {
@@ -35,38 +35,53 @@ def cause_sentence(cause: Cause) -> str:
     return f"{where}. {_mends(cause.remedies)}"
 
 
-def verdict(events: Sequence[Event], steps: int) -> Verdict:
-    """Return the answer.
-
-    Args:
-        events: All that happened.
-        steps: Updates that were done.
-    """
-    faults = [one for one in events if not one.normal]
-    sentences = [one.sentence for one in _first_of_each(faults)]
-    normal = [one for one in events if one.kind is EventKind.BACKOFF and one.normal]
-    if not faults:
-        sentences.append(f"Healthy: {steps} steps, every loss and gradient that was used is finite.")
-    if normal:
-        sentences.append(
-            f"{len(normal)} {'step was' if len(normal) == 1 else 'steps were'} left out while the dynamic loss scale was being "
-            "found: normal."
-        )
-    return Verdict(healthy=not faults, sentences=tuple(sentences))
+@dataclass
+class _Found:
+    first: Event
+    times: int = 1
 
 
-def _first_of_each(faults: Sequence[Event]) -> list[Event]:
-    """Return the first event of each kind and place, those with a cause first, and say how often it came again."""
-    keys = [(one.kind, one.rank, one.cause and (one.cause.layer, one.cause.part, one.cause.operator)) for one in faults]
-    counts = Counter(keys)
-    first = dict(reversed(list(zip(keys, faults, strict=True))))
-    found: list[Event] = []
-    for key, one in sorted(first.items(), key=lambda item: (_unexplained(item[1]), item[1].step)):
-        again = counts[key] - 1
-        text = one.sentence.removesuffix(".") + "."
-        text += f" It came again {again} {'time' if again == 1 else 'times'}." if again else ""
-        found.append(one.model_copy(update={"sentence": text}))
-    return found
+class Tally:
+    """What happened so far, by kind and place: the first time of each, and how often it came."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[object, ...], _Found] = {}
+        self._normal = 0  # left-out steps that need nobody's attention
+
+    def add(self, event: Event) -> None:
+        """Count what happened."""
+        if event.normal:
+            self._normal += event.kind is EventKind.BACKOFF
+            return
+        cause = event.cause
+        key = (event.kind, event.rank, cause and (cause.layer, cause.part, cause.operator))
+        if key in self._found:
+            self._found[key].times += 1
+        else:
+            self._found[key] = _Found(event)
+
+    def verdict(self, steps: int) -> Verdict:
+        """Return the answer.
+
+        Args:
+            steps: Updates that were done.
+        """
+        found = sorted(self._found.values(), key=lambda one: (_unexplained(one.first), one.first.step))
+        sentences = list(map(_sentence, found))
+        if not found:
+            sentences.append(f"Healthy: {steps} steps, every loss and gradient that was used is finite.")
+        if self._normal:
+            sentences.append(
+                f"{self._normal} {'step was' if self._normal == 1 else 'steps were'} left out while the dynamic loss scale was "
+                "being found: normal."
+            )
+        return Verdict(healthy=not found, sentences=tuple(sentences))
+
+
+def _sentence(found: _Found) -> str:
+    again = found.times - 1
+    text = found.first.sentence.removesuffix(".") + "."
+    return text + (f" It came again {again} {'time' if again == 1 else 'times'}." if again else "")
 
 
 def _unexplained(event: Event) -> bool:

@@ -127,7 +127,7 @@ class Watch:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """What happened so far."""
+        """What happened so far; of many, the latest 4096."""
         return tuple(self._begin(0).journal.events)
 
     def _described(self, sampler: Sampler) -> Setting:
@@ -267,7 +267,7 @@ class Watch:
         return self._begin(0).journal.summary()
 
     def record(self) -> Record:
-        """Return what was seen so far: of readings the latest, of the rest all; a folder holds all of them."""
+        """Return what was seen so far: of readings and events the latest, of the rest all; a folder holds all of them."""
         return self._begin(0).journal.record()
 
     # What happens in between
