@@ -20,9 +20,10 @@ from serving_models import until, write_artifact
 
 from narrowcast.artifacts.manifest import Manifest
 from narrowcast.serving.refusals import WorkerLostError
-from narrowcast.serving.workers import process
+from narrowcast.serving.workers import link
 from narrowcast.serving.workers.arena import Arena, anonymous_file
 from narrowcast.serving.workers.base import Batch, Result
+from narrowcast.serving.workers.marks import SLOTS, Marks
 from narrowcast.serving.workers.process import ProcessWorker
 
 ManifestOf = Callable[..., Manifest]
@@ -39,7 +40,7 @@ def folder(tmp_path: Path, manifest_of: ManifestOf) -> Path:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process is given the time to end by itself: who waits for one that does not is seen to hang."""
-    monkeypatch.setattr(process, "_CLOSE_SECONDS", 1000.0)
+    monkeypatch.setattr(link, "_CLOSE_SECONDS", 1000.0)
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_an_answer_that_cannot_be_read_fails_its_batch_alone(folder: Path, monke
 
 def test_a_process_whose_server_has_gone_while_it_loaded_ends_without_a_word(folder: Path) -> None:
     ours, theirs = socket.socketpair()
-    memory = [anonymous_file(), anonymous_file()]
+    memory = [Marks.create().descriptor, *(anonymous_file() for _ in range(2 * SLOTS))]
     passed = (theirs.fileno(), *memory)
     command = [sys.executable, "-m", "narrowcast.serving.workers.child", *map(str, passed), str(folder)]
     child = subprocess.Popen(command, pass_fds=passed, stderr=subprocess.PIPE, text=True)

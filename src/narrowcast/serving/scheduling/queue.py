@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from narrowcast.serving.signature import Tensors
@@ -56,6 +56,15 @@ class Batching:
             if together in self.preferred:
                 fitting = count
         return fitting or (count if waited or not self.delay_ns else 0)
+
+    def full(self, rows: Iterable[int]) -> int:
+        """Return how many of the requests that wait, the oldest first, leave no room for the next of them; 0 for none yet."""
+        together = 0
+        for count, more in enumerate(rows):
+            together += more
+            if together >= self.largest:
+                return count + (together == self.largest or not count)
+        return 0
 
     def padded(self, rows: int) -> int:
         """Return how many rows the model is given where so many are asked for."""
@@ -127,14 +136,18 @@ class JobQueue:
 
     def add(self, job: Job) -> None:
         """Put a job behind the others of its kind."""
+        self._arrivals += 1
+        job.number = self._arrivals
+        self._group(job).jobs[job.number] = job
+
+    def _group(self, job: Job) -> _Group:
+        """Return the group that a job joins, with its rows counted."""
         group = self._groups.get((job.priority, job.key))
         if group is None:
             group = self._groups[job.priority, job.key] = _Group()
-        self._arrivals += 1
-        job.number = self._arrivals
-        group.jobs[job.number] = job
         group.rows += job.rows
         self.count += 1
+        return group
 
     def remove(self, job: Job) -> bool:
         """Take a job out of its turn; return whether it was there."""
@@ -163,7 +176,8 @@ class JobQueue:
         if not self._groups:
             return [], None
         again: list[int] = []
-        for _, group in sorted(self._groups.items(), key=lambda item: (item[0][0], next(iter(item[1].jobs), 0))):
+        for kind in sorted(self._groups, key=self._turn):
+            group = self._groups[kind]
             due = next(iter(group.jobs.values())).arrived + batching.delay_ns
             count = batching.count((job.rows for job in group.jobs.values()), waited=now >= due)
             if count:
@@ -171,10 +185,33 @@ class JobQueue:
             again.append(due)
         else:
             return [], min(again)
+        return self._first(group, count), None
+
+    def _turn(self, kind: tuple[int, Hashable]) -> tuple[int, int]:
+        """Return what the groups are ordered by: their priority, and when the oldest of each came."""
+        return kind[0], next(iter(self._groups[kind].jobs))
+
+    def _first(self, group: _Group, count: int) -> list[Job]:
+        """Take the oldest jobs out of a group."""
         jobs = [group.jobs.popitem(last=False)[1] for _ in range(count)]
         for job in jobs:
             self._took(group, job)
-        return jobs, None
+        return jobs
+
+    def take_full(self, batching: Batching) -> list[Job]:
+        """Return the jobs to run next if no other could join them, else none."""
+        if not self._groups:
+            return []
+        group = self._groups[min(self._groups, key=self._turn)]
+        count = batching.full(job.rows for job in group.jobs.values())
+        return self._first(group, count)
+
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Put jobs that were taken before the others of their kind, in the same order."""
+        for job in reversed(jobs):
+            group = self._group(job)
+            group.jobs[job.number] = job
+            group.jobs.move_to_end(job.number, last=False)
 
     def drain(self) -> list[Job]:
         """Take all jobs out."""

@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from narrowcast.serving.refusals import Refusal, WorkerLostError
+from narrowcast.serving.scheduling.admission import Admission, Load, Settings
+from narrowcast.serving.scheduling.ahead import Ahead
 from narrowcast.serving.scheduling.queue import Batching, Job, JobQueue
 from narrowcast.serving.scheduling.statistics import Statistics
 from narrowcast.serving.signature import Signature, Tensors
@@ -20,27 +21,6 @@ from narrowcast.serving.workers.base import Batch, Result, Worker
 __all__ = ["Scheduler", "Settings"]
 
 _GONE = Refusal(499, "the client went away")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the requests of a model are scheduled.
-
-    Attributes:
-        batching: How they are put together.
-        queue: Requests that may wait; one more is refused.
-        timeout: Seconds that a request waits where its client gave no time, or None for ever.
-        batch_timeout: Seconds that a batch may run before its worker is ended, or None for ever.
-        priority_levels: Highest number that a request may give as its priority; 1 goes first.
-        default_priority: Priority of requests that give none.
-    """
-
-    batching: Batching = field(default_factory=Batching)
-    queue: int = 1024
-    timeout: float | None = None
-    batch_timeout: float | None = None
-    priority_levels: int = 64
-    default_priority: int = 8
 
 
 class Scheduler:
@@ -65,6 +45,8 @@ class Scheduler:
         self._queue = JobQueue()
         self._alone: deque[Job] = deque()  # of batches that failed: each runs again by itself
         self._running: dict[Worker, list[Job]] = {}
+        self._ahead = Ahead()
+        self._admission = Admission(settings, self._batching, self.statistics)
         self._dispatching = False
         self._wake: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None  # looks for batches that run too long; one for all of them
@@ -81,7 +63,7 @@ class Scheduler:
     @property
     def pending(self) -> int:
         """Requests that wait."""
-        return self._queue.count + len(self._alone)
+        return self._queue.count + len(self._alone) + self._ahead.requests
 
     @property
     def running(self) -> int:
@@ -136,7 +118,7 @@ class Scheduler:
         if timeout is not None:
             job.deadline = job.arrived + int(timeout * 1e9)
         if self._running or self._queue.count or not self._live:
-            self._admit(job)
+            self._admission.check(job, self._load(job), free=bool(self._idle))
         if self._idle and not self._queue.count and (self._eager or rows == self._batching.largest):
             self._run([job], now)
             return job
@@ -144,8 +126,14 @@ class Scheduler:
         if self.signature.batched:
             job.key = tuple([inputs[spec.name].shape[1:] for spec in self.signature.inputs])
         self._queue.add(job)
+        if self._ahead.behind(job.priority):
+            self._take_back(self._ahead.recall())
         self._dispatch()
         return job
+
+    def _load(self, job: Job) -> Load:
+        waiting = self._queue.count + self._ahead.requests
+        return Load(waiting, self._queue.rows_before(job.priority), len(self._ahead), len(self._live))
 
     def cancel(self, job: Job) -> None:
         """Take a request out of the queue; one that runs already runs on, and its outputs are dropped."""
@@ -168,41 +156,10 @@ class Scheduler:
         refusal = Refusal(503, reason, retry_after=1)
         self._refuse_all(refusal)
         now = time.monotonic_ns()
-        for jobs in list(self._running.values()):
+        for jobs in (*self._running.values(), list(self._ahead.all())):
             for job in jobs:
                 self._settle(job, now, error=refusal)
         await asyncio.gather(*(worker.close() for worker in self._workers))
-
-    # admission --------------------------------------------------------------------------------------------------------
-
-    def _admit(self, job: Job) -> None:
-        if not self._live:
-            self.statistics.reject("unavailable")
-            raise Refusal(503, "no worker of the model is alive; one is being started", retry_after=1)
-        wait = self._expected_wait(job)
-        if self._queue.count >= self.settings.queue:
-            self.statistics.reject("queue_full")
-            raise Refusal(
-                503, f"{self._queue.count} requests wait already, which is the bound", retry_after=wait * 1e-9
-            )
-        if job.deadline is not None and not self._idle and job.arrived + wait > job.deadline:
-            self.statistics.reject("deadline")
-            raise Refusal(
-                429,
-                f"the answer would take about {wait * 1e-6:.0f} ms, and the client waits "
-                f"{(job.deadline - job.arrived) * 1e-6:.0f} ms",
-                retry_after=wait * 1e-9,
-            )
-
-    def _expected_wait(self, job: Job) -> float:
-        """Return the nanoseconds until a request would be answered, by the measured time of each batch size."""
-        largest = max(self._batching.largest, job.rows)
-        rows = self._queue.rows_before(job.priority) + job.rows
-        whole, rest = divmod(rows, largest)
-        expected = self.statistics.expected_ns
-        ahead = whole * expected(largest) + (expected(self._batching.padded(rest)) if rest else 0.0)
-        # What runs now is half done on average.
-        return ahead / len(self._live) + expected(largest) / 2
 
     # running ----------------------------------------------------------------------------------------------------------
 
@@ -212,6 +169,8 @@ class Scheduler:
             return
         self._dispatching = True
         try:
+            if self._idle and self._ahead:
+                self._take_back(self._ahead.recall())
             while self._idle and (self._alone or self._queue.count):
                 if self._alone:
                     self._run([self._alone.popleft()], time.monotonic_ns())
@@ -222,8 +181,37 @@ class Scheduler:
                     self._wake_at(again)
                     return
                 self._run(jobs, now)
+            self._lay_ahead()
         finally:
             self._dispatching = False
+
+    def _lay_ahead(self) -> None:
+        """Give workers that run a batch the next one already, where it is full and nothing else would have to run first."""
+        while self._queue.count and not self._alone:
+            able = [worker for worker in self._running if worker.takes_ahead and not self._ahead.has(worker)]
+            jobs = self._queue.take_full(self._batching) if able else []
+            if not jobs:
+                return
+            soonest = min(able, key=lambda worker: self._running[worker][0].begun)
+            self._ahead.lay(soonest, jobs)
+            before = min((job.deadline for job in jobs if job.deadline is not None), default=None)
+            self._hand(soonest, jobs, before)
+
+    def _take_back(self, jobs: list[Job]) -> None:
+        """Have jobs that were to run next wait again, in their old place; those that nobody wants any more end."""
+        now = time.monotonic_ns()
+        waiting: list[Job] = []
+        for job in jobs:
+            if job.left or job.finished:
+                self._settle(job, now, error=_GONE)
+            elif not self._live:
+                self._settle(job, now, error=_last_died())
+            elif not self._expired(job, now):
+                job.begun = 0
+                if job.timer is None:
+                    self._time(job, now)
+                waiting.append(job)
+        self._queue.put_back(waiting)
 
     def _wake_at(self, moment: int | None) -> None:
         if moment is None:
@@ -241,25 +229,30 @@ class Scheduler:
 
     def _run(self, jobs: list[Job], now: int) -> None:
         """Run jobs as one batch on a worker that is free, those that have expired left out."""
-        ready: list[Job] = []
-        rows = 0
+        ready = [job for job in jobs if job.deadline is None or not self._expired(job, now)]
+        if not ready:
+            return
+        worker = self._idle.popleft()
+        self._begun(worker, ready, now)
+        self._hand(worker, ready)
+
+    def _begun(self, worker: Worker, jobs: list[Job], now: int) -> None:
+        """Take note that jobs run from now on, so that their deadlines do not matter any more."""
         for job in jobs:
-            if job.deadline is not None and self._expired(job, now):
-                continue
             job.begun = now
             if job.timer is not None:
                 job.timer.cancel()
                 job.timer = None
-            rows += job.rows
-            ready.append(job)
-        if not ready:
-            return
-        worker = self._idle.popleft()
-        self._running[worker] = ready
+        self._running[worker] = jobs
         if self._watch is None and self.settings.batch_timeout is not None:
             self._watch = self._loop.call_later(self.settings.batch_timeout, self._end_overruns)
-        batch = self._batch(ready, rows) if self._batching.pad else Batch([job.inputs for job in ready], rows)
-        done = partial(self._finished, worker, ready, rows, batch.rows)
+
+    def _hand(self, worker: Worker, jobs: list[Job], before: int | None = None) -> None:
+        """Give a worker jobs as one batch."""
+        rows = sum([job.rows for job in jobs])
+        batch = self._batch(jobs, rows) if self._batching.pad else Batch([job.inputs for job in jobs], rows)
+        batch.before = before
+        done = partial(self._finished, worker, jobs, rows, batch.rows)
         try:
             worker.submit(batch, done)
         except Exception as error:  # whatever it is, who waits must hear of it, and the worker is free
@@ -275,13 +268,20 @@ class Scheduler:
         return Batch(parts, whole)
 
     def _finished(self, worker: Worker, jobs: list[Job], rows: int, padded: int, result: Result) -> None:
-        if self._running.pop(worker, None) is None:
-            return  # it ran too long, and its requests were told so
-        if worker in self._live:
-            self._idle.append(worker)
+        if self._running.get(worker) is not jobs:
+            self._never_began(worker, jobs, result)
+            return
         now = time.monotonic_ns()
+        del self._running[worker]
+        following = self._ahead.pop(worker)
+        if following is not None:
+            self._begun(worker, following, now)
+        elif worker in self._live:
+            self._idle.append(worker)
         outputs = result.outputs
-        if outputs is None:
+        if not result.began:
+            self._take_back(jobs)
+        elif outputs is None:
             self._failed(jobs, result.error or RuntimeError("the worker gave neither outputs nor an error"))
         elif (len(jobs) > 1 or padded > rows) and not _has_rows(outputs, padded):
             self._failed(jobs, Refusal(500, "the model gave an output whose first axis is not the batch axis"))
@@ -289,8 +289,19 @@ class Scheduler:
             times = (result.input_ns, result.infer_ns, result.output_ns)
             self.statistics.executed(padded, len(jobs), times, now - jobs[0].begun, padding=padded - rows)
             self._hand_out(jobs, outputs, now, whole=len(jobs) == 1 and padded == rows)
-        if self._queue.count or self._alone:
+        if self._queue.count or self._alone or self._ahead:
             self._dispatch()
+
+    def _never_began(self, worker: Worker, jobs: list[Job], result: Result) -> None:
+        """End a batch that was to run next, and could not; one that ran too long is none, and its requests were told so."""
+        if not self._ahead.has(worker, jobs):
+            return
+        self._ahead.pop(worker)
+        if result.began:
+            self._failed(jobs, result.error or RuntimeError("the worker gave neither outputs nor an error"))
+        else:
+            self._take_back(jobs)
+        self._dispatch()
 
     def _hand_out(self, jobs: list[Job], outputs: Tensors, now: int, *, whole: bool) -> None:
         """Give each job its own rows of the outputs of a batch, or the one job the whole of them."""
@@ -358,7 +369,11 @@ class Scheduler:
         if job in self._alone:
             self._alone.remove(job)
             return True
-        return self._queue.remove(job)
+        if self._queue.remove(job):
+            return True
+        others = self._ahead.recall_with(job)
+        self._queue.put_back([other for other in others if other is not job])
+        return bool(others)
 
     def _end_overruns(self) -> None:
         """End the batches that run longer than they may, and look again when the next one could."""
@@ -391,7 +406,7 @@ class Scheduler:
         if worker in self._idle:
             self._idle.remove(worker)
         if not self._live:
-            self._refuse_all(Refusal(503, "the last worker of the model has died", retry_after=1))
+            self._refuse_all(_last_died())
 
     def _refuse_all(self, refusal: Refusal) -> None:
         """Refuse what waits."""
@@ -400,6 +415,10 @@ class Scheduler:
         self._alone.clear()
         for job in waiting:
             self._settle(job, now, error=refusal)
+
+
+def _last_died() -> Refusal:
+    return Refusal(503, "the last worker of the model has died", retry_after=1)
 
 
 def _has_rows(outputs: Mapping[str, object], rows: int) -> bool:

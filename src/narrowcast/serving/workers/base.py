@@ -1,4 +1,8 @@
-"""The boundary between the scheduler and what runs a model: one batch at a time, and an answer through a callback."""
+"""The boundary between the scheduler and what runs a model: one batch at a time, and an answer through a callback.
+
+A worker may take the next batch while one runs, so that it need not wait for the server in between. That batch is no more
+than laid ready: it can be taken back, and does not begin when its time is over.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,12 @@ class Batch:
     Attributes:
         parts: The inputs of each request; their shapes differ in the first axis alone.
         rows: Rows of all of them.
+        before: When it is too late to begin, in nanoseconds of the monotonic clock, or None for never.
     """
 
     parts: Sequence[Tensors]
     rows: int
+    before: int | None = None
 
 
 @dataclass(slots=True)
@@ -36,6 +42,7 @@ class Result:
         input_ns: Time that gathering and moving the inputs took.
         infer_ns: Time that the model took.
         output_ns: Time that moving the outputs took.
+        began: Whether the model was asked; where it was not, there are neither outputs nor an error.
     """
 
     outputs: Tensors | None = None
@@ -43,6 +50,7 @@ class Result:
     input_ns: int = 0
     infer_ns: int = 0
     output_ns: int = 0
+    began: bool = True
 
 
 Done = Callable[[Result], None]
@@ -84,6 +92,11 @@ class Worker(ABC):
         """Whether it can run a batch now, once it was started."""
         return True
 
+    @property
+    def takes_ahead(self) -> bool:
+        """Whether it takes a batch now while another runs."""
+        return False
+
     @abstractmethod
     async def start(self) -> None:
         """Load the model.
@@ -95,6 +108,14 @@ class Worker(ABC):
     @abstractmethod
     def submit(self, batch: Batch, done: Done) -> None:
         """Run a batch; ``done`` is called in the event loop, perhaps before this returns."""
+
+    def recall(self) -> bool:
+        """Take back the batch that was submitted while another runs.
+
+        Returns:
+            Whether it has not begun: it never will then, and its ``done`` is not called. Otherwise it may run.
+        """
+        return False
 
     def memory(self) -> int | None:
         """Return the bytes of memory that end with the worker, or None where nobody knows; takes a while."""

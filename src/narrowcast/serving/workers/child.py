@@ -1,5 +1,6 @@
-"""The process that runs a model: ``python -m narrowcast.serving.workers.child SOCKET INPUTS OUTPUTS ARTIFACT``.
+"""The process that runs a model: ``python -m narrowcast.serving.workers.child SOCKET MARKS INPUTS... OUTPUTS... ARTIFACT``.
 
+All but the last are descriptors that the server opened; memory for inputs, and then for outputs, as often as there are slots.
 It ends when its server does, or closes the socket.
 """
 
@@ -20,6 +21,7 @@ from narrowcast.serving.workers.arena import Arena, Placed
 from narrowcast.serving.workers.base import LoadedModel
 from narrowcast.serving.workers.frames import pack, receive, write_signature
 from narrowcast.serving.workers.loading import open_artifact
+from narrowcast.serving.workers.marks import SLOTS, Marks
 
 __all__ = ["main"]
 
@@ -27,24 +29,36 @@ __all__ = ["main"]
 def main(arguments: list[str]) -> int:
     """Load the artifact, then run one batch after the other; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the whole group; the server decides
-    connection = socket.socket(fileno=int(arguments[0]))
+    *descriptors, artifact = arguments
+    connection = socket.socket(fileno=int(descriptors[0]))
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server has gone meanwhile
-        return _serve(connection, arguments)
+        return _serve(connection, [int(descriptor) for descriptor in descriptors[1:]], Path(artifact))
     return 0
 
 
-def _serve(connection: socket.socket, arguments: list[str]) -> int:
-    inputs, outputs = (Arena(int(descriptor)) for descriptor in arguments[1:3])
+def _serve(connection: socket.socket, descriptors: list[int], artifact: Path) -> int:
+    marks, arenas = Marks(descriptors[0]), [Arena(descriptor) for descriptor in descriptors[1:]]
     try:
-        model = open_artifact(Path(arguments[3]))
+        model = open_artifact(artifact)
     except NarrowcastError as error:
         failure = {"type": type(error).__name__, "what": error.what, "allowed": error.allowed, "next": error.next_step}
         connection.sendall(pack({"refused": failure}))
         return 1
     connection.sendall(pack({"signature": write_signature(model.signature)}))
     for request in receive(connection):
-        connection.sendall(pack(_run(model, request["inputs"], inputs, outputs)))
+        number = request["number"]
+        # In this order: a server that does not see that it has begun may say that its time is over.
+        if not marks.begin(number) or _late(request["before"]):
+            answer: dict[str, Any] = {"left_out": True}
+        else:
+            slot = number % SLOTS
+            answer = _run(model, request["inputs"], arenas[slot], arenas[SLOTS + slot])
+        connection.sendall(pack(answer))
     return 0
+
+
+def _late(before: int | None) -> bool:
+    return before is not None and time.monotonic_ns() >= before
 
 
 def _run(model: LoadedModel, placed: list[Placed], inputs: Arena, outputs: Arena) -> dict[str, Any]:
