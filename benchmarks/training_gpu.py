@@ -133,9 +133,10 @@ def loop_of(kind, workload, precision, mode, options):
 
 
 def bytes_of(loop):
-    """Return what a loop holds between steps."""
+    """Return what a loop holds between steps; gradients too, where it keeps them until it knows what became of an update."""
     state = [x for one in loop.optimizer.state.values() for x in one.values() if isinstance(x, torch.Tensor)]
-    return sum(x.numel() * x.element_size() for x in (*loop.model.parameters(), *loop.model.buffers(), *state))
+    gradients = [x.grad for x in loop.model.parameters() if x.grad is not None]
+    return sum(x.nbytes for x in (*loop.model.parameters(), *loop.model.buffers(), *state, *gradients))
 
 
 def timed(loop, batches, steps, device):
