@@ -6,9 +6,9 @@
 requests come at a constant rate, a share of that, and latency counts from when a request should have been sent. Meanwhile
 models are loaded, unloaded, promoted and rolled back at a constant rate; requests name no version, and every answer must be
 that of the version that it says. Unloaded is a model that nobody asks, because a request of a model that is not there fails
-rightly. Memory is the proportional set size of the server and its workers, without pages of files (programs and libraries), which the
-system takes and gives back as it likes. Its slope is fitted to means of ten seconds, behind the first fifth of the run, with
-a 95 % interval.
+rightly. Memory is the proportional set size of the server and its workers, without pages of files (programs and libraries),
+which the system takes and gives back as it likes. Its slope is fitted to means of ten seconds, behind the first fifth of the
+run, with a 95 % interval.
 
 With ``--placement process`` each load starts a process, which costs most of a second of the one core: choose fewer operations
 or a smaller load there. Ends with 1 if a request or an operation failed, or the memory grows beyond the noise.
@@ -325,7 +325,9 @@ def report(options: argparse.Namespace, rate: float, seen: Seen, cores: list[int
         "operations": dict(seen.operations),
         "latency_ms": quantiles,
         "memory_mib": {"first": sizes[0] / 2**20, "last": sizes[-1] / 2**20, "most": max(sizes) / 2**20},
-        "memory_series_mib": [[round(at, 1), round(size / 2**20, 2)] for at, size in seen.memory[:: max(1, len(seen.memory) // 240)]],
+        "memory_mib_by_second": [
+            [round(at, 1), round(size / 2**20, 2)] for at, size in seen.memory[:: max(1, len(seen.memory) // 240)]
+        ],
         "memory_slope_bytes_per_minute": asdict(slope),
         "cores": {"server": cores[0], "load": cores[-1]},
         "environment": environment().model_dump(mode="json"),
