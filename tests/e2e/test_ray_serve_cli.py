@@ -58,7 +58,6 @@ def models(tmp_path: Path, manifest_of: ManifestOf) -> Path:
         (["--engine", "ray", "--placement", "inline"], "--placement means nothing with --engine ray: Ray places"),
         (["--engine", "ray", "--memory-budget", "1GiB"], "--memory-budget means nothing with --engine ray"),
         (["--engine", "ray", "--shared-memory"], "--shared-memory means nothing with --engine ray"),
-        (["--engine", "ray", "--batch-timeout", "5"], "--batch-timeout means nothing with --engine ray"),
         (["--engine", "ray", "--render", "compose"], "--render means nothing with --engine ray"),
         (["--engine", "ray", "--port", "0"], "Ray cannot choose a port"),
         (["--engine", "ray", "--metrics-port", "0"], "Ray cannot choose a port"),
@@ -646,6 +645,29 @@ def test_clients_that_leave_are_not_served_and_replicas_that_die_come_back(
             return answers[-1][0] == 200
 
         wait_for(again)
+    finally:
+        code = program.end()
+    assert code == 0
+
+
+@pytest.mark.exhaustive
+def test_a_replica_whose_model_hangs_is_replaced(
+    tmp_path: Path, manifest_of: ManifestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    (port,) = free_ports(1)
+    folder = slow_artifact(tmp_path / "slow", manifest_of(), 10_000_000_000)
+    program = Program(folder, "--port", port, "--grpc-port", -1, "--metrics-port", -1, "--batch-timeout", 1)
+    try:
+        hung = replica_of("slow-1")
+        assert hung is not None
+        answers: list[tuple[int, Any]] = []
+        ask(port, answers)
+        assert answers[0][0] == 504
+        assert "ran longer than 1 s" in answers[0][1]["error"]
+        assert get(port, "/v2/health/live")[0] == 200
+        wait_for(lambda: not hung.is_running() and replica_of("slow-1") is not None)
     finally:
         code = program.end()
     assert code == 0

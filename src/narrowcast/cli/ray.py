@@ -19,19 +19,9 @@ __all__ = ["serve_on_ray"]
 #: Parameters of the command that mean the same with Ray.
 _MEANT = frozenset(
     {
-        *(
-            "places",
-            "host",
-            "port",
-            "grpc_port",
-            "metrics_port",
-            "workers",
-            "versions",
-            "load",
-            "load_timeout",
-            "grace",
-        ),
-        *("token", "max_batch", "batching", "preferred", "pad", "delay", "queue", "timeout"),
+        *("places", "host", "port", "grpc_port", "metrics_port", "grace", "token"),
+        *("workers", "versions", "load", "load_timeout"),
+        *("max_batch", "batching", "preferred", "pad", "delay", "queue", "timeout", "batch_timeout"),
         *("engine", "max_workers", "ray_address", "json", "debug"),
     }
 )
@@ -39,7 +29,6 @@ _MEANT = frozenset(
 _WHY = {
     "placement": "Ray places the replicas, and each runs its model in a thread",
     "shared_memory": "replicas may be on other machines than clients",
-    "batch_timeout": "a thread cannot be ended, and Ray watches over replicas",
     "log": "Ray keeps the logs of the replicas",
     "trace": "Ray has traces of its own",
     "render": "a file for Ray's own operator is not among those that can be rendered",

@@ -219,6 +219,13 @@ class Asked:
         return await self.ingresses[0].call(Call(method, message.SerializeToString(), metadata))
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Return when something has come to pass."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 def with_keeper(
     places: Path,
     check: Callable[[Asked], Coroutine[Any, Any, None]],
@@ -377,7 +384,7 @@ async def ready(asked: Asked, through: int = 0) -> tuple[int, bool]:
     return status, triton.ServerReadyResponse.FromString(answer.message).ready
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["later", "clock behind"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["later", "clock-behind"])
 def test_the_next_keeper_is_followed_when_it_has_loaded(
     models: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
@@ -397,8 +404,7 @@ def test_the_next_keeper_is_followed_when_it_has_loaded(
         old = asked.fleet.running("scale", 2)
         old.hold = asyncio.Event()
         held = asyncio.ensure_future(asked.infer("scale"))
-        while not following._followers:
-            await asyncio.sleep(0.01)
+        await until(lambda: bool(following._followers))
         asked.fleet.hold.set()
         assert await starting == {}
         sweeping = asyncio.ensure_future(following.sweep())
@@ -430,8 +436,7 @@ def test_models_are_loaded_side_by_side_and_one_that_fails_leaves_the_others_alo
         fleet.burning.add("scale")
         fleet.hold.clear()
         starting = asyncio.ensure_future(keeper.start())
-        while fleet.starting < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: fleet.starting == 2)
         fleet.hold.set()
         assert await starting == {"scale": "the machines are on fire"}
         asked = Asked(keeper, fleet)
@@ -464,8 +469,7 @@ def test_the_end_of_a_start_is_the_end_of_all_its_loads(models: Path) -> None:
         keeper = fleet.keeper = Keeper([models], ALL, ServerOptions(grace=5.0), fleet)
         fleet.hold.clear()
         starting = asyncio.ensure_future(keeper.start())
-        while fleet.starting < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: fleet.starting == 2)
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
