@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_models import FOURS, doubled, function, spec
+from serving_models import FOURS, doubled, function, spec, until
 from test_scheduler import StepWorker, drive, rows, submit
 
 from narrowcast.serving.catalogue import Catalogue, Hosting
@@ -23,6 +23,7 @@ from narrowcast.serving.workers.loading import FunctionModel
 from narrowcast.serving.workers.sources import Placement
 
 LONG = 30_000_000_000  # a delay that no test lives to see the end of
+SHORT = 500_000_000  # one that ends, but not between two requests of a test on a machine that does other things
 
 
 def sizes(worker: StepWorker) -> list[int]:
@@ -92,7 +93,7 @@ def test_padding_goes_to_the_next_preferred_size(largest: int, preferred: list[i
 def test_padded_rows_are_copies_and_are_cut_off_again() -> None:
     async def test(scheduler: Scheduler, worker: StepWorker) -> None:
         first, second = submit(scheduler, 1, 2), submit(scheduler, 3)
-        await asyncio.sleep(0.05)
+        await until(lambda: bool(worker.ran))
         assert worker.ran == [[1, 2, 3, 3]]
         worker.step()
         assert first.outputs is not None
@@ -103,7 +104,7 @@ def test_padded_rows_are_copies_and_are_cut_off_again() -> None:
         assert (counted.inferences, counted.padding, counted.executions) == (3, 1, 1)
         assert list(counted.batches) == [4]
 
-    drive(test, batching=Batching(8, 10_000_000, (4,), pad=True))
+    drive(test, batching=Batching(8, SHORT, (4,), pad=True))
 
 
 def test_a_single_padded_request_gets_its_own_rows_alone() -> None:
@@ -180,13 +181,13 @@ def test_static_batches_have_one_size_and_a_bounded_wait() -> None:
         assert worker.ran == [[0, 1, 2, 3]]
         worker.step()
         assert len(worker.ran) == 1, "the fifth waits for three others"
-        await asyncio.sleep(0.1)
+        await until(lambda: len(worker.ran) > 1)
         assert worker.ran[1:] == [[4, 4, 4, 4]], "and no longer than the delay"
         worker.step()
         assert set(sizes(worker)) == {4}
         assert scheduler.statistics.padding == 3
 
-    drive(test, batching=Batching.static(4, 30_000_000))
+    drive(test, batching=Batching.static(4, SHORT))
 
 
 def test_static_batches_of_different_shapes_are_padded_each_by_itself() -> None:
@@ -194,14 +195,14 @@ def test_static_batches_of_different_shapes_are_padded_each_by_itself() -> None:
 
     async def main() -> None:
         worker = StepWorker(signature)
-        scheduler = Scheduler([worker], Settings(Batching.static(2, 10_000_000)))
+        scheduler = Scheduler([worker], Settings(Batching.static(2, SHORT)))
         for value, width in ((1, 4), (2, 5), (3, 4)):
             scheduler.submit(rows(value, width=width), 1)
-        await asyncio.sleep(0.05)
+        assert worker.ran == [[1, 3]]
         worker.step()
-        await asyncio.sleep(0.05)
+        await until(lambda: len(worker.ran) == 2)
         worker.step()
-        assert worker.ran == [[1, 3], [2, 2]]
+        assert worker.ran[1:] == [[2, 2]]
 
     asyncio.run(main())
 
