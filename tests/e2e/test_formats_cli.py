@@ -16,10 +16,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_holds_every_format_and_cuts_nothing(cli: Cli) -> None:
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_the_table_holds_every_format_and_cuts_nothing(cli: Cli, columns: int) -> None:
     done = cli("formats")
     assert done.code == 0, done.err
     assert "…" not in done.out
+    assert max(map(len, done.out.splitlines())) <= columns
     words = done.out.split()
     assert set(words) >= {*ELEMENTS, *BLOCKS, "57344", "3.403e+38", "8.25"}
 

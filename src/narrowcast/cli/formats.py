@@ -24,6 +24,7 @@ _PICTURED = ("e5m2", "e4m3fn", "e3m2", "e2m3", "e2m1", "nf4", "int4", "int8")
 _GROUPS = {"float": "floats", "integer": "integers", "codebook": "tables", "block": "blocks"}
 _HEADINGS = ("format", "bits", "layout", "largest", "min normal", "smallest", "digits", "special")
 _NONE = "–"
+_NARROW = 95  # columns of a screen on which everything fits into one line each
 
 
 class Rendering(StrEnum):
@@ -88,10 +89,12 @@ def _draw(file: Path, names: Sequence[str], axis: str | None) -> None:
 
 def _print(chosen: Sequence[Facts]) -> None:
     screen = console()
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bright_black")
+    apart = int(screen.width > _NARROW)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, apart, 0, 0), pad_edge=False, header_style="bright_black")
     for heading in _HEADINGS:
         right = heading in ("bits", "largest", "min normal", "smallest", "digits")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+        whole = heading != "layout"  # which wraps where the screen is narrow, so that no number does
+        table.add_column(heading, justify="right" if right else "left", no_wrap=whole)
     for kind, title in _GROUPS.items():
         group = [known for known in chosen if known.kind == kind]
         if group and len(chosen) > len(group):
