@@ -8,6 +8,7 @@ for modules that are held in parts.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Generator, Iterator, Mapping
@@ -30,6 +31,7 @@ from narrowcast.training.policies import precision as policy_of
 
 __all__ = ["Ranks", "lost_ranks", "replicate"]
 
+_log = logging.getLogger(__name__)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 #: What gloo and the store say of a process that is gone or does not answer.
@@ -228,7 +230,9 @@ class Ranks:
         failure = self._failure(wait=lost)
         if failure is None and not lost:
             alarm.ring(error)
-            failure = None if isinstance(error, NarrowcastError) else Failure.of(self.rank, error)
+            if not isinstance(error, NarrowcastError):
+                _log.error("rank %d failed", self.rank, exc_info=error)  # where it happened, for who wrote that code
+                failure = Failure.of(self.rank, error)
         if failure is not None and str(failure.error()) != str(error):
             raise failure.error() from error
 

@@ -222,14 +222,14 @@ class Trainer:
         with self._reduction.backward(last=last), self.precision.running(self.device):
             with self.precision.autocast(self.device):
                 value = self.loss(outputs_of(self.model, self.precision.inputs(inputs)), targets)
-            loss, weight, mean = as_loss(value, samples)
-            total, weight = self._unit.share(loss, weight, mean)
+            loss, weighed, mean = as_loss(value, samples)
+            total, weight = self._unit.share(loss, weighed, mean)
             factor = self._settle().scale.value / self.accumulate  # of the update before, with this forward pass queued
             (total if factor == 1.0 else total * factor).backward()
         if self.watch is not None:
             self._window.batches.append((batch, loss.detach()))
             self.watch.after_backward(self.model, self.scale)
-        self._window.add(total, weight, samples)
+        self._window.add(total, weight, weighed, samples)
         if last:
             return self._close(early=False)
         return self._info(self._window.total, self._window.weight, Decision(Fate(self._books.steps)))
@@ -373,11 +373,12 @@ class Trainer:
         self, loss: Tensor | None, weight: Tensor | float, decision: Decision, *, norm: Tensor | None = None
     ) -> StepInfo:
         assert loss is not None
-        seconds = None if self._closed_at is None else time.perf_counter() - self._closed_at
         return StepInfo(
             decision=decision,
             scale=self._books.scale.value,
-            samples_per_s=None if seconds is None else self._window.samples / max(seconds, 1e-9),
+            seconds=None if self._closed_at is None else time.perf_counter() - self._closed_at,
+            samples=self._window.samples,
+            weighed=self._window.weighed,
             mean_loss=loss if isinstance(weight, float) and weight == 1.0 else loss / weight,
             norm=norm,
             rate=self._rate(),

@@ -77,14 +77,16 @@ class Decision:
 class StepInfo:
     """What a step did.
 
-    Tensors stay on the device: reading ``loss``, ``grad_norm`` or ``lr`` waits for them. So may reading ``step``,
-    ``updated`` or ``skipped`` of a step that closed a window, where the device decides: it then raises what the trainer
-    raises when training cannot go on.
+    Tensors stay on the device: reading ``loss``, ``grad_norm``, ``lr`` or ``tokens_or_samples_per_s`` waits for them. So may
+    reading ``step``, ``updated`` or ``skipped`` of a step that closed a window, where the device decides: it then raises what
+    the trainer raises when training cannot go on.
 
     Args:
         decision: What became of the step.
         scale: The loss scale that the step ran with.
-        samples_per_s: Samples of this rank per second since the last window closed; None in the first.
+        seconds: Since the last window closed; None in the first.
+        samples: Of this rank, in the window so far.
+        weighed: What its losses weigh, of this rank: the weights of :class:`Loss`, else samples; 0-d if it is a tensor.
         mean_loss: Mean loss of the window so far, 0-d; of all ranks once it has closed.
         norm: Norm of all gradients, unscaled and before clipping, 0-d; None unless the step closed a window.
         rate: Learning rate of the first parameter group in this step.
@@ -92,7 +94,9 @@ class StepInfo:
 
     decision: Decision = field(repr=False)
     scale: float
-    samples_per_s: float | None
+    seconds: float | None = field(repr=False)
+    samples: int = field(repr=False)
+    weighed: Tensor | float = field(repr=False)
     mean_loss: Tensor
     norm: Tensor | None
     rate: Tensor | float
@@ -123,6 +127,16 @@ class StepInfo:
         return float(self.mean_loss)
 
     @property
+    def samples_per_s(self) -> float | None:
+        """Samples of this rank per second since the last window closed; None in the first. Waits for nothing."""
+        return None if self.seconds is None else self.samples / max(self.seconds, 1e-9)
+
+    @property
+    def tokens_or_samples_per_s(self) -> float | None:
+        """The same of what losses weigh: tokens that count, where the loss says them as its weight, else samples."""
+        return None if self.seconds is None else float(self.weighed) / max(self.seconds, 1e-9)
+
+    @property
     def grad_norm(self) -> float | None:
         """Norm of all gradients, unscaled and before clipping; None unless the step closed a window."""
         return None if self.norm is None else float(self.norm)
@@ -144,6 +158,7 @@ class Window:
         samples: Their samples on this rank.
         total: Sum of their losses, in units; 0-d, without its graph.
         weight: What it is a sum over, in units.
+        weighed: The same as the loss says it: tokens or samples.
         batches: They themselves with their losses, where somebody will want to look at them.
     """
 
@@ -151,13 +166,15 @@ class Window:
     samples: int = 0
     total: Tensor | None = None
     weight: Tensor | float = 0.0
+    weighed: Tensor | float = 0.0
     batches: list[tuple[Batch, Tensor]] = field(default_factory=list[tuple[Batch, Tensor]])
 
-    def add(self, total: Tensor, weight: Tensor | float, samples: int) -> None:
+    def add(self, total: Tensor, weight: Tensor | float, weighed: Tensor | float, samples: int) -> None:
         """Count a micro-batch."""
         total = total.detach()
         self.total = total if self.total is None else self.total + total
         self.weight = self.weight + weight
+        self.weighed = self.weighed + weighed
         self.count += 1
         self.samples += samples
 

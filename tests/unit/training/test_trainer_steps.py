@@ -365,3 +365,20 @@ def test_a_compiled_model_takes_the_steps_of_the_plain_one(policy, overrides):
         assert list(trainer.state_dict()["model"]) == list(model.state_dict())
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     assert losses[1][-1] < losses[1][0]
+
+
+@pytest.mark.parametrize("counted", [11, torch.tensor(11)], ids=["number", "tensor"])
+def test_the_rate_is_of_what_the_losses_weigh_too(counted):
+    def loss(outputs, targets):
+        return Loss(cross_entropy(outputs, targets, reduction="sum"), counted)
+
+    model = network()
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, accumulate=2)
+    infos = [trainer.step(batch) for batch in batches(4)]
+    assert infos[0].tokens_or_samples_per_s is infos[1].samples_per_s is None
+    for info, micro in zip(infos[2:], (1, 2), strict=True):
+        assert info.samples_per_s * info.seconds == pytest.approx(16 * micro)
+        assert info.tokens_or_samples_per_s * info.seconds == pytest.approx(11 * micro)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy)
+    info = [trainer.step(batch) for batch in batches(2)][1]
+    assert info.tokens_or_samples_per_s == info.samples_per_s > 0
