@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -332,3 +333,12 @@ def test_mistakes_about_models_are_answered_in_words(cli: Cli, arguments: list[s
     done = cli("models", *arguments)
     assert done.code == 2
     assert said in done.words
+
+
+def test_a_server_that_does_not_answer_in_time_is_not_taken_for_none(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("narrowcast.cli.models._SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        done = cli("models", "load", "net", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert done.code == 2
+    assert "has not answered within 0.1 s; what it was asked to do may still be under way" in done.words
+    assert "narrowcast models list" in done.words

@@ -19,7 +19,8 @@ from narrowcast.serving.administration import check_token
 
 __all__ = ["models"]
 
-_SECONDS = 300.0
+#: A server gives up a load after 600 seconds unless it was told otherwise: its answer is waited for.
+_SECONDS = 660.0
 _USAGE = "list, load NAME, unload NAME, promote NAME VERSION, rollback NAME, split NAME [3=90,4=10 or off]"
 _WEIGHTS = re.compile(r"\d{1,18}=\d+(\.\d+)?(,\d{1,18}=\d+(\.\d+)?)*")
 
@@ -130,7 +131,7 @@ class _Server:
 
         Raises:
             ConfigError: Nobody answers there, or somebody else does.
-            RuntimeFailedError: The server refuses.
+            RuntimeFailedError: The server refuses, or does not answer in time.
         """
         connection = http.client.HTTPConnection(self.host, self.port, timeout=_SECONDS)
         body = None if document is None else jsonlib.dumps(document)
@@ -141,6 +142,11 @@ class _Server:
             text = response.read()
             answer = jsonlib.loads(text) if text else {}
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, TimeoutError) and connection.sock is not None:  # it was reached
+                raise RuntimeFailedError(
+                    f"{self.url} has not answered within {_SECONDS:g} s; what it was asked to do may still be under way",
+                    next_step="see what became of it with narrowcast models list",
+                ) from error
             said = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
             raise ConfigError(
                 f"nobody answers at {self.url}: {said}", next_step="start narrowcast serve, or name its --url"
