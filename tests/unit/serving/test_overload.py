@@ -16,6 +16,7 @@ from narrowcast.serving.catalogue import Hosting
 from narrowcast.serving.scheduling.queue import Batching
 from narrowcast.serving.scheduling.scheduler import Settings
 from narrowcast.serving.signature import Tensors
+from narrowcast.serving.watching.records import RequestRecord
 from narrowcast.serving.workers.sources import Placement
 
 MODEL_SECONDS = 0.005
@@ -27,20 +28,29 @@ def slow(inputs: Tensors) -> Tensors:
     return doubled(inputs)
 
 
-async def ask(port: int, body: bytes, until: float, pause: float, took: Counter[int], times: list[float]) -> None:
+class Times:
+    """Of the requests that were answered: seconds from their last byte to their answer, and seconds in the model."""
+
+    def __init__(self) -> None:
+        self.total: list[float] = []
+        self.model: list[float] = []
+
+    def ended(self, record: RequestRecord) -> None:
+        if record.status == 200:
+            self.total.append(record.total_ns * 1e-9)
+            self.model.append(record.compute_ns * 1e-9)
+
+
+async def ask(port: int, body: bytes, until: float, pause: float, took: Counter[int]) -> None:
     """Ask on one connection until a time, and count answers by status."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = b"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     while time.monotonic() < until:
-        begun = time.monotonic()
         writer.write(head + body)
         answer = await reader.readuntil(b"\r\n\r\n")
         length = next(line for line in answer.split(b"\r\n") if line.lower().startswith(b"content-length"))
         await reader.readexactly(int(length.partition(b":")[2]))
-        status = int(answer.split(b" ", 2)[1])
-        took[status] += 1
-        if status == 200:
-            times.append(time.monotonic() - begun)
+        took[int(answer.split(b" ", 2)[1])] += 1
         await asyncio.sleep(pause)
     writer.close()
 
@@ -48,18 +58,18 @@ async def ask(port: int, body: bytes, until: float, pause: float, took: Counter[
 @pytest.mark.parametrize("seconds", [1.5, pytest.param(30.0, marks=pytest.mark.exhaustive)])
 def test_ten_times_too_many_requests(serve: Any, seconds: float) -> None:
     hosting = Hosting(Placement.THREAD, 1, Settings(Batching(1), queue=16))
-    running = serve({"model": function(slow)}, hosting=hosting)
+    times = Times()
+    running = serve({"model": function(slow)}, hosting=hosting, observers=[times])
     scheduler = running.server.catalogue.find("model").scheduler
     body = request(1.0, parameters={"timeout": round(DEADLINE_SECONDS * 1e6)})
     took: Counter[int] = Counter()
-    times: list[float] = []
     resident: list[int] = []
     pending: list[int] = []
 
     async def overload() -> None:
         until = time.monotonic() + seconds
         # 100 connections that ask every 50 ms are 2,000 requests a second; the model serves 200.
-        clients = [ask(running.server.ports["http"], body, until, 0.05, took, times) for _ in range(100)]
+        clients = [ask(running.server.ports["http"], body, until, 0.05, took) for _ in range(100)]
 
         async def watch() -> None:
             while time.monotonic() < until:
@@ -76,7 +86,9 @@ def test_ten_times_too_many_requests(serve: Any, seconds: float) -> None:
     assert max(pending) <= 16
     assert scheduler.statistics.executions == took[200], "nothing ran whose client had given up"
     if seconds > 10:  # a short run on a machine that does other things says nothing about times
-        assert float(np.quantile(times, 0.99)) < DEADLINE_SECONDS + 10 * MODEL_SECONDS
+        assert len(times.total) == took[200]
+        # Whoever begins just in time ends a batch later; how long that takes is the machine's to say.
+        assert float(np.quantile(times.total, 0.99)) < DEADLINE_SECONDS + 10 * float(np.median(times.model))
     later = np.array(resident[len(resident) // 3 :], float)
     assert later.max() - later[0] < 20e6, "memory grows"
     assert running.infer("model", request(1.0)).status == 200
@@ -100,7 +112,7 @@ def test_changes_under_load(serve: Any, seconds: float) -> None:
 
     async def load() -> None:
         until = time.monotonic() + seconds
-        clients = [ask(running.server.ports["http"], request(1.0), until, 0.002, took, []) for _ in range(8)]
+        clients = [ask(running.server.ports["http"], request(1.0), until, 0.002, took) for _ in range(8)]
         await asyncio.gather(change(until), *clients)
 
     asyncio.run(load())
