@@ -285,6 +285,68 @@ def test_an_overrun_ends_its_own_batch_alone() -> None:
     drive(test, workers=2, batch_timeout=0.1)
 
 
+def test_a_batch_behind_a_worker_that_hangs_is_taken_elsewhere() -> None:
+    async def test(scheduler: Scheduler, hung: TwoStepWorker, other: TwoStepWorker) -> None:
+        submit(scheduler, 0)
+        submit(scheduler, 1)
+        ready = [submit(scheduler, value) for value in (2, 3)]
+        later = [submit(scheduler, value) for value in range(4, 24)]
+        assert hung.ready() == [2, 3]
+        for _ in range(8):
+            other.step()
+        assert all(job.outputs is not None for job in ready), "younger ones have passed it, but not many"
+        assert not later[-1].finished
+        assert hung.began == [[0]]
+
+    drive(test, workers=2)
+
+
+def test_one_who_goes_before_what_lies_ready_does_not_count_it() -> None:
+    async def test(scheduler: Scheduler, worker: TwoStepWorker) -> None:
+        submit(scheduler, 0)
+        await asyncio.sleep(0.1)
+        worker.step()  # a row takes 100 ms, as measured
+        for value in range(3):
+            submit(scheduler, value, priority=9)
+        assert worker.ready() == [1, 2]
+        assert submit(scheduler, 3, priority=1, timeout=0.3).error is None
+        with pytest.raises(Refusal, match="the answer would take about"):
+            submit(scheduler, 4, priority=9, timeout=0.3)
+
+    drive(test)
+
+
+def test_batches_that_come_back_one_by_one_keep_the_order_of_arrival() -> None:
+    async def test(scheduler: Scheduler, one: TwoStepWorker, other: TwoStepWorker) -> None:
+        jobs = [submit(scheduler, value) for value in range(8)]
+        assert [one.ready(), other.ready()] == [[2, 3], [4, 5]]
+        scheduler.cancel(jobs[2])
+        scheduler.cancel(jobs[4])
+        for _ in range(3):
+            one.step()
+        assert one.began == [[0], [3, 5], [6, 7]]
+
+    drive(test, workers=2)
+
+
+def test_who_found_a_worker_free_has_a_place_to_come_back_to() -> None:
+    async def test(scheduler: Scheduler, one: TwoStepWorker, other: TwoStepWorker) -> None:
+        told = [submit(scheduler, value) for value in (0, 1)]
+        for worker in (one, other):
+            batch, done = worker.has.pop()
+            assert done is not None
+            done(Result(began=False))
+            assert batch.rows == 1
+        for _ in range(2):
+            for worker in (one, other):
+                if worker.has:
+                    worker.step()
+        assert all(job.outputs is not None for job in told)
+        assert not scheduler.busy
+
+    drive(test, workers=2)
+
+
 # What a process does --------------------------------------------------------------------------------------------------
 
 
@@ -349,13 +411,18 @@ def test_a_batch_that_was_taken_back_never_runs(folder: Path) -> None:
         held.submit(2)
         assert held.worker.recall()
         assert not held.worker.recall(), "once"
-        assert not held.worker.takes_ahead, "the process has not seen it yet"
+        assert held.worker.takes_ahead
+        held.submit(3)
+        assert not held.worker.takes_ahead, "it has its next"
+        assert held.worker.recall()
+        assert not held.worker.takes_ahead, "the process has seen neither yet"
         found = await held.go_on(1)
         assert found[1].outputs is not None
-        held.submit(3)
-        found = await held.until(2)
-        assert set(found) == {1, 3}
-        assert found[3].outputs is not None
+        held.submit(4)
+        held.submit(5)
+        found = await held.until(3)
+        assert set(found) == {1, 4, 5}
+        assert [found[value].outputs["y"][0, 0] for value in (4, 5)] == [8, 10]  # type: ignore[index]
 
     with_process(folder, test)
 
@@ -370,6 +437,32 @@ def test_a_batch_whose_time_is_over_never_runs(folder: Path) -> None:
         assert (found[2].began, found[2].outputs, found[2].error) == (False, None, None)
 
     with_process(folder, test)
+
+
+def test_a_batch_that_cannot_be_told_of_is_as_if_it_had_not_been(folder: Path) -> None:
+    async def test(held: Held) -> None:
+        held.submit(1)
+        with pytest.raises(TypeError):
+            held.submit(2, before=1 << 70)
+        held.submit(3)
+        found = await held.go_on(2)
+        assert {value: result.outputs["y"][0, 0] for value, result in found.items() if result.outputs} == {1: 2, 3: 6}
+
+    with_process(folder, test)
+
+
+def test_a_client_may_wait_for_longer_than_there_are_numbers(folder: Path) -> None:
+    async def main() -> None:
+        worker = ProcessWorker(folder)
+        await worker.start()
+        scheduler = Scheduler([worker], Settings(Batching(1)))
+        jobs = [submit(scheduler, value, timeout=2.0**60) for value in range(4)]
+        async with asyncio.timeout(30):
+            await scheduler.drained()
+        assert [job.outputs["y"][0, 0] for job in jobs if job.outputs is not None] == [0, 2, 4, 6]
+        await scheduler.close()
+
+    asyncio.run(main())
 
 
 def test_a_process_that_dies_loses_its_batch_and_gives_the_next_back(folder: Path) -> None:

@@ -19,6 +19,8 @@ class Ahead:
 
     def __init__(self) -> None:
         self._batches: dict[Worker, list[Job]] = {}
+        self._laid: dict[Worker, int] = {}  # how many batches had begun anywhere when it was laid
+        self._begun = 0
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -31,6 +33,20 @@ class Ahead:
     def lay(self, worker: Worker, jobs: list[Job]) -> None:
         """Take note of a batch that its worker is about to get."""
         self._batches[worker] = jobs
+        self._laid[worker] = self._begun
+
+    def count_begun(self) -> None:
+        """Take note that a batch has begun at any worker."""
+        self._begun += 1
+
+    def overtaken(self, most: int) -> list[Job]:
+        """Take back the batches that lie while more than so many others have begun: what runs before them takes too long."""
+        late = [worker for worker in self._batches if self._begun - self._laid[worker] > most]
+        return [job for worker in late for job in self._taken(worker)]
+
+    def before(self, priority: int) -> int:
+        """Return how many batches go before a request of this priority."""
+        return sum(jobs[0].priority <= priority for jobs in self._batches.values())
 
     def pop(self, worker: Worker) -> list[Job] | None:
         """Take the batch of a worker, which has begun or come back."""

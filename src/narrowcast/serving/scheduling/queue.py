@@ -136,9 +136,14 @@ class JobQueue:
 
     def add(self, job: Job) -> None:
         """Put a job behind the others of its kind."""
-        self._arrivals += 1
-        job.number = self._arrivals
+        self.number(job)
         self._group(job).jobs[job.number] = job
+
+    def number(self, job: Job) -> None:
+        """Give a job that has none yet its place in the order of arrival."""
+        if not job.number:
+            self._arrivals += 1
+            job.number = self._arrivals
 
     def _group(self, job: Job) -> _Group:
         """Return the group that a job joins, with its rows counted."""
@@ -207,11 +212,14 @@ class JobQueue:
         return self._first(group, count)
 
     def put_back(self, jobs: Sequence[Job]) -> None:
-        """Put jobs that were taken before the others of their kind, in the same order."""
+        """Put jobs that were taken back to their places."""
         for job in reversed(jobs):
             group = self._group(job)
+            first = next(iter(group.jobs), job.number)
             group.jobs[job.number] = job
             group.jobs.move_to_end(job.number, last=False)
+            if first < job.number:  # an older one came back before
+                group.jobs = OrderedDict(sorted(group.jobs.items()))
 
     def drain(self) -> list[Job]:
         """Take all jobs out."""

@@ -20,6 +20,8 @@ from narrowcast.serving.workers.base import Batch, Result, Worker
 
 __all__ = ["Scheduler", "Settings"]
 
+#: A client may give any number; one of 64 bits has to do for its deadline.
+_LONGEST_SECONDS = 1e9
 _GONE = Refusal(499, "the client went away")
 
 
@@ -116,10 +118,11 @@ class Scheduler:
         job = Job(inputs, rows, priority or self.settings.default_priority, now if arrived is None else arrived)
         timeout = self.settings.timeout if timeout is None else timeout
         if timeout is not None:
-            job.deadline = job.arrived + int(timeout * 1e9)
+            job.deadline = job.arrived + int(min(timeout, _LONGEST_SECONDS) * 1e9)
         if self._running or self._queue.count or not self._live:
             self._admission.check(job, self._load(job), free=bool(self._idle))
         if self._idle and not self._queue.count and (self._eager or rows == self._batching.largest):
+            self._queue.number(job)  # it may have to wait yet, if the worker ends before it begins
             self._run([job], now)
             return job
         self._time(job, now)
@@ -133,7 +136,7 @@ class Scheduler:
 
     def _load(self, job: Job) -> Load:
         waiting = self._queue.count + self._ahead.requests
-        return Load(waiting, self._queue.rows_before(job.priority), len(self._ahead), len(self._live))
+        return Load(waiting, self._queue.rows_before(job.priority), self._ahead.before(job.priority), len(self._live))
 
     def cancel(self, job: Job) -> None:
         """Take a request out of the queue; one that runs already runs on, and its outputs are dropped."""
@@ -187,6 +190,9 @@ class Scheduler:
 
     def _lay_ahead(self) -> None:
         """Give workers that run a batch the next one already, where it is full and nothing else would have to run first."""
+        late = self._ahead.overtaken(2 * len(self._live))
+        if late:
+            self._take_back(late)
         while self._queue.count and not self._alone:
             able = [worker for worker in self._running if worker.takes_ahead and not self._ahead.has(worker)]
             jobs = self._queue.take_full(self._batching) if able else []
@@ -208,8 +214,7 @@ class Scheduler:
                 self._settle(job, now, error=_last_died())
             elif not self._expired(job, now):
                 job.begun = 0
-                if job.timer is None:
-                    self._time(job, now)
+                self._time(job, now)
                 waiting.append(job)
         self._queue.put_back(waiting)
 
@@ -244,6 +249,7 @@ class Scheduler:
                 job.timer.cancel()
                 job.timer = None
         self._running[worker] = jobs
+        self._ahead.count_begun()
         if self._watch is None and self.settings.batch_timeout is not None:
             self._watch = self._loop.call_later(self.settings.batch_timeout, self._end_overruns)
 
@@ -356,7 +362,7 @@ class Scheduler:
 
     def _time(self, job: Job, now: int) -> None:
         """Have the wait of a job end at its deadline, if it has one."""
-        if job.deadline is not None:
+        if job.deadline is not None and job.timer is None:
             job.timer = self._loop.call_later((job.deadline - now) * 1e-9, self._expire, job)
 
     def _expire(self, job: Job) -> None:

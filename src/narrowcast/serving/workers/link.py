@@ -143,8 +143,9 @@ class Link(asyncio.Protocol):
 
     @property
     def has_room(self) -> bool:
-        """Whether it can have another batch now."""
-        return len(self._calls) < SLOTS
+        """Whether it can have another batch now: beside the one that it runs, and what was taken back."""
+        wanted = sum(call.done is not None for call in self._calls)
+        return len(self._calls) < SLOTS and wanted < SLOTS - 1
 
     def submit(self, batch: Batch, done: Done) -> None:
         """Put a batch into the shared memory and ring; only while there is room."""
@@ -154,9 +155,10 @@ class Link(asyncio.Protocol):
         ]
         number = self._number + 1
         placed = self._inputs[number % SLOTS].write(tensors)
+        message = pack({"number": number, "inputs": placed, "before": batch.before})
         self._number = number
         self._calls.append(_Call(number, done, time.monotonic_ns() - begun))
-        self._transport.write(pack({"number": number, "inputs": placed, "before": batch.before}))
+        self._transport.write(message)
 
     def recall(self) -> bool:
         """Take the last batch back; return whether it has not begun, so that nobody hears of it any more."""

@@ -12,8 +12,8 @@ from narrowcast.serving.workers.arena import anonymous_file
 
 __all__ = ["SLOTS", "Marks"]
 
-#: Batches that a process may have: the one that it runs, and the next.
-SLOTS = 2
+#: Batches that a process may have: the one that it runs, the next, and one taken back that it has not seen yet.
+SLOTS = 3
 
 
 class Marks:
@@ -59,7 +59,10 @@ class Marks:
         return int(self._numbers[1 + number % SLOTS]) != number
 
     def _order(self) -> None:
-        """Have what was written seen by other processors before what follows is read, which locks promise."""
+        """Have what was written seen by other processors before what follows is read, as taking a lock does on x86.
+
+        Elsewhere hundreds of instructions of the interpreter lie between the two.
+        """
         with self._barrier:
             pass
 
