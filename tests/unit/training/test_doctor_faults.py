@@ -150,8 +150,9 @@ def test_bf16_weights_stop_moving(update):
         assert doctor.close().verdict.healthy
         return
     event = the_fault(doctor, EventKind.STAGNATION)
-    cause = event.cause
-    assert (cause.layer, cause.part, cause.kind) == ("0", Part.UPDATE, "stagnant")
+    assert 0 < event.step < 18  # as soon as enough was seen
+    cause = named(event, layer="0", part=Part.UPDATE, step=event.step)
+    assert cause.kind == "stagnant"
     assert "Adam.step" in cause.operator
     kinds = {remedy.setting.split()[0]: remedy.mended for remedy in cause.remedies}
     assert kinds == {"stochastic": True, "Kahan": True, "FP32": True, "round-to-nearest": False}

@@ -29,7 +29,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     said = []
     for one in running:
         with one:
-            said.append((*one.communicate(timeout=240), one.returncode))
+            said.append((*one.communicate(timeout=600), one.returncode))
     assert all(code == 0 for _, _, code in said), "\n".join(err for _, err, _ in said)
     return [json.loads(out.splitlines()[-1]) for out, _, _ in said]
 
@@ -59,6 +59,7 @@ def test_the_rank_of_a_fault_is_named_on_both(both, case, step, layer, operator,
     event = the_event(both, case)
     cause = event["cause"]
     assert (cause["rank"], cause["step"], cause["layer"], cause["operator"]) == (1, step, layer, operator)
+    assert cause["part"] == ("update" if "weight" in case else "forward")
     assert event["rank"] == 1
     assert f"Step {step}, rank 1" in event["sentence"]
     assert {remedy["kind"]: remedy["mended"] for remedy in cause["remedies"]} == remedies

@@ -12,7 +12,7 @@ import failing_ranks
 import pytest
 from small_runs import free_ports, write_images
 
-WAITED_S = 90  # the group's own timeout is ten minutes
+WAITED_S = 300  # the group's own timeout is ten minutes
 
 
 @pytest.fixture(scope="module")

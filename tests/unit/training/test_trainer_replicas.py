@@ -33,7 +33,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     said = []
     for one in running:
         with one:
-            said.append((*one.communicate(timeout=240), one.returncode))
+            said.append((*one.communicate(timeout=600), one.returncode))
     assert all(code == 0 for _, _, code in said), "\n".join(err for _, err, _ in said)
     return [json.loads(out.splitlines()[-1]) for out, _, _ in said]
 
