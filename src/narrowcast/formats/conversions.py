@@ -44,10 +44,12 @@ def encode_exponents(words: Any, constants: Any, out: Any) -> None:
     Args:
         words: Bits of float32, shape [n], uint32.
         constants: ``added`` to the bits; ``edge`` from which a subnormal number has code 1; the codes of what is too large,
-            infinite, NaN and zero; the code of negative numbers and of minus infinity, or 256 to drop the sign: uint32.
+            infinite, NaN and zero; the code of negative numbers and of minus infinity, or 256 to drop the sign: shape [8],
+            uint32.
         out: Codes, shape [n], uint8.
     """
-    added, edge, beyond, infinite, nan, zero, negative, minus_infinite = constants
+    added, edge, beyond, infinite = constants[0], constants[1], constants[2], constants[3]
+    nan, zero, negative, minus_infinite = constants[4], constants[5], constants[6], constants[7]
     for i in range(words.size):
         magnitude = words[i] & np.uint32(0x7FFFFFFF)
         code = np.uint32(magnitude + added) >> np.uint32(23)

@@ -70,6 +70,7 @@ class Encoding(NamedTuple):
         dtype: Of the codes.
         special: Of the arithmetic that encodes float32 numbers; None where the rules are not its own.
         loop: Writes the codes of float32 numbers in one pass; None without such a compiled loop, or where NaN is refused.
+        wide: Writes the codes of float64 numbers in one pass, as ``loop`` does; FP32 alone has such a loop.
         casting: Writes what float32 numbers are rounded to in one pass; None without such a compiled loop.
         holds: Names of the formats whose numbers these rules leave as they are: those of dtypes that the format contains.
     """
@@ -79,6 +80,7 @@ class Encoding(NamedTuple):
     dtype: np.dtype[Any]
     special: SpecialCodes | None
     loop: Loop | None
+    wide: Loop | None
     casting: Loop | None
     holds: frozenset[str]
 
@@ -92,7 +94,10 @@ class Encoding(NamedTuple):
                 special = special_codes(format, rules)
             if engine().COMPILED and not _refuses_nan(format, rules):
                 loop, casting = _loops(format, rules, special)
-        return Encoding(format, rules, np.dtype(code_dtype(format.bits)), special, loop, casting, _held(format, rules))
+        wide = _narrowed if engine().COMPILED and _is_conversion(format, rules) else None
+        return Encoding(
+            format, rules, np.dtype(code_dtype(format.bits)), special, loop, wide, casting, _held(format, rules)
+        )
 
 
 def _held(format: ElementFormat, rules: Rules) -> frozenset[str]:
@@ -161,6 +166,9 @@ def encode(source: Opened, to: Encoding, seed: int) -> np.ndarray:
     if own in to.holds:
         return _kept(x, ELEMENTS[own], to)
     codes = np.empty(x.shape, to.dtype)
+    if to.wide is not None and own == "fp64":
+        to.wide(x.reshape(-1), codes.reshape(-1))
+        return codes
     for part, out, start in _parts(x, codes):
         _encode_part(_numbers(part, source.coded), to, out, start, seed)
     return codes
@@ -216,10 +224,20 @@ def _encode_part(x: np.ndarray, to: Encoding, out: np.ndarray, start: int, seed:
     elif by_table(format, rules) and (x.dtype == _SINGLE or narrows_first(format, rules)):
         single = x if x.dtype == _SINGLE else engine().narrowed_to_odd(x)
         engine().codes_by_half(single, encoding_table(format, rules), out)
-    elif format == _FP32 and (rules.rounding, rules.overflow) == (Rounding.NEAREST_EVEN, Overflow.IEEE):
-        engine().converted(x, out.view(_SINGLE))  # float32 itself is held
+    elif _is_conversion(format, rules):
+        _narrowed(x, out)
     else:
         out[...] = encode_exactly(x, format, rules, start, seed)
+
+
+def _is_conversion(format: ElementFormat, rules: Rules) -> bool:
+    """Return whether encoding a float64 is what a processor does to make it a float32."""
+    return format == _FP32 and (rules.rounding, rules.overflow) == (Rounding.NEAREST_EVEN, Overflow.IEEE)
+
+
+def _narrowed(x: np.ndarray, out: np.ndarray) -> None:
+    """Write the codes in FP32 of float64 numbers; float32 ones are held and do not come here."""
+    engine().converted(x, out.view(_SINGLE))
 
 
 def _refuses_nan(format: ElementFormat, rules: Rules) -> bool:

@@ -99,10 +99,12 @@ def encode_nearest(words: Any, constants: Any, out: Any) -> None:
 
     Args:
         words: Bits of float32, shape [n], uint32.
-        constants: Of format and rules, as ``compiled`` computes them: uint32.
+        constants: Of format and rules, as ``compiled`` computes them: shape [13], uint32.
         out: Codes, shape [n].
     """
-    dropped, lowest, half, shift, largest, beyond, infinite, nan, payload, nan_sign, sign, sign_shift, zero = constants
+    dropped, lowest, half, shift, largest = constants[0], constants[1], constants[2], constants[3], constants[4]
+    beyond, infinite, nan, payload, nan_sign = constants[5], constants[6], constants[7], constants[8], constants[9]
+    sign, sign_shift, zero = constants[10], constants[11], constants[12]
     upward = np.uint32(shift).view(np.float32)
     for i in range(words.size):
         magnitude = words[i] & np.uint32(0x7FFFFFFF)
@@ -124,10 +126,12 @@ def decode_arithmetically(codes: Any, constants: Any, out: Any) -> None:
 
     Args:
         codes: Shape [n], uint8, uint16 or uint32.
-        constants: Of the format, as ``compiled`` computes them: uint32.
+        constants: Of the format, as ``compiled`` computes them: shape [11], uint32.
         out: Shape [n], float32, or float64, which holds the same values.
     """
-    dropped, mask, first_normal, offset, step, largest, infinity, special, payload, quiet, sign_shift = constants
+    dropped, mask, first_normal, offset, step = constants[0], constants[1], constants[2], constants[3], constants[4]
+    largest, infinity, special, payload, quiet = constants[5], constants[6], constants[7], constants[8], constants[9]
+    sign_shift = constants[10]
     smallest = np.uint32(step).view(np.float32)
     for i in range(codes.size):
         code = np.uint32(codes[i])
