@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nst
-from serving_models import write_artifact
+from serving_models import FOURS, doubled, write_artifact
 
 from narrowcast.artifacts.manifest import Manifest
 from narrowcast.errors import ArtifactError, NarrowcastError, RuntimeFailedError
@@ -25,7 +26,8 @@ from narrowcast.serving.refusals import WorkerLostError
 from narrowcast.serving.workers.arena import Arena, anonymous_file
 from narrowcast.serving.workers.base import Batch, Result
 from narrowcast.serving.workers.frames import Frames, pack
-from narrowcast.serving.workers.loading import open_artifact
+from narrowcast.serving.workers.inline import InlineWorker, ThreadWorker
+from narrowcast.serving.workers.loading import FunctionModel, open_artifact
 from narrowcast.serving.workers.process import ProcessWorker
 
 ManifestOf = Callable[..., Manifest]
@@ -251,3 +253,42 @@ def test_threads_of_a_served_model_give_up_their_cores_between_batches(
     model.close()
     assert [options.intra_op_num_threads for options in opened] == [2]
     assert opened[0].get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+# Loads that come too late ---------------------------------------------------------------------------------------------
+
+
+class Counted(FunctionModel):
+    """Says when it is closed."""
+
+    def __init__(self) -> None:
+        super().__init__(FOURS, doubled)
+        self.closed = threading.Event()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.mark.parametrize("kind", [InlineWorker, ThreadWorker])
+def test_a_model_that_nobody_waits_for_any_more_is_closed_and_holds_nobody_up(
+    kind: type[InlineWorker] | type[ThreadWorker],
+) -> None:
+    model, begun, may = Counted(), threading.Event(), threading.Event()
+
+    def load() -> Counted:
+        begun.set()
+        assert may.wait(60)
+        return model
+
+    async def main() -> None:
+        worker = kind(load)
+        start = asyncio.create_task(worker.start())
+        assert await asyncio.to_thread(begun.wait, 60)
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        await worker.close()
+
+    asyncio.run(main())  # ends, which waits for every thread of the loop's own
+    assert not model.closed.is_set()
+    may.set()
+    assert model.closed.wait(60)

@@ -33,43 +33,63 @@ def run_batch(model: LoadedModel, batch: Batch) -> Result:
     return Result(outputs, None, gathered - begun, time.monotonic_ns() - gathered)
 
 
-class InlineWorker(Worker):
+class _LocalWorker(Worker):
+    """Has a model in this process."""
+
+    def __init__(self, load: Loader) -> None:
+        self._load = load
+        self._model: LoadedModel | None = None
+        self._closed = False
+
+    def _open(self, loaded: Future[LoadedModel]) -> None:
+        """Load the model, in a thread that is no reason for the process to stay."""
+        if not loaded.set_running_or_notify_cancel():
+            return
+        try:
+            model = self._load()
+        except Exception as error:
+            loaded.set_exception(error)
+            return
+        if self._closed:  # it took longer than anybody waited
+            model.close()
+        self._model = None if self._closed else model
+        loaded.set_result(model)
+
+    def memory(self) -> int | None:
+        return None if self._model is None else self._model.size
+
+
+class InlineWorker(_LocalWorker):
     """Runs a model in the event loop: the quickest way for models that take less time than a change of threads.
 
     Nothing else is served while it runs.
     """
 
-    def __init__(self, load: Loader) -> None:
-        self._load = load
-        self._model: LoadedModel | None = None
-
     async def start(self) -> None:
-        model = await asyncio.get_running_loop().run_in_executor(None, self._load)
-        self._model, self.signature = model, model.signature
-
-    def memory(self) -> int | None:
-        return None if self._model is None else self._model.size
+        loaded: Future[LoadedModel] = Future()
+        threading.Thread(target=self._open, args=(loaded,), name="narrowcast-load", daemon=True).start()
+        self.signature = (await asyncio.wrap_future(loaded)).signature
 
     def submit(self, batch: Batch, done: Done) -> None:
         assert self._model is not None
         done(run_batch(self._model, batch))
 
     async def close(self) -> None:
+        self._closed = True
         if self._model is not None:
             self._model.close()
             self._model = None
             await asyncio.get_running_loop().run_in_executor(None, give_back)
 
 
-class ThreadWorker(Worker):
+class ThreadWorker(_LocalWorker):
     """Runs a model of its own in a thread of its own.
 
     A thread cannot be ended: while a batch runs too long, the worker is down. The process does not wait for it at its end.
     """
 
     def __init__(self, load: Loader) -> None:
-        self._load = load
-        self._model: LoadedModel | None = None
+        super().__init__(load)
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._overrun = False
 
@@ -83,19 +103,6 @@ class ThreadWorker(Worker):
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
-
-    def _open(self, loaded: Future[LoadedModel]) -> None:
-        if not loaded.set_running_or_notify_cancel():
-            return
-        try:
-            self._model = self._load()
-        except Exception as error:
-            loaded.set_exception(error)
-        else:
-            loaded.set_result(self._model)
-
-    def memory(self) -> int | None:
-        return None if self._model is None else self._model.size
 
     def submit(self, batch: Batch, done: Done) -> None:
         self._tasks.put(partial(self._run, batch, done))
