@@ -17,8 +17,9 @@ from narrowcast.training.fused import FusedAdamW
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    # of torchao's source, where it is compiled for the first time
+    # of torchao: its source, where it is compiled for the first time, and what it asks of torch
     pytest.mark.filterwarnings("ignore:.*invalid escape sequence"),
+    pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype"),
 ]
 OPTIMIZERS = {
     "foreach": lambda params: torch.optim.AdamW(params, lr=1e-3, foreach=True),
