@@ -2,13 +2,13 @@
 
     python benchmarks/serving_soak.py [--minutes 20] [--load 0.7] [--operations 100] [--placement thread] [--out FILE]
 
-``narrowcast serve`` runs on the first core, the load on the last. First the capacity is measured with a closed loop; then
-requests come at a constant rate, a share of that, and latency counts from when a request should have been sent. Meanwhile
-models are loaded, unloaded, promoted and rolled back at a constant rate; requests name no version, and every answer must be
-that of the version that it says. Unloaded is a model that nobody asks, because a request of a model that is not there fails
-rightly. Memory is the proportional set size of the server and its workers, without pages of files (programs and libraries),
-which the system takes and gives back as it likes. Its slope is fitted to means of ten seconds, behind the first fifth of the
-run, with a 95 % interval.
+``narrowcast serve`` runs on the first core, the load on the last. Models are loaded, unloaded, promoted and rolled back at a
+constant rate all the time, which takes a good part of the core. First the capacity beside that is measured with a closed loop;
+then requests come at a constant rate, a share of it, and latency counts from when a request should have been sent. Requests
+name no version, and every answer must be that of the version that it says. Unloaded is a model that nobody asks, because a
+request of a model that is not there fails rightly. Memory is the proportional set size of the server and its workers, without
+pages of files (programs and libraries), which the system takes and gives back as it likes. Its slope is fitted to means of ten
+seconds, behind the first fifth of the run, with a 95 % interval.
 
 With ``--placement process`` each load starts a process, which costs most of a second of the one core: choose fewer operations
 or a smaller load there. Ends with 1 if a request or an operation failed, or the memory grows beyond the noise.
@@ -47,6 +47,7 @@ CONNECTIONS = 16
 VERSIONS = (1, 2, 3)
 BLOCK_SECONDS = 10.0
 SAMPLE_SECONDS = 0.5
+CAPACITY_SECONDS = 60.0
 #: A load that is further behind than this measures the machine, and ends.
 LATEST_SECONDS = 10.0
 
@@ -90,6 +91,10 @@ def serving(repository: Path, placement: str) -> Iterator[tuple[int, int]]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+class TooLateError(Exception):
+    """The load cannot keep up."""
 
 
 class Client:
@@ -185,7 +190,7 @@ async def load(port: int, rate: float, until: float, seen: Seen) -> None:
         while (intended := begun + index / rate) < until:
             late = time.monotonic() - intended
             if late > LATEST_SECONDS:
-                raise SystemExit(
+                raise TooLateError(
                     f"requests go out {late:.0f} s late: the machine has other work, and nothing was measured"
                 )
             await asyncio.sleep(max(0.0, -late))
@@ -274,15 +279,15 @@ def slope_of(memory: list[tuple[float, int]]) -> Slope:
 
 
 async def soak(port: int, pid: int, options: argparse.Namespace) -> tuple[float, Seen]:
-    """Measure the capacity, then load and change; return the rate and what happened."""
-    rate = options.load * await capacity(port, min(10.0, options.minutes * 10))
+    """Change all the time; measure the capacity, then load; return the rate and what happened."""
     seen = Seen()
-    until = time.monotonic() + options.minutes * 60
-    await asyncio.gather(
-        load(port, rate, until, seen),
-        change(port, options.operations, until, seen, options.seed),
-        watch(pid, until, seen),
-    )
+    first = min(CAPACITY_SECONDS, options.minutes * 20)
+    until = time.monotonic() + first + options.minutes * 60
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(change(port, options.operations, until, seen, options.seed))
+        rate = options.load * await capacity(port, first)
+        tasks.create_task(load(port, rate, until, seen))
+        tasks.create_task(watch(pid, until, seen))
     return rate, seen
 
 
@@ -302,7 +307,10 @@ def main() -> int:
                 write_model(Path(folder) / name / str(version) / "artifact", float(version))
         with serving(Path(folder), options.placement) as (pid, port):
             os.sched_setaffinity(0, {cores[-1]})
-            rate, seen = asyncio.run(soak(port, pid, options))
+            try:
+                rate, seen = asyncio.run(soak(port, pid, options))
+            except* TooLateError as late:
+                raise SystemExit(str(late.exceptions[0])) from None
     return report(options, rate, seen, cores)
 
 
