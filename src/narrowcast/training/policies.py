@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.compiler import config as compilation
 
 from narrowcast.errors import DeviceError, FormatError, choices
 from narrowcast.training.checks import unwrapped
@@ -125,9 +126,21 @@ class Precision:
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Return the context that the forward pass and the loss run in."""
-        if not self.mixed:
-            return nullcontext()
-        return torch.autocast(device.type, dtype=_CAST[self.compute])
+        return self._casting(device) if self.mixed else nullcontext()
+
+    @contextmanager
+    def _casting(self, device: torch.device) -> Generator[None]:
+        """Cast, and have what is compiled meanwhile cached for this policy alone.
+
+        PyTorch 2.11 does not look at the type when it looks for compiled code: FP16 would run what BF16 left on disk.
+        """
+        before = compilation.cache_key_tag
+        compilation.cache_key_tag = f"{before} {self.compute} {self.overrides}".lstrip()
+        try:
+            with torch.autocast(device.type, dtype=_CAST[self.compute]):
+                yield
+        finally:
+            compilation.cache_key_tag = before
 
     @contextmanager
     def running(self, device: torch.device) -> Generator[None]:

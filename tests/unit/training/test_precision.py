@@ -252,6 +252,32 @@ def test_a_module_is_prepared_once():
         precision("fp32").prepare(model)
 
 
+def test_what_is_compiled_is_cached_for_one_policy_alone():
+    """Without the tag PyTorch 2.11 runs in FP16 what it compiled for BF16."""
+
+    def tag_of(policy) -> str:
+        seen = []
+
+        def backend(graph, inputs):
+            seen.append(torch.compiler.config.cache_key_tag)
+            return graph.forward
+
+        torch.compiler.reset()
+        model = torch.compile(nn.Linear(4, 4), backend=backend)
+        with policy.autocast(torch.device("cpu")):
+            model(torch.ones(2, 4))
+        return seen[0]
+
+    policies = [precision(name) for name in ("fp32", "bf16-mixed", "fp16-mixed")]
+    policies.append(precision("bf16-mixed", overrides={"head": "fp16"}))
+    before = torch.compiler.config.cache_key_tag
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        tags = [tag_of(policy) for policy in policies]
+    assert len(set(tags)) == 4
+    assert all(tag.startswith("mine") for tag in tags)
+    assert torch.compiler.config.cache_key_tag == before
+
+
 def test_tf32_holds_for_forward_and_backward_and_is_put_back(monkeypatch):
     card(monkeypatch, (9, 0))
     places = torch.backends.cuda.matmul, torch.backends.cudnn

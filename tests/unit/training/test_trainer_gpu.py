@@ -200,3 +200,22 @@ def test_a_compiled_model_takes_the_steps_of_the_plain_one():
     for _ in range(20):
         expected, info = plain.step(given), trainer.step(given)
     assert info.loss == pytest.approx(expected.loss, rel=0.02)
+
+
+def test_what_was_compiled_for_one_precision_does_not_run_in_another():
+    """PyTorch 2.11 finds BF16's code on disk when it compiles for FP16."""
+    for name, expected in (
+        ("bf16-mixed", torch.bfloat16),
+        ("fp16-mixed", torch.float16),
+        ("bf16-mixed", torch.bfloat16),
+    ):
+        torch.compiler.reset()
+        model, seen = network(), []
+
+        def loss(outputs, targets, seen=seen):
+            seen.append(outputs.dtype)
+            return cross_entropy(outputs.float(), targets)
+
+        optimizer = OPTIMIZERS["fused"](model.parameters())
+        Trainer(torch.compile(model), optimizer, loss, precision=name).step(batch())
+        assert seen == [expected]
