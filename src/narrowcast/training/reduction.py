@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,6 +94,15 @@ class Reduction:
     def open(self) -> None:
         """Forget what was heard in the window before."""
         self._heard = {}
+
+    @contextmanager
+    def unheard(self) -> Generator[None]:
+        """Return the context of backward passes that are not the window's."""
+        heard, self._heard = self._heard, {}
+        try:
+            yield
+        finally:
+            self._heard = heard
 
     def backward(self, *, last: bool) -> AbstractContextManager[None]:
         """Return the context of a backward pass; gradients of replicas come together in the last one of a window."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from narrowcast.errors import TrainingError
+from narrowcast.errors import TrainingError, UserError
 from narrowcast.training.census import Finding
 from narrowcast.training.checks import (
     check_rounding,
@@ -69,8 +69,8 @@ class Trainer:
 
     Without loss scaling no step waits for the device. With it an update waits once, for the decision; but with fused
     optimizers, PyTorch's and :class:`~narrowcast.training.fused.FusedAdamW`, the device leaves updates out itself. The host
-    learns of it just before the next backward pass, when a forward pass is queued (with a watch, before that forward pass,
-    when the update is). Only then do the schedule and the log move. What is read of the trainer or of a step's info is right
+    learns of it just before the next backward pass, when a forward pass is queued, and a watch just after it. Only then do
+    the schedule and the log move. What is read of the trainer or of a step's info is right
     at any time, on each rank by itself, and is waited for; ``steps_at_most`` and ``StepInfo.closed`` alone are not. That
     training cannot go on is raised by the next step, ``flush``, ``discard``, ``finish`` or ``state_dict``, on all ranks.
 
@@ -149,7 +149,7 @@ class Trainer:
         self._settling = Settling(self._books, self.device)
         self._settles_late = self._guards and self.device.type == "cuda"
         self._keeping = Keeping(self.model, optimizer, self.precision, self._books, self._wide, self._unit)
-        self._untold: StepInfo | None = None  # an update of which the watch has not heard yet what became of it
+        self._untold: tuple[StepInfo, Window] | None = None  # of an update of which the watch has not heard
 
     def _doctor(self, level: Literal["cheap", "deep"]) -> Watch | None:
         """Return the doctor, unless it would ask processes that do not train together."""
@@ -211,13 +211,11 @@ class Trainer:
         """
         inputs, targets = as_batch(batch)
         self._look_out()
-        if self.watch is not None or self._untold is not None:
-            self._settle()
         last = self._window.count + 1 == self.accumulate
         if not self._window.count:
             self._reduction.open()  # what replays between two windows said of gradients is not this one's
         if self.watch is not None:
-            self.watch.before_forward(self.steps, batch)
+            self.watch.before_forward(self.steps_at_most, batch)
         samples = samples_in(inputs)
         with self._reduction.backward(last=last), self.precision.running(self.device):
             with self.precision.autocast(self.device):
@@ -226,6 +224,7 @@ class Trainer:
             total, weight = self._unit.share(loss, weighed, mean)
             factor = self._settle().scale.value / self.accumulate  # of the update before, with this forward pass queued
             (total if factor == 1.0 else total * factor).backward()
+        self._tell()
         if self.watch is not None:
             self._window.batches.append((batch, loss.detach()))
             self.watch.after_backward(self.model, self.scale)
@@ -240,11 +239,13 @@ class Trainer:
         With several ranks all must flush, with the same number of micro-batches.
         """
         self._settle()
+        self._tell()
         return self._close(early=True) if self._window.count else None
 
     def discard(self) -> None:
         """Drop the micro-batches of a window that has not closed."""
         self._settle()
+        self._tell()
         self._open()
         self._closed_at = time.perf_counter()
 
@@ -255,22 +256,33 @@ class Trainer:
             TrainingError: One was not, and training cannot go on.
         """
         self._settle()
+        self._tell()
         self._look_out(wait=True)
 
     def _settle(self) -> Books:
         """Return the books with every decision in them, at a place where all ranks are."""
         books = self._settling.settled()
-        if self._untold is not None:
-            info, self._untold = self._untold, None
-            try:
+        try:
+            self._settling.check()
+        except UserError:
+            self._tell()
+            raise
+        return books
+
+    def _tell(self) -> None:
+        """Tell the watch what became of the last update, if the device decided; the weights have not moved since."""
+        if self._untold is None:
+            return
+        (info, window), self._untold = self._untold, None
+        try:
+            with self._reduction.unheard():
                 if self.watch is not None and info.updated:
                     self.watch.after_update(self.model, info)
                 elif self.watch is not None:
-                    self._show_broken(self.watch, info.scale, info.step)
-            finally:  # a watch that fails leaves no window that never closes
-                self._open()
-        self._settling.check()
-        return books
+                    self._show_broken(self.watch, window.first_broken(), info.scale, info.step)
+        except BaseException:
+            self._open()  # a watch that fails leaves no gradients of a window that does not count them
+            raise
 
     def _close(self, *, early: bool) -> StepInfo:
         """Decide, and update the weights or leave the update out."""
@@ -286,7 +298,8 @@ class Trainer:
         if self._guards:
             self._unit.closed(weight, window.count)
         factor = self.accumulate * world / (weight * self._books.scale.value)
-        late = self._settles_late and self._update.leaves_out()
+        asked = self.watch is not None and self.precision.parameters == "bf16"  # by what the weights should have moved
+        late = self._settles_late and self._update.leaves_out() and not asked
         decide = self._settling.later if late else at_once if self._decides else never
         census = self._reduction.census(window.total, located=self._decides)
         try:
@@ -298,10 +311,9 @@ class Trainer:
             raise
         if late:
             info = self._info(loss, weight, self._settling.decision, norm=norm)
-            if self.watch is None:
-                self._open()
-            else:
-                self._untold = info
+            if self.watch is not None:
+                self._untold = info, self._window
+            self._open()
         else:
             fate = Fate.of(self._books.steps, updated=finite is not False)
             info = self._info(loss, weight, Decision(fate), norm=norm)
@@ -333,7 +345,7 @@ class Trainer:
         origin = finding.origin()
         try:
             if self.watch is not None:
-                self._show_broken(self.watch, self._books.scale.value, self._books.steps)
+                self._show_broken(self.watch, self._window.first_broken(), self._books.scale.value, self._books.steps)
         finally:
             if self._guards:
                 self._open()
@@ -343,9 +355,8 @@ class Trainer:
             layer = f"; the first in the backward pass is {origin.layers[0]}" if origin.layers else ""
             raise not_finite(self._books.steps, self.precision.name, where + layer)
 
-    def _show_broken(self, watch: Watch, scale: float, step: int, batch: Batch | None = None) -> None:
-        """Show a watch the first broken micro-batch of the window at hand, or another one."""
-        batch = self._window.first_broken() if batch is None else batch
+    def _show_broken(self, watch: Watch, batch: Batch | None, scale: float, step: int) -> None:
+        """Show a watch the first broken micro-batch of a window, if it is known."""
         if batch is not None:
             factor = scale / self.accumulate
             watch.on_nonfinite(BrokenStep(self.model, self.loss, batch, self.precision, scale, factor, step))
@@ -359,8 +370,8 @@ class Trainer:
         seen = self._lookout.arrived(wait=wait) if self._lookout is not None else None
         if seen is None:
             return
-        if self.watch is not None and seen.batch is not None:
-            self._show_broken(self.watch, self._books.scale.value, seen.step, seen.batch)
+        if self.watch is not None:
+            self._show_broken(self.watch, seen.batch, self._books.scale.value, seen.step)
         raise not_finite(seen.step, self.precision.name)
 
     def _open(self) -> None:

@@ -38,12 +38,13 @@ class BrokenStep(NamedTuple):
 class Watch(Protocol):
     """What looks at the numbers of a run.
 
-    All ranks call it at the same places. Where the device decides whether an update is made, what became of it is told just
-    before the next forward pass (or by ``flush``, ``discard``, ``finish`` or ``state_dict``); gradients are there until then.
+    All ranks call it at the same places. Where the device decides whether an update is made, what became of it is told when the
+    next forward and backward pass are queued (or by ``flush``, ``discard``, ``finish`` or ``state_dict``), before what
+    :meth:`after_backward` says of these; the weights are as the update left them, and its gradients are gone.
     """
 
     def before_forward(self, trainer_step: int, batch: Batch) -> None:
-        """Called before each micro-batch, with the updates done so far."""
+        """Called before each micro-batch, with the updates done so far, and the last one if it is not known yet."""
         ...
 
     def after_backward(self, model: nn.Module, scale: float) -> None:
@@ -58,7 +59,7 @@ class Watch(Protocol):
         ...
 
     def after_update(self, model: nn.Module, info: StepInfo) -> None:
-        """Called when the weights have moved."""
+        """Called when the weights have moved, with their gradients unless the device decided."""
         ...
 
     def on_nonfinite(self, broken: BrokenStep) -> None:

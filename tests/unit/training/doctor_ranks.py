@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from narrowcast.errors import TrainingError
 from narrowcast.training import DynamicScale, StaticScale, Trainer, precision
 from narrowcast.training.distributed import Ranks
 from narrowcast.training.doctor import replay
@@ -38,7 +39,7 @@ class Net(nn.Module):
 SCALES = {"scale": DynamicScale(initial=2.0**24), "vanished": StaticScale(1.0), "validated": StaticScale(1.0)}
 
 
-def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stored") -> dict:
+def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stored", late: bool = False) -> dict:
     """Return what the doctor says of a fault.
 
     Args:
@@ -48,16 +49,23 @@ def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stor
             a forward pass without gradients.
         sharded: Whether the weights are spread over the ranks, else they are replicas.
         gather: As :func:`narrowcast.training.sharding.shard` takes it.
+        late: Whether the device decides, and the doctor hears of it when the next passes are queued.
     """
     torch.manual_seed(0)
     model = Net(kind == "cast")
+    model.to(ranks.device)
     if kind == "cast":
         model.second.largest.fill_(8.0)
     policy = precision("fp16-mixed", loss_scale=SCALES.get(kind, StaticScale(8.0)))
     if sharded:
         shard(model, ranks, policy, units=["second"], gather=gather)
     called = model if sharded else DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    make = (
+        (lambda params: torch.optim.AdamW(params, fused=True))
+        if late
+        else (lambda params: torch.optim.SGD(params, lr=0.1))
+    )
+    optimizer = make(model.parameters())
 
     def loss(outputs, targets):
         return squares(outputs, targets) * (1e-8 if kind in ("vanished", "validated") else 1.0)
@@ -65,7 +73,8 @@ def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stor
     every = 4 if kind == "validated" else 2
     doctor = Watch(called, "deep", every=every, optimizer=optimizer, loss=loss, precision=policy, rank=ranks.rank)
     trainer = Trainer(called, optimizer, loss, precision=policy, ranks=ranks, watch=doctor)
-    batch = torch.randn(4, 8), torch.randn(4, 2)
+    trainer._settles_late = late
+    batch = torch.randn(4, 8).to(ranks.device), torch.randn(4, 2).to(ranks.device)
     for _ in range({"scale": 0, "cast": 2, "vanished": 4, "validated": 3}.get(kind, 1)):
         trainer.step(batch)
     inputs = batch[0].clone()
@@ -80,6 +89,11 @@ def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stor
     info = trainer.step((inputs, batch[1]))
     after = [replay.local(one.detach()) for one in model.parameters()]
     same = all(torch.equal(one, two) or one.isnan().any() for one, two in zip(before, after, strict=True))
+    if late:
+        assert not doctor.events
+        trainer.step(batch)
+        assert doctor.events
+        trainer.finish()
     if kind == "validated":
         with torch.no_grad():
             model(inputs)
@@ -97,31 +111,44 @@ def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stor
     }
 
 
-def stagnant(ranks: Ranks) -> list[dict]:
-    """Return what the doctor says of sharded BF16 weights that plain rounding keeps where they are."""
+def stagnant(ranks: Ranks) -> list[dict] | None:
+    """Return what the doctor says of sharded BF16 weights that plain rounding keeps where they are.
+
+    None where PyTorch sums their gradients in BF16, as 2.11 does: the trainer refuses that.
+    """
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)).to(ranks.device)
     with torch.no_grad():
         for one in model.parameters():
             one.fill_(1.0)
     policy = precision("bf16-true", update="plain")
-    shard(model, ranks, policy, units=["0"])
+    try:
+        shard(model, ranks, policy, units=["0"])
+    except TrainingError:
+        return None
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     doctor = Watch(model, every=4, optimizer=optimizer, loss=squares, precision=policy, rank=ranks.rank)
     trainer = Trainer(model, optimizer, squares, precision=policy, ranks=ranks, watch=doctor)
     for _ in range(18):
-        trainer.step((torch.randn(4, 64), torch.randn(4, 2)))
+        trainer.step((torch.randn(4, 64).to(ranks.device), torch.randn(4, 2).to(ranks.device)))
     doctor.close()
     return [event.model_dump(mode="json") for event in doctor.events]
 
 
-def main(folder: str, rank: int) -> None:
+def main(folder: str, rank: int, kind: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(Path(folder) / "store"), 2), rank=rank, world_size=2)
-    ranks = Ranks(rank, 2, torch.device("cpu"), init_device_mesh("cpu", (2,)))
+    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = dist.FileStore(str(Path(folder) / "store"), 2)
+    dist.init_process_group("gloo" if kind == "cpu" else "nccl", store=store, rank=rank, world_size=2)
+    ranks = Ranks(rank, 2, device, init_device_mesh(kind, (2,)))
     seen = {kind: fault(ranks, kind) for kind in ("overflow", "nan", "scale")}
     for kind in ("overflow", "nan", "scale", "weight", "cast", "vanished", "validated"):
         seen[f"{kind}, sharded"] = fault(ranks, kind, sharded=True)
+    for kind in ("overflow", "nan"):
+        seen[f"{kind}, late"] = fault(ranks, kind, late=True)
+        seen[f"{kind}, sharded, late"] = fault(ranks, kind, sharded=True, late=True)
     seen["overflow, gathered"] = fault(ranks, "overflow", sharded=True, gather="compute")
     seen["stagnant"] = stagnant(ranks)
     dist.destroy_process_group()
@@ -129,4 +156,4 @@ def main(folder: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -6,22 +6,24 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import doctor_ranks
 import pytest
+import torch
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What the doctors of two processes said."""
     folder = tmp_path_factory.mktemp("doctor")
     running = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", doctor_ranks.__file__, str(folder), str(rank)],
+            [sys.executable, "-W", "ignore", doctor_ranks.__file__, str(folder), str(rank), request.param],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(doctor_ranks.__file__).parent)},
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             text=True,
         )
         for rank in range(2)
@@ -51,6 +53,10 @@ def the_event(both, case):
         ("overflow, sharded", 1, "first", "aten._to_copy", {"format": True, "clipping": True, "layer": False}),
         ("overflow, gathered", 1, "first", "aten._to_copy", {"clipping": True}),
         ("nan, sharded", 1, "data", "data", {"data": True}),
+        ("overflow, late", 1, "first", "aten._to_copy", {"format": True, "clipping": True, "layer": False}),
+        ("overflow, sharded, late", 1, "first", "aten._to_copy", {"format": True, "clipping": True, "layer": False}),
+        ("nan, late", 1, "data", "data", {"data": True}),
+        ("nan, sharded, late", 1, "data", "data", {"data": True}),
         ("weight, sharded", 1, "second", "parameters", {}),
         ("cast, sharded", 2, "second", "aten.clamp", {"fresh scale": True}),
     ],
@@ -97,6 +103,9 @@ def test_layers_go_by_their_names_in_the_model(both):
 
 
 def test_sharded_weights_that_do_not_move_are_explained_alike_on_all_ranks_from_the_first_one_s_part(both):
+    if both[0]["stagnant"] is None:
+        assert torch.__version__.split("+")[0] < "2.15"
+        pytest.skip("this PyTorch sums gradients of sharded BF16 weights in BF16")
     for seen in both:
         (event,) = seen["stagnant"]
         cause = event["cause"]

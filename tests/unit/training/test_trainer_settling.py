@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from narrowcast.errors import OutputError, TrainingError
 from narrowcast.training import DynamicScale, StaticScale, Trainer, precision
+from narrowcast.training.doctor.values import Part
+from narrowcast.training.doctor.watch import Watch as Doctor
 from narrowcast.training.fused import FusedAdamW
 from narrowcast.training.settling import Courier
 
@@ -276,8 +278,9 @@ def test_a_watch_that_comes_later_finds_everything_settled():
     steps = []
     trainer.watch = watch = Watch()
     watch.before_forward = lambda step, batch: steps.append((step, schedule.last_epoch))
+    watch.after_backward = lambda model, scale: steps.append(schedule.last_epoch)
     fed(trainer, 1)
-    assert steps == [(1, 1)]
+    assert steps == [(1, 0), 1]
     trainer.watch = None
     fed(trainer, 2)
     assert schedule.last_epoch == trainer.steps_at_most - 1 == 2
@@ -353,34 +356,102 @@ class Noted(Watch):
         self.note("on_nonfinite", broken.step, broken.scale, broken.factor, broken.batch[0].tolist())
 
 
+@pytest.mark.parametrize("policy", ["fp16-mixed", "bf16-true"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("alone", [False, True], ids=["told", "asked"])
-def test_a_watch_is_told_the_same_in_the_same_order_with_the_gradients_there(accumulate, alone):
+def test_a_watch_is_told_the_same_once_the_next_passes_are_queued(accumulate, alone, policy):
     """Whoever asks for a decision before the watch is told of it changes nothing of what it is told."""
     calls = []
     for late in (False, True):
         watch = Noted()
-        trainer = trainer_of("own", late=late, accumulate=accumulate, watch=watch)
+        trainer = trainer_of("adamw", policy, late=late, accumulate=accumulate, watch=watch)
         run(trainer, 0, 26, read_at_once=alone)
         trainer.finish()
         calls.append(watch.calls)
-    assert {call[0] for call in calls[0]} == {"before_forward", "after_backward", "after_update", "on_nonfinite"}
-    assert all(call[-1] is not None for call in calls[0] if call[0] in ("after_update", "on_nonfinite"))
-    assert str(calls[1]) == str(calls[0])
+    at_once, late = calls
+    told = ("after_update", "on_nonfinite")
+    assert {call[0] for call in at_once} == {"before_forward", "after_backward", *told}
+    assert all(call[-1] is not None for call in at_once if call[0] in told)
+    if (
+        policy == "bf16-true"
+    ):  # a watch may ask by what the weights should have moved: it is told with the gradients there
+        assert str(late) == str(at_once)
+        return
+    expected = list(at_once)
+    for place in [at for at, call in enumerate(expected) if call[0] in told and at + 1 < len(expected)]:
+        update, begun = expected[place : place + 2]
+        assert begun[0] == "before_forward"
+        expected[place : place + 2] = begun, update
+    assert [call[0] for call in late] == [call[0] for call in expected]
+    kept = [[call[1:-1] for call in one if call[0] in told] for one in calls]  # the weights too
+    assert str(kept[1]) == str(kept[0])
 
 
+def test_a_watch_hears_of_a_batch_how_many_updates_were_made_at_most():
+    steps = {}
+    for late in (False, True):
+        watch = Noted()
+        run(trainer_of("adamw", late=late, watch=watch), 2, 7)  # the second and the third update are left out
+        steps[late] = [call[1] for call in watch.calls if call[0] == "before_forward"]
+    assert steps == {False: [0, 1, 1, 1, 2], True: [0, 1, 2, 2, 2]}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("level", ["cheap", "deep"])
-def test_the_doctor_comes_by_the_name_of_its_level_and_reads_the_same_late(level):
+def test_the_doctor_comes_by_the_name_of_its_level_and_reads_the_same_late(level, accumulate):
     records = []
     for late in (False, True):
-        trainer = trainer_of(late=late, watch=level)
+        trainer = trainer_of(late=late, watch=level, accumulate=accumulate)
         run(trainer, 0, 26)
         trainer.finish()
         assert trainer.watch.close().verdict.sentences
         records.append(trainer.watch.record())
-    assert [one.skipped for one in records[0].readings].count(True) == 6
+    assert [one.skipped for one in records[0].readings].count(True) == (6 if accumulate == 1 else 4)
+    assert {one.part for one in records[0].series} >= {Part.WEIGHT, Part.UPDATE, Part.RATIO}
     assert str(records[1].readings) == str(records[0].readings)
     assert str(records[1].series) == str(records[0].series)
+
+
+def test_a_doctor_that_samples_every_update_keeps_them_apart():
+    records = []
+    for late in (False, True):
+        trainer = trainer_of(late=late)
+        trainer.watch = Doctor(trainer.model, "deep", every=1, precision=trainer.precision)
+        run(trainer, 9, 15)
+        trainer.finish()
+        trainer.watch.close()
+        records.append(trainer.watch.record())
+    for part in Part:
+        counted = [{one.layer: list(one.steps) for one in record.series if one.part is part} for record in records]
+        assert counted[0] == counted[1], part
+        if part not in (Part.FORWARD, Part.BACKWARD):
+            continue
+        assert set(map(tuple, counted[0].values())) == {(0, 1, 2, 3, 4, 5)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_replay_between_two_passes_finds_the_same_and_leaves_no_trace(accumulate):
+    """The doctor runs a broken step again while gradients of the next are there."""
+    events, states = [], []
+    for late, watch in ((False, "cheap"), (True, "cheap"), (True, None)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.BatchNorm1d(64), nn.Linear(64, 3))
+        policy = precision("fp16-mixed", loss_scale=StaticScale(256.0))
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+        trainer = Trainer(model, optimizer, cross_entropy, precision=policy, accumulate=accumulate, watch=watch)
+        trainer._settles_late = late
+        for number in range(10):
+            inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(number)) * (1e6 if number == 5 else 1.0)
+            trainer.step((inputs, inputs[:, :3].argmax(1)))
+        trainer.finish()
+        assert trainer.skipped == 1
+        states.append(copy.deepcopy(model.state_dict()))
+        events.append([] if watch is None else [event.model_dump() for event in trainer.watch.events])
+    (event,) = events[0]
+    assert (event["cause"]["layer"], event["step"]) == ("0", 5 // accumulate)
+    assert events[1] == events[0]
+    assert same(states[1], states[0])
+    assert same(states[2], states[0])
 
 
 def test_patience_ends_with_the_step_after_whoever_reads_before():

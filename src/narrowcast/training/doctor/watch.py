@@ -111,6 +111,7 @@ class Watch:
         self._states: deque[tuple[int, Any]] = deque(maxlen=_REMEMBERED)
         self._batch: Any = None
         self._chosen: list[int] = []
+        self._updating: tuple[int, list[int]] = (-1, [])  # an update's step, and what is counted of it
         self._micro = 0
         self._step = -1
         self._scale = self._precision.scale.start().value
@@ -197,12 +198,12 @@ class Watch:
         if self._micro or not trained:
             return
         again, self._step = trainer_step == self._step, trainer_step  # a step that was left out is tried again
-        self._chosen = []
         if self._deep and trainer_step % self._every == 0 and not again:
+            self._flush()  # of the last one, whose update may not be told of yet
             self._chosen = trained
             sampler.watch_activations(trainer_step, self._scale)
-        elif trainer_step % _STRIDE == 0:
-            self._chosen = [trained[trainer_step // _STRIDE % len(trained)]]
+        else:
+            self._chosen = self._one_layer(trainer_step)
 
     def after_backward(self, model: nn.Module, scale: float) -> None:
         """Count gradients of a window's first micro-batch."""
@@ -216,15 +217,17 @@ class Watch:
 
     def before_update(self, model: nn.Module) -> None:
         """Keep weights that are about to move."""
+        self._micro = 0
+        self._updating = self._step, self._chosen
         self._begin(self._step).sampler.before_update(self._chosen)
 
     def after_update(self, model: nn.Module, info: StepInfo) -> None:
         """Count what moved, and read what has arrived."""
-        sampler, _, journal, trained, _ = self._begin(self._step)
-        self._micro = 0
-        sampler.after_update(self._step)
-        self._send_reading(info)
-        sampled = self._chosen is trained if self._deep else (self._step + 1) % self._every == 0
+        step, chosen = self._updating
+        sampler, _, journal, trained, _ = self._begin(step)
+        sampler.after_update(step)
+        self._send_reading(step, info)
+        sampled = chosen is trained if self._deep else (step + 1) % self._every == 0
         if sampled:
             self._flush()
             journal.save()
@@ -236,6 +239,8 @@ class Watch:
         sampler, _, journal, *_ = self._begin(step)
         self._micro = 0
         sampler.stop()
+        if self._step > step:  # a micro-batch has begun that takes its place
+            self._step, self._chosen = step, self._one_layer(step)
         scene = Scene(
             broken.model,
             broken.loss,
@@ -293,9 +298,14 @@ class Watch:
         state = self._state(batch)
         return Scene(self._model, self._loss, batch, self._precision, self._scale, state, self._step, self._rank)
 
-    def _send_reading(self, info: StepInfo) -> None:
-        _, mail, journal, *_ = self._begin(self._step)
-        step, scale = self._step, info.scale
+    def _one_layer(self, step: int) -> list[int]:
+        """Return the target whose weights and updates are counted at an update, or none."""
+        trained = self._begin(step).trained
+        return [trained[step // _STRIDE % len(trained)]] if trained and step % _STRIDE == 0 else []
+
+    def _send_reading(self, step: int, info: StepInfo) -> None:
+        _, mail, journal, *_ = self._begin(step)
+        scale = info.scale
         norm = info.norm if info.norm is not None else torch.full_like(info.mean_loss, torch.nan)
 
         def read(tensors: list[Tensor]) -> None:
