@@ -1,6 +1,7 @@
 """Two processes of which the second fails alone, each in another way; started as a program.
 
-Arguments: a folder with ``data.npz``, and for each case its name and a port. Each process writes how it ended, and ends.
+Arguments: a folder with ``data.npz``, ``cpu`` (gloo) or ``cuda`` (NCCL), and a port for each case. Each process writes how it
+ended, and ends.
 """
 
 from __future__ import annotations
@@ -58,20 +59,20 @@ def crammed() -> tuple[nn.Module, Tensor]:
     return Faulty(torch.OutOfMemoryError("planted in the network")), torch.zeros(2, 1, 4, 4)
 
 
-def managed(place: Path, network: str, held: str) -> None:
+def managed(place: Path, device: str, network: str, held: str) -> None:
     """Run a config."""
     settings = {
         "network": f"py:__main__:{network}",
         "data": {"train": f"npz:{place / 'data.npz'}"},
         "batch": 16,
         "epochs": 3,
-        "device": "cpu",
+        "device": device,
         "ranks": held,
     }
     fit(validated(settings, "test"), place / network / held)
 
 
-def loader(place: Path) -> None:
+def loader(place: Path, device: str) -> None:
     """The data of rank 1 cannot be read."""
     load = feeding.load
 
@@ -81,18 +82,29 @@ def loader(place: Path) -> None:
         return load(data, wanted, what)
 
     feeding.load = failing
-    managed(place, "healthy", "replicated")
+    managed(place, device, "healthy", "replicated")
 
 
 def spread(ranks: Ranks, held: str) -> nn.Module:
     torch.manual_seed(0)
-    model = Faulty()
+    model = Faulty().to(ranks.device)
     return shard(model, ranks, "fp16-mixed") if held == "sharded" else replicate(model, ranks, "fp16-mixed")
 
 
-def own_loop(held: str, loss: Callable[[Any, Any], Tensor], *, calls: int = 0, error: Exception | None = None) -> Any:
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.float(), targets)
+
+
+def own_loop(
+    device: str,
+    held: str,
+    loss: Callable[[Any, Any], Tensor] = cross_entropy,
+    *,
+    calls: int = 0,
+    error: Exception | None = None,
+) -> Any:
     """Train in a loop of one's own; the last of the batches overflows on rank 1."""
-    with Ranks.from_environment("cpu", timeout_s=TIMEOUT_S) as ranks:
+    with Ranks.from_environment(device, timeout_s=TIMEOUT_S) as ranks:
         model = spread(ranks, held)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         policy = precision("fp16-mixed", loss_scale=8.0)
@@ -100,7 +112,7 @@ def own_loop(held: str, loss: Callable[[Any, Any], Tensor], *, calls: int = 0, e
         trainer = Trainer(model, optimizer, loss, precision=policy, ranks=ranks, watch=doctor)
         faulty = next(one for one in model.modules() if isinstance(one, Faulty))
         torch.manual_seed(ranks.rank)
-        inputs, targets = torch.randn(4, 16), torch.randint(0, 4, (4,))
+        inputs, targets = torch.randn(4, 16).to(ranks.device), torch.randint(0, 4, (4,)).to(ranks.device)
         for number in range(4):
             if number == 3:
                 faulty.error, faulty.calls = error, calls
@@ -113,7 +125,7 @@ def own_loop(held: str, loss: Callable[[Any, Any], Tensor], *, calls: int = 0, e
         }
 
 
-def loss_alone() -> None:
+def loss_alone(device: str) -> None:
     """The loss function fails on rank 1."""
     calls = [0]
 
@@ -121,54 +133,49 @@ def loss_alone() -> None:
         calls[0] += 1
         if calls[0] == FAILS_AT and os.environ["RANK"] == "1":
             raise ZeroDivisionError("planted in the loss")
-        return nn.functional.cross_entropy(outputs.float(), targets)
+        return cross_entropy(outputs, targets)
 
-    own_loop("replicated", loss)
+    own_loop(device, "replicated", loss)
 
 
-def no_room() -> Any:
+def no_room(device: str) -> Any:
     """Rank 1 sees beforehand that it has no room for a replay of sharded weights."""
     replay.has_room = lambda scene: os.environ["RANK"] != "1"
-    return own_loop("sharded", lambda outputs, targets: nn.functional.cross_entropy(outputs.float(), targets))
+    return own_loop(device, "sharded")
 
 
-def amid_replay() -> None:
+def amid_replay(device: str) -> None:
     """Rank 1 runs out of memory within a replay of sharded weights."""
-    own_loop(
-        "sharded",
-        lambda outputs, targets: nn.functional.cross_entropy(outputs.float(), targets),
-        calls=FAILS_AT - 2,
-        error=torch.OutOfMemoryError("planted in the replay"),
-    )
+    own_loop(device, "sharded", calls=FAILS_AT - 2, error=torch.OutOfMemoryError("planted in the replay"))
 
 
-CASES: dict[str, Callable[[Path], Any]] = {
+CASES: dict[str, Callable[[Path, str], Any]] = {
     "loader": loader,
-    "assertion": lambda place: managed(place, "asserting", "sharded"),
-    "memory": lambda place: managed(place, "crammed", "replicated"),
-    "loss": lambda place: loss_alone(),
-    "room": lambda place: no_room(),
-    "replay": lambda place: amid_replay(),
+    "assertion": lambda place, device: managed(place, device, "asserting", "sharded"),
+    "memory": lambda place, device: managed(place, device, "crammed", "replicated"),
+    "loss": lambda place, device: loss_alone(device),
+    "room": lambda place, device: no_room(device),
+    "replay": lambda place, device: amid_replay(device),
 }
 
 
-def work(case: str, rank: int, place: Path, port: str) -> NoReturn:
+def work(case: str, rank: int, place: Path, device: str, port: str) -> NoReturn:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     try:
-        seen = {"kind": None, "said": CASES[case](place)}
+        seen = {"kind": None, "said": CASES[case](place, device)}
     except Exception as error:
         seen = {"kind": type(error).__name__, "said": str(error)}
     (place / f"{case}-{rank}.json").write_text(json.dumps(seen))
     os._exit(0)
 
 
-def main(place: Path, ports: list[str]) -> None:
+def main(place: Path, device: str, ports: list[str]) -> None:
     children: list[int] = []
     for case, port in zip(CASES, ports, strict=True):
         for rank in range(2):
             child = os.fork()
             if child == 0:
-                work(case, rank, place, port)
+                work(case, rank, place, device, port)
             children.append(child)
     for child in children:
         os.waitpid(child, 0)
@@ -176,4 +183,4 @@ def main(place: Path, ports: list[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

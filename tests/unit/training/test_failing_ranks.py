@@ -10,19 +10,23 @@ from typing import Any
 
 import failing_ranks
 import pytest
+import torch
 from small_runs import free_ports, write_images
 
 WAITED_S = 300  # the group's own timeout is ten minutes
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """How both processes ended, by case; all cases run at the same time."""
     place = tmp_path_factory.mktemp("failing")
     write_images(place / "data.npz")
     ports = free_ports(len(failing_ranks.CASES))
     running = subprocess.Popen(
-        [sys.executable, failing_ranks.__file__, str(place), *map(str, ports)],
+        [sys.executable, failing_ranks.__file__, str(place), request.param, *map(str, ports)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -57,7 +61,7 @@ def test_an_error_on_one_rank_ends_all_with_its_name(ended, case, said):
 
 def test_a_batch_that_does_not_fit_on_one_rank_is_told_to_all(ended):
     first, second = ended["memory"]
-    assert second["said"].startswith("a batch of 16 does not fit the memory of cpu")
+    assert second["said"].startswith("a batch of 16 does not fit the memory of ")
     assert first["said"] == "rank 1 failed: " + second["said"]
     assert first["kind"] == second["kind"] == "TrainingError"
 
