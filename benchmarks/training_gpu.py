@@ -31,11 +31,12 @@ from training_loops import Ours, Plain, Watched, loss_itself, optimizer_of
 from training_models import text_workload, workloads
 from training_text import collected_text
 
+from narrowcast.training.census import Census
 from narrowcast.training.fused import FusedAdamW
 from narrowcast.training.gradients import Gradients
 from narrowcast.training.policies import precision as policy_of
 from narrowcast.training.trainer import Trainer
-from narrowcast.training.updates import update_for
+from narrowcast.training.updates import never, update_for
 
 HERE = Path(__file__).parent
 PRECISIONS = {
@@ -108,6 +109,13 @@ def spread(values):
     return {"median": median(values), "p10": tenths[0], "p90": tenths[-1], "all": [round(value, 5) for value in values]}
 
 
+@contextlib.contextmanager
+def compiled_for(precision):
+    """Keep what is compiled for a precision to it: PyTorch 2.11 may run BF16's code in FP16, unless a loop prevents it."""
+    with torch.compiler.config.patch(cache_key_tag=precision):
+        yield
+
+
 def set_tf32(allowed):
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
@@ -164,7 +172,8 @@ def run_speed(options):
     for mode, precision in itertools.product(options.modes, options.precisions or PRECISIONS[options.model]):
         with report.case(f"{precision} {mode}") as found:
             set_tf32(precision == "tf32")
-            compare_loops(found, workload, precision, mode, batches, options)
+            with compiled_for(precision):
+                compare_loops(found, workload, precision, mode, batches, options)
     return report
 
 
@@ -223,7 +232,7 @@ def update_cases(parameters, device):
     }
     ours = FusedAdamW(parameters, lr=1e-6)
     named = {str(number): parameter for number, parameter in enumerate(parameters)}
-    told, loss = update_for(torchs["told"], 1e6, None, lambda: None), torch.zeros((), device=device)
+    told, loss = update_for(torchs["told"], 1e6, None, lambda _left_out: None), torch.zeros((), device=device)
 
     def scaled():
         scaler.unscale_(torchs["scaled"])
@@ -239,7 +248,7 @@ def update_cases(parameters, device):
         **({} if parameters[0].dtype is torch.bfloat16 else {"torch: unscale, clip, AdamW": scaled}),
         "torch: clip, AdamW": clipped,
         "torch: norm, AdamW that unscales and clips": lambda: told(
-            Gradients(named, torch.device(device)), 1.0, loss, decide=False
+            Gradients(named, torch.device(device)), 1.0, loss, Census(tuple(named), loss, None, {}, False), never
         ),
         "torch: AdamW alone": torchs["bare"].step,
         "ours: unscale, clip, AdamW": lambda: ours.update(1.0, 1e6),

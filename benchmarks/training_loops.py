@@ -4,8 +4,12 @@ import torch
 from torch import nn
 
 from narrowcast.training.fused import FusedAdamW
+from narrowcast.training.loss_scale import DynamicScale
+from narrowcast.training.policies import precision as policy_of
 from narrowcast.training.trainer import Trainer
 
+#: A first update that a loop by hand left out would make NaN of PyTorch's fused momentum.
+FIRST_SCALE = 2.0**10
 CAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16, "fp8-mixed": torch.bfloat16}
 
 
@@ -27,7 +31,7 @@ class Plain:
             convert_to_float8(model)
         self.model, self.optimizer, self.device, self.clip_norm = model, optimizer, device, clip_norm
         self.cast = CAST.get(precision)
-        self.scaler = torch.amp.GradScaler(device, enabled=precision == "fp16-mixed")
+        self.scaler = torch.amp.GradScaler(device, init_scale=FIRST_SCALE, enabled=precision == "fp16-mixed")
 
     def step(self, batch):
         with torch.autocast(self.device, dtype=self.cast, enabled=self.cast is not None):
@@ -60,9 +64,10 @@ class Ours:
 
     def __init__(self, model, optimizer, precision, device, clip_norm):
         self.model, self.optimizer = model, optimizer
-        self.trainer = Trainer(
-            model, optimizer, loss_itself, precision=precision, clip_norm=clip_norm, watch=self.watch
-        )
+        policy = policy_of(precision)
+        if policy.scale.guards:
+            policy = policy_of(policy, loss_scale=DynamicScale(initial=FIRST_SCALE))
+        self.trainer = Trainer(model, optimizer, loss_itself, precision=policy, clip_norm=clip_norm, watch=self.watch)
 
     def step(self, batch):
         return self.trainer.step((batch, batch[1])).mean_loss
