@@ -4,7 +4,8 @@
 
 ``narrowcast serve`` runs on the first core, the load on the last. Models are loaded, unloaded, promoted and rolled back at a
 constant rate all the time, which takes a good part of the core. First the capacity beside that is measured with a closed loop;
-then requests come at a constant rate, a share of it, and latency counts from when a request should have been sent. Requests
+then requests come at a constant rate, a share of it, and latency counts from when a request should have been sent (and once
+more from when it went out: a machine that stalls makes the load fall behind). Requests
 name no version, and every answer must be that of the version that it says. Unloaded is a model that nobody asks, because a
 request of a model that is not there fails rightly. Memory is the proportional set size of the server and its workers, without
 pages of files (programs and libraries), which the system takes and gives back as it likes. Its slope is fitted to means of ten
@@ -130,6 +131,7 @@ class Seen:
     Attributes:
         statuses: Requests by what became of them.
         latencies: Seconds from the intended moment of each request that succeeded.
+        answered_in: Seconds from the moment that it went out.
         versions: Requests by the version that answered.
         operations: Changes by kind and status.
         memory: Moment and bytes of the server and its workers.
@@ -137,6 +139,7 @@ class Seen:
 
     statuses: Counter[str] = field(default_factory=Counter[str])
     latencies: list[float] = field(default_factory=list[float])
+    answered_in: list[float] = field(default_factory=list[float])
     versions: Counter[str] = field(default_factory=Counter[str])
     operations: Counter[str] = field(default_factory=Counter[str])
     memory: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
@@ -147,6 +150,7 @@ BODY = json.dumps({"inputs": [{"name": "x", "shape": [1, WIDTH], "datatype": "FP
 
 async def request(client: Client, seen: Seen, intended: float) -> None:
     """Ask once, and check that the answer is that of the version that it names."""
+    sent = time.monotonic()
     try:
         status, content = await client.ask("/v2/models/asked/infer", BODY)
     except (OSError, asyncio.IncompleteReadError) as error:
@@ -161,7 +165,9 @@ async def request(client: Client, seen: Seen, intended: float) -> None:
     right = document["outputs"][0]["data"] == [float(version)] * WIDTH
     seen.statuses["200" if right else "wrong"] += 1
     seen.versions[version] += 1
-    seen.latencies.append(time.monotonic() - intended)
+    now = time.monotonic()
+    seen.latencies.append(now - intended)
+    seen.answered_in.append(now - sent)
 
 
 async def capacity(port: int, seconds: float) -> float:
@@ -314,12 +320,17 @@ def main() -> int:
     return report(options, rate, seen, cores)
 
 
+def quantiles_of(seconds: list[float]) -> dict[str, float]:
+    """Return milliseconds by quantile."""
+    return {f"p{q:g}": float(np.quantile(seconds, q / 100)) * 1e3 for q in (50, 99, 99.9)}
+
+
 def report(options: argparse.Namespace, rate: float, seen: Seen, cores: list[int]) -> int:
     """Print and write what happened; return the exit code."""
     slope = slope_of(seen.memory)
     failed = sum(count for status, count in seen.statuses.items() if status != "200")
     refused = sum(count for kind, count in seen.operations.items() if not kind.endswith(" 200"))
-    quantiles = {f"p{q:g}": float(np.quantile(seen.latencies, q / 100)) * 1e3 for q in (50, 99, 99.9)}
+    quantiles, answered = quantiles_of(seen.latencies), quantiles_of(seen.answered_in)
     sizes = [size for _, size in seen.memory]
     document = {
         "protocol": __doc__,
@@ -332,6 +343,7 @@ def report(options: argparse.Namespace, rate: float, seen: Seen, cores: list[int
         "versions": dict(seen.versions),
         "operations": dict(seen.operations),
         "latency_ms": quantiles,
+        "answered_in_ms": answered,
         "memory_mib": {"first": sizes[0] / 2**20, "last": sizes[-1] / 2**20, "most": max(sizes) / 2**20},
         "memory_mib_by_second": [
             [round(at, 1), round(size / 2**20, 2)] for at, size in seen.memory[:: max(1, len(seen.memory) // 240)]
@@ -342,7 +354,8 @@ def report(options: argparse.Namespace, rate: float, seen: Seen, cores: list[int
     }
     print(f"{rate:.0f} requests/s for {options.minutes:g} min: {dict(seen.statuses)}, {failed} failed")
     print(f"operations: {dict(sorted(seen.operations.items()))}")
-    print("latency: " + ", ".join(f"{name} {value:.1f} ms" for name, value in quantiles.items()))
+    for what, found in (("latency", quantiles), ("answered in", answered)):
+        print(f"{what}: " + ", ".join(f"{name} {value:.1f} ms" for name, value in found.items()))
     print(
         f"memory: {sizes[0] / 2**20:.1f} MiB to {sizes[-1] / 2**20:.1f} MiB; slope {slope.value / 2**10:+.0f} KiB/min "
         f"({slope.low / 2**10:+.0f} to {slope.high / 2**10:+.0f}), {slope.blocks} blocks"
