@@ -19,6 +19,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import helper
+from PIL import Image
 
 import narrowcast
 from contracts.graphs import Builder
@@ -411,6 +412,14 @@ def with_nan(images: np.ndarray) -> np.ndarray:
     return images
 
 
+def broken_picture(given: Inputs) -> str:
+    Path("pictures").mkdir()
+    for number in range(4):
+        Image.new("RGB", (8, 8)).save(f"pictures/{number}.png")
+    Path("pictures/broken.png").write_text("no picture")
+    return "imagefolder:pictures"
+
+
 BAD_DATA: dict[str, tuple[Callable[[Inputs], str], list[str]]] = {
     "missing file": (lambda g: "npz:absent.npz", ["absent.npz", "does not exist"]),
     "unknown source": (lambda g: "csv:data.csv", ["'csv:data.csv'", "npz"]),
@@ -425,12 +434,14 @@ BAD_DATA: dict[str, tuple[Callable[[Inputs], str], list[str]]] = {
     "label too large": (lambda g: spoil(g, labels=g.labels + 90), ["5 classes", "0 to 4"]),
     "one label too large": (
         lambda g: spoil(g, labels=np.where(np.arange(60) == 7, 5, g.labels)),
-        ["label 5", "0 to 4"],
+        ["label 5 (sample 7)", "0 to 4"],
     ),
     "negative label": (lambda g: spoil(g, labels=g.labels - 9), ["label -9", "negative"]),
     "labels that are no numbers": (lambda g: spoil(g, labels=g.labels.astype(str)), ["labels", "<U"]),
     "too few labels": (lambda g: spoil(g, labels=g.labels[:9]), ["image: 60", "labels: 9"]),
     "missing module": (lambda g: "py:no_such_module:f", ["no_such_module"]),
+    "an array too many": (lambda g: spoil(g, depth=g.images), ["npz:spoiled.npz has an array 'depth'", "'image'"]),
+    "broken picture": (broken_picture, ["broken.png cannot be read"]),
 }
 
 
@@ -439,7 +450,7 @@ def test_bad_data_are_named_and_nothing_is_written(given: Inputs, cli: Cli, kind
     make, needles = BAD_DATA[kind]
     done = cli("optimize", given.model, "--data", make(given), "--out", "out")
     check_refused(done, needles)
-    assert not Path("out").exists()
+    assert not [*Path.cwd().glob("out*")]
 
 
 def check_refused(done: Outcome, needles: list[str]) -> None:
@@ -493,7 +504,7 @@ def test_bad_models_are_named_and_nothing_is_written(given: Inputs, cli: Cli, ki
     make, needles = BAD_MODELS[kind]
     done = cli("optimize", make(given), "--data", f"npz:{given.data}", "--out", "out")
     check_refused(done, needles)
-    assert not Path("out").exists()
+    assert not [*Path.cwd().glob("out*")]
 
 
 @pytest.mark.parametrize(
@@ -522,13 +533,20 @@ def test_bad_options_are_named_and_nothing_is_written(
 ) -> None:
     done = cli(*optimize(given, "--out", "out", *options))
     check_refused(done, needles)
-    assert not Path("out").exists()
+    assert not [*Path.cwd().glob("out*")]
 
 
 def test_a_metric_on_labels_refuses_data_without(given: Inputs, cli: Cli) -> None:
     data = spoil(given, labels=None)
     done = cli("optimize", given.model, "--data", data, "--out", "out", "--metric", "top1")
     check_refused(done, ["top1 needs labels", "agreement"])
+
+
+def test_a_metric_that_fails_is_named_and_nothing_is_left(given: Inputs, cli: Cli) -> None:
+    Path("own_metric.py").write_text("def broken(outputs, reference): raise RuntimeError('out of ideas')\n")
+    done = cli(*optimize(given, "--out", "out", "--metric", "py:own_metric:broken"))
+    check_refused(done, ["metric py:own_metric:broken failed with RuntimeError: out of ideas", "--debug"])
+    assert not [*Path.cwd().glob("out*")]
 
 
 def test_an_existing_artifact_is_refused_without_force_and_replaced_with(

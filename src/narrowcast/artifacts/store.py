@@ -70,7 +70,11 @@ def check_output_folder(folder: Path, *, force: bool = False) -> None:
         OutputError: The folder cannot be written, or holds something that ``force`` does not allow to replace.
     """
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"output {folder} is a file", allowed="a folder that does not exist yet or is empty")
+        raise OutputError(
+            f"output {folder} is a file",
+            allowed="a folder that does not exist yet or is empty",
+            next_step="name a folder",
+        )
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / MANIFEST).is_file():
             raise OutputError(
@@ -87,9 +91,12 @@ def check_output_folder(folder: Path, *, force: bool = False) -> None:
     parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
+    reason = "no permission in" if parent.is_dir() else "there is a file at"
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(
-            f"output folder {folder} cannot be written: no permission in {parent}", next_step="name another"
+            f"output folder {folder} cannot be written: {reason} {parent}",
+            allowed="a folder in one that may be written to",
+            next_step="name another folder",
         )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from narrowcast.errors import DataError
 from narrowcast.models.graph import TensorInfo
 
-__all__ = ["Dataset", "Splits", "check_fits", "digest_of", "split"]
+__all__ = ["Dataset", "Splits", "check_fits", "check_no_more", "digest_of", "split"]
 
 Array = NDArray[Any]
 Tensors = dict[str, Array]
@@ -141,6 +141,22 @@ def check_fits(data: Dataset, inputs: list[TensorInfo]) -> None:
                 next_step="reshape or resize the data to what the model was built for",
             )
         check_finite(data.source, name, array)
+
+
+def check_no_more(data: Dataset, inputs: list[TensorInfo]) -> None:
+    """Check that samples hold no array that a model has no input for; training may read such arrays, a runtime may not.
+
+    Raises:
+        DataError: They do; the message names the array.
+    """
+    wanted = {info.name for info in inputs}
+    extra = sorted(data.load(np.arange(1, dtype=np.int64)).keys() - wanted)
+    if extra:
+        raise DataError(
+            f"{data.source} has an array {extra[0]!r}, and the model has no input of that name",
+            allowed=f"arrays named {', '.join(map(repr, sorted(wanted)))}, and labels or groups",
+            next_step="leave the array out, or rename it",
+        )
 
 
 def check_finite(source: str, name: str, array: Array) -> None:

@@ -15,7 +15,7 @@ from narrowcast.data import bundled
 from narrowcast.data.dataset import Dataset, Tensors, check_finite, check_fits, digest_of
 from narrowcast.data.images import load_image, to_input
 from narrowcast.errors import DataError, choices
-from narrowcast.models.loaders import user_function
+from narrowcast.models.loaders import user_code, user_function
 from narrowcast.models.reference import ImageSpec, Model
 
 __all__ = ["load_data"]
@@ -183,7 +183,9 @@ def image_input(model: Model, source: str) -> tuple[ImageSpec, int, str]:
 
 
 def _python(name: str, model: Model) -> Dataset:
-    made = user_function(name, "data", DataError)()
+    function = user_function(name, "data", DataError)
+    with user_code(f"data py:{name}", DataError):
+        made = function()
     hint = "a Dataset, a dict of arrays by input name (key 'labels' optional), or a tuple (inputs, labels)"
     if isinstance(made, Dataset):
         return made

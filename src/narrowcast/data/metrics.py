@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narrowcast.errors import MetricError, choices
-from narrowcast.models.loaders import user_function
+from narrowcast.models.loaders import user_code, user_function
 
 __all__ = ["METRICS", "Metric", "Score", "default_metric", "get_metric", "score_of"]
 
@@ -143,7 +143,8 @@ class _User(Metric):
         self.needs = str(getattr(self.function, "needs", "labels"))
 
     def terms(self, outputs: Array, reference: Array) -> Floats:
-        values = np.asarray(self.function(outputs, reference), np.float64).reshape(-1)
+        with user_code(f"metric {self.name}", MetricError):
+            values = np.asarray(self.function(outputs, reference), np.float64).reshape(-1)
         if len(values) != len(outputs) or not np.isfinite(values).all():
             raise MetricError(
                 f"metric {self.name} returned {len(values)} values for {len(outputs)} samples, or one is not finite",

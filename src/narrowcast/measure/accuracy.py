@@ -14,7 +14,7 @@ from narrowcast.data.metrics import Metric, Score, score_of
 from narrowcast.errors import DataError
 from narrowcast.runtimes import Session
 
-__all__ = ["Judge"]
+__all__ = ["Judge", "check_classes"]
 
 Array = NDArray[Any]
 
@@ -49,7 +49,7 @@ class Judge:
         self._outputs: list[Array] = []
         for _, feeds in data.batches(BATCH):
             first = next(iter(original.run(feeds).values()))
-            self._check_labels(first)
+            check_classes(data, metric, first.shape)
             self._outputs.append(first)
         own = self._score(lambda number, feeds: self._outputs[number])
         # A model agrees with itself by definition: there is nothing to be unsure of.
@@ -89,14 +89,26 @@ class Judge:
             terms.append(self.metric.terms(outputs, reference))
         return score_of(self.metric, np.concatenate(terms), self.data.groups, self.seed)
 
-    def _check_labels(self, outputs: Array) -> None:
-        labels = self.data.labels
-        if self.metric.needs != "labels" or labels is None or outputs.ndim != 2:
-            return
-        if labels.max() >= outputs.shape[1]:
-            raise DataError(
-                f"label {int(labels.max())} (sample {int(labels.argmax())} of a part of {self.data.source}) has no class: "
-                f"the model's output has {outputs.shape[1]} classes",
-                allowed=f"labels from 0 to {outputs.shape[1] - 1}",
-                next_step="check that the data belong to this model, and that labels count from 0",
-            )
+
+def check_classes(data: Dataset, metric: Metric, shape: tuple[int | str | None, ...]) -> None:
+    """Check that a model has a class for every label that a metric reads.
+
+    Args:
+        data: The data.
+        metric: The metric; one that reads no labels passes.
+        shape: Shape of the model's first output, ``[batch, classes]``; one of other rank, or whose classes are not known
+            before it runs, passes.
+
+    Raises:
+        DataError: A label is beyond the classes.
+    """
+    if metric.needs != "labels" or data.labels is None or len(shape) != 2 or not isinstance(shape[1], int):
+        return
+    first = int(np.argmax(data.labels >= shape[1]))
+    if data.labels[first] >= shape[1]:
+        raise DataError(
+            f"{data.source}: label {int(data.labels[first])} (sample {first}) has no class: the model's output has "
+            f"{shape[1]} classes",
+            allowed=f"labels from 0 to {shape[1] - 1}",
+            next_step="check that the data belong to this model, and that labels count from 0",
+        )

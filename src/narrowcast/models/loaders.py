@@ -7,7 +7,8 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from narrowcast.models.reference import ImageSpec, Model, ModelRef
 from narrowcast.models.runs import Architecture, architecture_of, load_weights, read_weights
 from narrowcast.models.torch_export import export, require_torch
 
-__all__ = ["artifact_file", "fresh_module", "load_model", "load_module", "user_function"]
+__all__ = ["artifact_file", "fresh_module", "load_model", "load_module", "user_code", "user_function"]
 
 
 def load_model(reference: str | ModelRef, *, seed: int = 0) -> Model:
@@ -98,7 +99,7 @@ def user_function(text: str, kind: str, error: type[NarrowcastError] = ModelErro
     This runs the user's code; it is reached only by a reference that the user wrote as ``py:...``.
 
     Raises:
-        error: The module or the function does not exist.
+        error: The module or the function does not exist, or the module fails while it is imported.
     """
     module_name, colon, name = text.partition(":")
     if not colon or not module_name or not name:
@@ -106,7 +107,8 @@ def user_function(text: str, kind: str, error: type[NarrowcastError] = ModelErro
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        module = importlib.import_module(module_name)
+        with user_code(f"{kind} py:{text}", error, passed=(ImportError,)):
+            module = importlib.import_module(module_name)
     except ImportError as cause:
         raise error(
             f"{kind} py:{text}: module {module_name!r} cannot be imported: {cause}",
@@ -120,6 +122,29 @@ def user_function(text: str, kind: str, error: type[NarrowcastError] = ModelErro
             allowed=choices(name, [key for key, value in vars(module).items() if callable(value)][:40]),
         )
     return function
+
+
+@contextmanager
+def user_code(name: str, error: type[NarrowcastError], *, passed: tuple[type[Exception], ...] = ()) -> Generator[None]:
+    """Run code of the user's; what goes wrong in it is the user's error, and not one of narrowcast.
+
+    Args:
+        name: How messages name the code, for example ``data py:mine:photos``.
+        error: Type of the error.
+        passed: Exceptions that the caller handles itself.
+
+    Raises:
+        error: The code raised something that narrowcast does not raise on purpose.
+    """
+    try:
+        yield
+    except (NarrowcastError, *passed):
+        raise
+    except Exception as cause:
+        raise error(
+            f"{name} failed with {type(cause).__name__}: {cause}",
+            next_step="mend the code; --debug shows the line that failed",
+        ) from cause
 
 
 def _finish(ref: ModelRef, model: onnx.ModelProto, **known: Any) -> Model:
@@ -222,7 +247,9 @@ def _nearest(given: str, names: list[str]) -> str:
 def _python(ref: ModelRef, seed: int, architecture: Architecture | None = None) -> TorchModel:
     torch = require_torch(str(ref))
     torch.manual_seed(seed)
-    made = user_function(ref.id, "model")(**(architecture.arguments if architecture else {}))
+    function, arguments = user_function(ref.id, "model"), architecture.arguments if architecture else {}
+    with user_code(f"model {ref}", ModelError, passed=(TypeError, ValueError) if arguments else ()):
+        made = function(**arguments)
     hint = (
         "a function that returns (module, example) where example is a tensor, a tuple of them or a dict by input name"
     )

@@ -179,8 +179,16 @@ class Budget(_Value):
             if not math.isfinite(accuracy) or (self.max_drop.relative and accuracy == 0):
                 raise BudgetError(
                     f"a max drop of {self.max_drop} means nothing for {metric}, which is {accuracy:g} for the original",
-                    allowed="for such metrics, a bound of their own",
-                    next_step="use --at-least instead, for example --at-least 30 for an SQNR in dB",
+                    allowed="for such metrics, a bound of their own"
+                    + (
+                        "" if higher_is_better or not self.max_drop.relative else ", or a drop in the metric's own unit"
+                    ),
+                    next_step="use --at-least instead, "
+                    + (
+                        "for example --at-least 30 for an SQNR in dB"
+                        if higher_is_better
+                        else f"the largest {metric} that may be: for example --at-least 0.001"
+                    ),
                 )
             bound = accuracy - allowed if higher_is_better else accuracy + allowed
             found.append(_limit("accuracy", bound, higher_is_better, f"{metric} may lose {self.max_drop}"))

@@ -11,7 +11,7 @@ import numpy as np
 from narrowcast._version import __version__
 from narrowcast.artifacts.manifest import Evidence, MetricRecord, Verdict
 from narrowcast.artifacts.store import load_artifact
-from narrowcast.data.dataset import Dataset, check_fits, split
+from narrowcast.data.dataset import Dataset, check_fits, check_no_more, split
 from narrowcast.data.loaders import load_data
 from narrowcast.data.metrics import get_metric
 from narrowcast.errors import ModelError
@@ -73,8 +73,14 @@ def bench(
         inputs = list(runtime.load(artifact.graph).inputs)
         if {info.name for info in inputs} != {info.name for info in model.graph.inputs}:
             names = ", ".join(repr(info.name) for info in inputs)
-            raise ModelError(f"{against} and {folder} take different inputs", allowed=f"models that take {names}")
+            raise ModelError(
+                f"{against} and {folder} take different inputs: {', '.join(repr(i.name) for i in model.graph.inputs)} "
+                f"and {names}",
+                allowed=f"models that take {names}",
+                next_step="name the model that the artifact was made from",
+            )
         check_fits(samples, inputs)
+        check_no_more(samples, inputs)
         judged = get_metric(metric or manifest.metric.name)
         measurements = measure_pair(
             runtime,

@@ -20,10 +20,11 @@ from narrowcast.artifacts.manifest import (
     Verdict,
 )
 from narrowcast.artifacts.store import check_output_folder
-from narrowcast.data.dataset import split
+from narrowcast.data.dataset import check_no_more, split
 from narrowcast.data.loaders import load_data
 from narrowcast.data.metrics import default_metric, get_metric
 from narrowcast.errors import RuntimeFailedError
+from narrowcast.measure.accuracy import check_classes
 from narrowcast.measure.environment import environment
 from narrowcast.measure.suite import measure_pair
 from narrowcast.models.graph import attribute
@@ -31,6 +32,7 @@ from narrowcast.models.loaders import load_model
 from narrowcast.recipes.budget import Budget
 from narrowcast.recipes.recipe import Recipe
 from narrowcast.recipes.target import Target
+from narrowcast.report import text
 from narrowcast.runtimes import OperatorTime, get_runtime
 from narrowcast.search.candidates import FULL, first_recipes, nearest, preferred
 from narrowcast.search.diagnosis import diagnose, static_step
@@ -102,21 +104,22 @@ def optimize(
     budget, target, progress, out = budget or Budget(), target or Target(), progress or Silent(), Path(out)
     check_output_folder(out, force=force)
     trial = _prepare(model, data, out, budget, metric, target, seed, progress)
-    finished = _search(trial)
-    chosen = _choose(trial, finished)
-    profile = _profile(trial)
-    measurements = measure_pair(
-        trial.runtime,
-        trial.target,
-        {"original": trial.original, "artifact": trial.workspace.graph(chosen.candidate.name)},
-        trial.splits.report,
-        trial.metric,
-        trial.workspace.folder,
-        seed=seed,
-        progress=lambda name, share: progress.stage(f"report: {name}", share),
-    )
-    evidence = _evidence(trial, finished, chosen, profile, measurements, time.perf_counter() - begin)
-    write_artifact(trial, chosen, evidence, out)
+    with trial.workspace:
+        finished = _search(trial)
+        chosen = _choose(trial, finished)
+        profile = _profile(trial)
+        measurements = measure_pair(
+            trial.runtime,
+            trial.target,
+            {"original": trial.original, "artifact": trial.workspace.graph(chosen.candidate.name)},
+            trial.splits.report,
+            trial.metric,
+            trial.workspace.folder,
+            seed=seed,
+            progress=lambda name, share: progress.stage(f"report: {name}", share),
+        )
+        evidence = _evidence(trial, finished, chosen, profile, measurements, time.perf_counter() - begin)
+        write_artifact(trial, chosen, evidence, out)
     trial.workspace.remove()
     return Result(out, evidence)
 
@@ -139,9 +142,11 @@ def _prepare(
     model = load_model(model_ref, seed=seed)
     progress.stage(f"loading {data_ref}")
     data = load_data(data_ref, model)
+    check_no_more(data, model.graph.inputs)
+    shape = model.graph.outputs[0].shape
+    metric = get_metric(metric_name or default_metric(data.labels is not None, len(shape)))
+    check_classes(data, metric, shape)
     splits = split(data, seed)
-    rank = len(model.graph.outputs[0].shape)
-    metric = get_metric(metric_name or default_metric(data.labels is not None, rank))
     fingerprint: dict[str, object] = {
         "narrowcast": __version__,
         "runtime": version,
@@ -155,7 +160,8 @@ def _prepare(
     workspace = Workspace(out, fingerprint)
     if workspace.resumed:
         progress.note(f"going on with an earlier run: {workspace.resumed} candidates are finished already")
-    return Trial(model, splits, metric, runtime, target, budget, workspace, progress, seed)
+    with workspace:
+        return Trial(model, splits, metric, runtime, target, budget, workspace, progress, seed)
 
 
 def _search(trial: Trial) -> list[Finished]:
@@ -183,8 +189,9 @@ def _run(trial: Trial, recipe: Recipe) -> Finished:
         trial.progress.note(f"{found.name}: failed: {found.failure}")
     else:
         trial.progress.note(
-            f"{found.name}: {trial.metric.name} {found.accuracy:.4g}{trial.metric.unit}, {found.speedup:.2f}x faster, "
-            f"{found.size / 1e6:.2f} MB{', meets the budget' if found.feasible else ''}"
+            f"{found.name}: {trial.metric.name} {text.accuracy(MetricRecord.of(trial.metric))(found.accuracy, 0)}, "
+            f"{text.ratio(found.speedup)} as fast, {text.quantity(found.size, 'bytes')}"
+            f"{', meets the budget' if found.feasible else ''}"
         )
     return done
 

@@ -98,7 +98,8 @@ def _advice(
         if best is not None:
             advice.append(
                 f"With the {measure} limit alone relaxed, {best.name} would do: {trial.metric.name} "
-                f"{_metric(best.accuracy, trial)} on the search part, {best.speedup:.2f}x, {best.size / 1e6:.2f} MB."
+                f"{_metric(best.accuracy, trial)} on the search part, {_times(best.speedup, 'faster', 'slower')}, "
+                f"{text.quantity(best.size, 'bytes')}."
             )
     rounded = [item for item in blame if not item.kept_float]
     if "accuracy" in broken and rounded and any(step.type == "static_int8" for step in chosen.recipe.steps):

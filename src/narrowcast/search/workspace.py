@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from narrowcast.artifacts.manifest import Candidate, Histogram
 from narrowcast.artifacts.store import write_atomic
-from narrowcast.errors import OutputError
+from narrowcast.errors import NarrowcastError, OutputError
 from narrowcast.recipes.plan import Plan
 from narrowcast.search.mixed import Diagnosis
 
@@ -38,7 +40,11 @@ class _State(BaseModel):
 
 
 class Workspace:
-    """``OUT.work``: graphs of candidates and ``state.json``; removed when the artifact is complete."""
+    """``OUT.work``: graphs of candidates and ``state.json``; removed when the artifact is complete.
+
+    As a context, it is also removed by an error that somebody has to mend before anything was finished: there is nothing
+    to go on with.
+    """
 
     def __init__(self, out: Path, fingerprint: dict[str, object]) -> None:
         """Open the folder; what an earlier run of the same request left in it is kept, anything else is removed.
@@ -58,6 +64,15 @@ class Workspace:
             self.state = _State(fingerprint=digest)
             self._save()
         self.resumed = len(self.state.finished)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, NarrowcastError) and not self.finished():
+            self.remove()
 
     def _read(self, digest: str) -> _State | None:
         path = self.folder / "state.json"

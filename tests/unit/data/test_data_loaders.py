@@ -271,3 +271,24 @@ def test_a_function_that_returns_something_else_is_named(tmp_path: Path, monkeyp
     assert "did you mean words" in caught.value.allowed
     with pytest.raises(DataError, match="'no_such_module' cannot be imported"):
         load_data("py:no_such_module:words", model_of())
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("def broken(): raise RuntimeError('no disk')", "failing_data:broken failed with RuntimeError: no disk"),
+        ("def broken(:", "failing_data:broken failed with SyntaxError"),
+        ("nonsense", "failing_data:broken failed with NameError: name 'nonsense' is not defined"),
+    ],
+    ids=["function", "syntax", "module"],
+)
+def test_what_goes_wrong_in_the_users_code_is_a_typed_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, says: str
+) -> None:
+    (tmp_path / "failing_data.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "failing_data", raising=False)
+    with pytest.raises(DataError) as caught:
+        load_data("py:failing_data:broken", model_of())
+    assert says in caught.value.what
+    assert "--debug" in caught.value.next_step

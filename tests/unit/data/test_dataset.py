@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrowcast.data.dataset import Dataset, check_finite, check_fits, digest_of, split
+from narrowcast.data.dataset import Dataset, check_finite, check_fits, check_no_more, digest_of, split
 from narrowcast.errors import DataError
 from narrowcast.models.graph import TensorInfo
 
@@ -104,6 +104,14 @@ def test_samples_that_fit_pass(dataset_of: Make) -> None:
 def test_a_missing_array_is_named_beside_what_there_is(dataset_of: Make) -> None:
     with pytest.raises(DataError, match=r"no array for the model's input 'image'.*'picture'"):
         check_fits(dataset_of(picture=np.zeros((2, 3, 4, 4), np.float32)), IMAGE)
+
+
+def test_an_array_that_no_input_takes_is_named_where_nothing_else_reads_it(dataset_of: Make) -> None:
+    pictures = np.zeros((2, 3, 4, 4), np.float32)
+    with pytest.raises(DataError, match="test has an array 'depth'") as caught:
+        check_no_more(dataset_of(image=pictures, depth=pictures), IMAGE)
+    assert "'image'" in caught.value.allowed
+    check_no_more(dataset_of(image=pictures), IMAGE)
 
 
 def test_a_wrong_dtype_is_named_with_the_conversion(dataset_of: Make) -> None:

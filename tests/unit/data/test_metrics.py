@@ -125,6 +125,7 @@ def user_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "worst.needs = 'original'\n"
         "def too_few(outputs, reference): return [1.0]\n"
         "def nan(outputs, reference): return np.full(len(outputs), np.nan)\n"
+        "def broken(outputs, reference): return outputs - reference[:, 99]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "user_metrics", raising=False)
@@ -142,6 +143,12 @@ def test_a_metric_of_the_user_has_the_direction_that_it_says() -> None:
 def test_a_metric_of_the_user_must_give_one_finite_number_per_sample(name: str) -> None:
     with pytest.raises(MetricError, match=f"user_metrics:{name}"):
         value(f"py:user_metrics:{name}", OTHER, SCORES)
+
+
+@pytest.mark.usefixtures("user_metrics")
+def test_what_goes_wrong_in_a_metric_of_the_user_is_a_metric_error() -> None:
+    with pytest.raises(MetricError, match="metric py:user_metrics:broken failed with IndexError"):
+        value("py:user_metrics:broken", OTHER, SCORES)
 
 
 @pytest.mark.usefixtures("user_metrics")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def test_a_misspelt_bundled_model_gets_a_suggestion() -> None:
 def test_a_folder_without_a_graph_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no model\.onnx"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("body", ["raise RuntimeError('no weights')", "raise OSError('no weights')"])
+def test_what_goes_wrong_in_the_users_function_is_a_model_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    (tmp_path / "failing_net.py").write_text(f"def build(): {body}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "failing_net", raising=False)
+    with pytest.raises(ModelError, match=r"py:failing_net:build failed with \w+Error: no weights"):
+        load_model("py:failing_net:build")
 
 
 @pytest.mark.parametrize("reference", ["py:module", "py:no_such_module:build"])

@@ -165,6 +165,13 @@ def test_a_relative_drop_of_nothing_is_refused_with_the_way_out(accuracy: float)
     assert "--at-least" in caught.value.next_step
 
 
+def test_an_error_that_the_original_has_none_of_is_bounded_from_above() -> None:
+    with pytest.raises(BudgetError, match="mse, which is 0") as caught:
+        Budget.parse(max_drop="1%").limits(metric="mse", higher_is_better=False, accuracy=0.0, size=100)
+    assert "the largest mse that may be" in caught.value.next_step
+    assert "SQNR" not in caught.value.next_step
+
+
 def test_an_absolute_drop_of_an_infinite_metric_is_refused() -> None:
     """SQNR of the original with itself is infinite, so every artifact would break (or keep) any such limit."""
     budget = Budget.parse(max_drop="3")

@@ -102,3 +102,18 @@ def test_removing_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_relative_output_folder_works(tmp_path: Path) -> None:
     assert Workspace(Path("out"), PRINT).folder.resolve() == tmp_path / "out.work"
+
+
+def test_an_error_before_anything_is_finished_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError), Workspace(tmp_path / "out", PRINT):
+        raise OutputError("no room")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("error", [OutputError("no room"), KeyboardInterrupt()])
+def test_what_is_finished_outlives_errors_and_interruptions(tmp_path: Path, error: BaseException) -> None:
+    workspace = Workspace(tmp_path / "out", PRINT)
+    workspace.finish(finished("fp32", failure="refused"))
+    with pytest.raises(type(error)), workspace:
+        raise error
+    assert Workspace(tmp_path / "out", PRINT).resumed == 1
