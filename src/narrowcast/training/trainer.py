@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from narrowcast.errors import TrainingError, UserError
+from narrowcast.errors import TrainingError
 from narrowcast.training.census import Finding
 from narrowcast.training.checks import (
     check_rounding,
@@ -124,7 +124,7 @@ class Trainer:
         self.clip_norm = clip_norm
         self.accumulate = accumulate
         self.ranks = ranks
-        self.watch = watch if not isinstance(watch, str) else self._doctor(watch)
+        self._watch = watch if not isinstance(watch, str) else self._doctor(watch)
         self._guards = self.precision.scale.guards or nonfinite == "skip"
         self._decides = self._guards or self.device.type == "cpu"  # on the CPU nothing is waited for
         self._unit = Unit(self.device, ranks)
@@ -159,6 +159,16 @@ class Trainer:
             return None
         model, optimizer, policy = unwrapped(self.model), self._optimizer, self.precision
         return Doctor(model, level, optimizer=optimizer, loss=self.loss, precision=policy, rank=rank)
+
+    @property
+    def watch(self) -> Watch | None:
+        """What looks at the numbers; of the last update it may hear in the next step or by :meth:`finish` only."""
+        return self._watch
+
+    @watch.setter
+    def watch(self, watch: Watch | None) -> None:
+        self._tell()  # the one that was there, of what it has seen begin
+        self._watch = watch
 
     @property
     def steps(self) -> int:
@@ -214,20 +224,21 @@ class Trainer:
         last = self._window.count + 1 == self.accumulate
         if not self._window.count:
             self._reduction.open()  # what replays between two windows said of gradients is not this one's
-        if self.watch is not None:
-            self.watch.before_forward(self.steps_at_most, batch)
+        if self._watch is not None:
+            self._watch.before_forward(self.steps_at_most, batch)
         samples = samples_in(inputs)
         with self._reduction.backward(last=last), self.precision.running(self.device):
             with self.precision.autocast(self.device):
                 value = self.loss(outputs_of(self.model, self.precision.inputs(inputs)), targets)
             loss, weighed, mean = as_loss(value, samples)
             total, weight = self._unit.share(loss, weighed, mean)
-            factor = self._settle().scale.value / self.accumulate  # of the update before, with this forward pass queued
+            books = self._settling.settled()  # the update before, with this forward pass queued
+            factor = books.scale.value / self.accumulate
             (total if factor == 1.0 else total * factor).backward()
-        self._tell()
-        if self.watch is not None:
+        self._conclude()
+        if self._watch is not None:
             self._window.batches.append((batch, loss.detach()))
-            self.watch.after_backward(self.model, self.scale)
+            self._watch.after_backward(self.model, self.scale)
         self._window.add(total, weight, weighed, samples)
         if last:
             return self._close(early=False)
@@ -238,14 +249,12 @@ class Trainer:
 
         With several ranks all must flush, with the same number of micro-batches.
         """
-        self._settle()
-        self._tell()
+        self._conclude()
         return self._close(early=True) if self._window.count else None
 
     def discard(self) -> None:
         """Drop the micro-batches of a window that has not closed."""
-        self._settle()
-        self._tell()
+        self._conclude()
         self._open()
         self._closed_at = time.perf_counter()
 
@@ -255,33 +264,38 @@ class Trainer:
         Raises:
             TrainingError: One was not, and training cannot go on.
         """
-        self._settle()
-        self._tell()
+        self._conclude()
         self._look_out(wait=True)
 
-    def _settle(self) -> Books:
-        """Return the books with every decision in them, at a place where all ranks are."""
-        books = self._settling.settled()
+    def _conclude(self) -> None:
+        """Have the last update settled, tell the watch of it, and raise what it led to; all ranks call it at the same places.
+
+        A replay may exchange numbers with all ranks, so it goes before what one of them alone may raise.
+        """
+        self._settling.settled()
+        self._tell()
         try:
             self._settling.check()
-        except UserError:
-            self._tell()
+        except BaseException:
+            self._open()
             raise
-        return books
 
     def _tell(self) -> None:
-        """Tell the watch what became of the last update, if the device decided; the weights have not moved since."""
+        """Tell the watch what became of the last update, if the device decided; the weights have not moved since.
+
+        Gradients of the next window's first micro-batch may be there, which no window counts yet: they go if it fails.
+        """
         if self._untold is None:
             return
         (info, window), self._untold = self._untold, None
         try:
             with self._reduction.unheard():
-                if self.watch is not None and info.updated:
-                    self.watch.after_update(self.model, info)
-                elif self.watch is not None:
-                    self._show_broken(self.watch, window.first_broken(), info.scale, info.step)
+                if self._watch is not None and info.updated:
+                    self._watch.after_update(self.model, info)
+                elif self._watch is not None:
+                    self._show_broken(self._watch, window.first_broken(), info.scale, info.step)
         except BaseException:
-            self._open()  # a watch that fails leaves no gradients of a window that does not count them
+            self._open()
             raise
 
     def _close(self, *, early: bool) -> StepInfo:
@@ -298,7 +312,7 @@ class Trainer:
         if self._guards:
             self._unit.closed(weight, window.count)
         factor = self.accumulate * world / (weight * self._books.scale.value)
-        asked = self.watch is not None and self.precision.parameters == "bf16"  # by what the weights should have moved
+        asked = self._watch is not None and self.precision.parameters == "bf16"  # by what the weights should have moved
         late = self._settles_late and self._update.leaves_out() and not asked
         decide = self._settling.later if late else at_once if self._decides else never
         census = self._reduction.census(window.total, located=self._decides)
@@ -311,7 +325,7 @@ class Trainer:
             raise
         if late:
             info = self._info(loss, weight, self._settling.decision, norm=norm)
-            if self.watch is not None:
+            if self._watch is not None:
                 self._untold = info, self._window
             self._open()
         else:
@@ -331,8 +345,8 @@ class Trainer:
             self._lookout.send(finding.broken == 0, Sighting(self._books.steps, batches[-1][0] if batches else None))
         self._books.count()
         try:
-            if self.watch is not None:
-                self.watch.after_update(self.model, info)
+            if self._watch is not None:
+                self._watch.after_update(self.model, info)
         finally:
             self._open()
 
@@ -344,8 +358,8 @@ class Trainer:
         """
         origin = finding.origin()
         try:
-            if self.watch is not None:
-                self._show_broken(self.watch, self._window.first_broken(), self._books.scale.value, self._books.steps)
+            if self._watch is not None:
+                self._show_broken(self._watch, self._window.first_broken(), self._books.scale.value, self._books.steps)
         finally:
             if self._guards:
                 self._open()
@@ -363,15 +377,15 @@ class Trainer:
 
     def _before_update(self, left_out: Tensor | None) -> None:
         self._wide.begin(left_out)
-        if self.watch is not None:
-            self.watch.before_update(self.model)
+        if self._watch is not None:
+            self._watch.before_update(self.model)
 
     def _look_out(self, *, wait: bool = False) -> None:
         seen = self._lookout.arrived(wait=wait) if self._lookout is not None else None
         if seen is None:
             return
-        if self.watch is not None:
-            self._show_broken(self.watch, seen.batch, self._books.scale.value, seen.step)
+        if self._watch is not None:
+            self._show_broken(self._watch, seen.batch, self._books.scale.value, seen.step)
         raise not_finite(seen.step, self.precision.name)
 
     def _open(self) -> None:

@@ -102,14 +102,24 @@ def own_loop(
     *,
     calls: int = 0,
     error: Exception | None = None,
+    skips: Path | None = None,
 ) -> Any:
-    """Train in a loop of one's own; the last of the batches overflows on rank 1."""
+    """Train in a loop of one's own; the last batch but one overflows on rank 1.
+
+    With a file of skips, which rank 0 writes, the device decides, and the doctor hears of it late.
+    """
     with Ranks.from_environment(device, timeout_s=TIMEOUT_S) as ranks:
         model = spread(ranks, held)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        late = skips is not None
+        optimizer = (
+            torch.optim.AdamW(model.parameters(), fused=True) if late else torch.optim.SGD(model.parameters(), lr=0.1)
+        )
         policy = precision("fp16-mixed", loss_scale=8.0)
         doctor = Watch(model, optimizer=optimizer, loss=loss, precision=policy, rank=ranks.rank)
         trainer = Trainer(model, optimizer, loss, precision=policy, ranks=ranks, watch=doctor)
+        trainer._settles_late = late
+        if skips is not None and ranks.rank == 0:
+            trainer.ledger.write_to(skips)
         faulty = next(one for one in model.modules() if isinstance(one, Faulty))
         torch.manual_seed(ranks.rank)
         inputs, targets = torch.randn(4, 16).to(ranks.device), torch.randint(0, 4, (4,)).to(ranks.device)
@@ -149,6 +159,11 @@ def amid_replay(device: str) -> None:
     own_loop(device, "sharded", calls=FAILS_AT - 2, error=torch.OutOfMemoryError("planted in the replay"))
 
 
+def no_ledger(place: Path, device: str) -> None:
+    """Rank 0 cannot write down that an update of sharded weights was left out, which all ranks learn at the same time."""
+    own_loop(device, "sharded", skips=place / "missing" / "skips.jsonl")
+
+
 CASES: dict[str, Callable[[Path, str], Any]] = {
     "loader": loader,
     "assertion": lambda place, device: managed(place, device, "asserting", "sharded"),
@@ -156,6 +171,7 @@ CASES: dict[str, Callable[[Path, str], Any]] = {
     "loss": lambda place, device: loss_alone(device),
     "room": lambda place, device: no_room(device),
     "replay": lambda place, device: amid_replay(device),
+    "ledger": no_ledger,
 }
 
 

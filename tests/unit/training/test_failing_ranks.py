@@ -80,3 +80,12 @@ def test_a_replay_that_runs_out_of_memory_on_one_rank_ends_all_with_its_name(end
     assert second["said"].startswith("the doctor's replay of step 3 ran out of memory on rank 1")
     assert first["said"] == "rank 1 failed: " + second["said"]
     assert first["kind"] == "TrainingError"
+
+
+def test_a_ledger_that_one_rank_cannot_write_ends_all_once_they_have_replayed_the_step_together(ended):
+    """A rank that raised before the others are in the replay would leave them there."""
+    first, second = ended["ledger"]
+    assert first["kind"] == "OutputError"
+    assert first["said"].startswith("the skip ledger")
+    assert second["kind"] == "TrainingError"
+    assert second["said"] == "rank 0 failed: " + first["said"]

@@ -81,6 +81,11 @@ class Scene:
         """Whether the parameters are spread over ranks: then no rank can run the scene alone, and all have to."""
         return spread(self.model)
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What may keep something between steps: the model, and the loss if it is a module."""
+        return (self.model, self.loss) if isinstance(self.loss, nn.Module) else (self.model,)
+
     def but(self, **changes: Any) -> Scene:
         """Return the scene with something changed."""
         return replace(self, **changes)
@@ -131,8 +136,9 @@ def run(scene: Scene, *around: AbstractContextManager[Any]) -> Outcome:
     """Run a scene's forward and backward pass.
 
     Args:
-        scene: What to run; all ranks have to run theirs where it runs together. Parameters, gradients, buffers, random states
-            and whether the model trains are as before afterwards; the optimizer is not asked. Compiled parts run uncompiled.
+        scene: What to run; all ranks have to run theirs where it runs together. Of the model, and of a loss that is a module,
+            parameters, gradients, buffers and attributes are as before afterwards, and so are random states; the optimizer is
+            not asked. Compiled parts run uncompiled.
         around: Contexts in which it runs, the outermost first.
 
     Raises:
@@ -164,7 +170,7 @@ def _prepare(scene: Scene, stack: ExitStack) -> None:
     ready = not scene.together or has_room(scene)
     try:
         if ready:
-            stack.enter_context(restored(scene.model))
+            stack.enter_context(restored(*scene.modules))
     except torch.OutOfMemoryError:
         ready = False
     if scene.together:
@@ -234,12 +240,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def restored(model: nn.Module) -> Generator[None]:
-    """Put back gradients, buffers, each module's class and mode, and the random states when the context ends."""
+def restored(*roots: nn.Module) -> Generator[None]:
+    """Put back gradients, buffers, each module's class and attributes, and the random states when the context ends.
+
+    Of attributes it is the binding: what a forward pass writes into a list that a module holds stays there.
+    """
     states = random_state()
-    gradients = [(one, one.grad) for one in model.parameters()]
-    buffers = [(one, one.clone()) for one in model.buffers()]
-    modules = [(part, part.__class__, part.training, dict(_named_buffers(part))) for part in model.modules()]
+    gradients = [(one, one.grad) for root in roots for one in root.parameters()]
+    buffers = [(one, one.clone()) for root in roots for one in root.buffers()]
+    parts = [part for root in roots for part in root.modules()]
+    modules = [(part, part.__class__, dict(vars(part)), dict(_named_buffers(part))) for part in parts]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
@@ -248,9 +258,11 @@ def restored(model: nn.Module) -> Generator[None]:
         with torch.no_grad():
             for parameter, grad in gradients:
                 parameter.grad = grad
-            for part, kind, training, named in modules:
+            for part, kind, attributes, named in modules:
                 part.__class__ = kind
-                part.training = training
+                for name in vars(part).keys() - attributes.keys():
+                    del vars(part)[name]
+                vars(part).update(attributes)
                 _named_buffers(part).update(named)
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -22,6 +22,7 @@ from narrowcast.training.multi_tensor import norms
 __all__ = ["Counted", "Mailbox", "Sampler", "Target", "compiled", "targets"]
 
 _PLACES = {part: place for place, part in enumerate(Part)}
+_ACTIVATIONS = (Part.FORWARD, Part.BACKWARD)  # counted by hooks, in the passes themselves
 _HALF = (torch.bfloat16, torch.float16)
 _ENGINE: Any = torch._C  # pyright: ignore[reportPrivateUsage]
 
@@ -220,29 +221,45 @@ class Sampler:
         counts = [torch.stack(norms(mask.float().split(lengths), 1.0)) for mask in (stuck, wanted)]
         self._stuck.index_add_(0, index_on(owners, self.device), torch.stack(counts, -1).double())
 
-    def take(self) -> tuple[list[Counted], list[Tensor], Any]:
+    def take(self, *, activations: bool = True) -> tuple[list[Counted], list[Tensor], Any]:
         """Return what was counted since the last time, and count from zero again.
+
+        Args:
+            activations: Whether activations, their gradients and casts are among it; else these are kept for the next time.
 
         Returns:
             What each row counts; the rows ``counts`` and ``largest``, the stuck numbers, and the rows of casts, on the device;
             and the places of casts.
         """
+        taken = {slot: one for slot, one in self._used.items() if activations or one.part not in _ACTIVATIONS}
         self._counter.flush()
-        index = index_on(list(self._used), self.device)
-        rows = list(self._used.values())
-        places, casts = self._casts.take() if self._casts is not None else ([], None)
+        index = index_on(list(taken), self.device)
+        places, casts = self._casts.take() if activations and self._casts is not None else ([], None)
         tensors = [
             self._counter.counts[index],
             self._counter.largest[index],
             self._stuck.clone(),
             torch.zeros(0, 4) if casts is None else casts,
         ]
+        self._stuck.zero_()
+        self._clear(list(taken))
+        if activations:
+            self._casts = None
+        return list(taken.values()), tensors, places
+
+    def forget_activations(self) -> None:
+        """Drop what was counted of activations, their gradients and casts since the last time."""
+        self._counter.flush()
+        self._clear([slot for slot, one in self._used.items() if one.part in _ACTIVATIONS])
+        self._casts = None
+
+    def _clear(self, slots: list[int]) -> None:
+        """Count from zero in some slots."""
+        index = index_on(slots, self.device)
         self._counter.counts[index] = 0
         self._counter.largest[index] = 0
-        self._stuck.zero_()
-        self._used = {}
-        self._casts = None
-        return rows, tensors, places
+        for slot in slots:
+            del self._used[slot]
 
 
 def _weights(moving: dict[int, list[nn.Parameter]]) -> Tensor:

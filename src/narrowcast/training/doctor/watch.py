@@ -39,7 +39,7 @@ from narrowcast.training.window import StepInfo
 __all__ = ["Watch"]
 
 _STRIDE = 4  # updates from one layer's cheap sample to the next layer's
-_REMEMBERED = 64  # micro-batches whose random states are kept
+_REMEMBERED = 64  # micro-batches whose random states are kept, beside the one that has just begun
 
 
 class _Begun(NamedTuple):
@@ -58,6 +58,20 @@ class _Begun(NamedTuple):
     journal: Journal
     trained: list[int]
     together: bool
+
+
+class _Updating(NamedTuple):
+    """An update of which it is not told yet what became of it; the next micro-batch may have begun meanwhile.
+
+    Attributes:
+        step: Updates done before.
+        chosen: Numbers of the targets that are counted.
+        batch: Its last micro-batch.
+    """
+
+    step: int
+    chosen: list[int]
+    batch: Any
 
 
 class Watch:
@@ -108,11 +122,12 @@ class Watch:
         self._rank = rank
         self._diagnosis = Diagnosis(self._precision, optimizer, rank)
         self._begun: _Begun | None = None
-        self._states: deque[tuple[int, Any]] = deque(maxlen=_REMEMBERED)
+        self._states: deque[tuple[int, Any]] = deque(maxlen=_REMEMBERED + 1)
         self._batch: Any = None
         self._chosen: list[int] = []
-        self._updating: tuple[int, list[int]] = (-1, [])  # an update's step, and what is counted of it
+        self._updating = _Updating(-1, [], None)
         self._micro = 0
+        self._ahead = 0  # micro-batches that have begun, of which no backward pass is told
         self._step = -1
         self._scale = self._precision.scale.start().value
         self._scales: dict[int, float] = {}  # by step of a deep sample
@@ -183,7 +198,7 @@ class Watch:
         _, mail, journal, *_ = self._begin(step)
         self._flush()
         mail.collect(wait=True)
-        self._explain(everyone=True)
+        self._explain(self._batch, self._step, everyone=True)
         journal.mark(step, keep + 1)  # the checkpoint that goes is there until the new one is
 
     # What a trainer calls
@@ -195,11 +210,11 @@ class Watch:
         sampler.stop()
         self._states.append((id(batch), random_state()))
         self._batch = batch
-        if self._micro or not trained:
+        self._ahead += 1
+        if self._micro:
             return
         again, self._step = trainer_step == self._step, trainer_step  # a step that was left out is tried again
-        if self._deep and trainer_step % self._every == 0 and not again:
-            self._flush()  # of the last one, whose update may not be told of yet
+        if self._deep and trained and trainer_step % self._every == 0 and not again:
             self._chosen = trained
             sampler.watch_activations(trainer_step, self._scale)
         else:
@@ -207,31 +222,35 @@ class Watch:
 
     def after_backward(self, model: nn.Module, scale: float) -> None:
         """Count gradients of a window's first micro-batch."""
-        sampler = self._begin(self._step).sampler
+        sampler, _, _, trained, _ = self._begin(self._step)
+        self._ahead = 0
         if not self._micro:
             sampler.stop()
-            sampler.gradients(self._chosen, self._step, scale)
             self._scales = {**dict(list(self._scales.items())[-_REMEMBERED:]), self._step: scale}
+            if self._chosen is trained:
+                self._flush()  # activations, whose scale may be another if the step is tried again
+            sampler.gradients(self._chosen, self._step, scale)
         self._scale = scale
         self._micro += 1
 
     def before_update(self, model: nn.Module) -> None:
         """Keep weights that are about to move."""
         self._micro = 0
-        self._updating = self._step, self._chosen
+        self._updating = _Updating(self._step, self._chosen, self._batch)
         self._begin(self._step).sampler.before_update(self._chosen)
 
     def after_update(self, model: nn.Module, info: StepInfo) -> None:
         """Count what moved, and read what has arrived."""
-        step, chosen = self._updating
+        step, chosen, batch = self._updating
         sampler, _, journal, trained, _ = self._begin(step)
+        sampler.stop()  # what is counted of a micro-batch that has begun is over, and no replay is counted
         sampler.after_update(step)
         self._send_reading(step, info)
         sampled = chosen is trained if self._deep else (step + 1) % self._every == 0
         if sampled:
-            self._flush()
+            self._flush(activations=self._step == step)  # those of the next step wait for its scale
             journal.save()
-        self._explain(everyone=sampled)
+        self._explain(batch, step, everyone=sampled)
 
     def on_nonfinite(self, broken: BrokenStep) -> None:
         """Find out why a step broke, or that it is the loss scale being found."""
@@ -239,7 +258,8 @@ class Watch:
         sampler, _, journal, *_ = self._begin(step)
         self._micro = 0
         sampler.stop()
-        if self._step > step:  # a micro-batch has begun that takes its place
+        if self._step > step:  # a micro-batch has begun that takes its place, and so is no sample of the step after it
+            sampler.forget_activations()
             self._step, self._chosen = step, self._one_layer(step)
         scene = Scene(
             broken.model,
@@ -277,26 +297,30 @@ class Watch:
 
     # What happens in between
 
-    def _explain(self, *, everyone: bool) -> None:
+    def _explain(self, batch: Any, step: int, *, everyone: bool) -> None:
         """Note what waits to be explained.
 
         Args:
+            batch: The latest micro-batch that an update is known of.
+            step: Its step.
             everyone: Whether every rank asks at this step; where they run the model together, nothing is explained else.
         """
-        sampler, mail, journal, _, together = self._begin(self._step)
+        sampler, mail, journal, _, together = self._begin(step)
         if together and everyone:
             mail.collect(wait=True)
         if everyone if together else self._diagnosis.pending:
-            journal.note(self._diagnosis.explain(sampler.targets, self._scene(self._batch), self._step))
+            journal.note(self._diagnosis.explain(sampler.targets, self._scene(batch, step), step))
 
     def _state(self, batch: Any) -> Any:
-        return next((state for key, state in reversed(self._states) if key == id(batch)), None)
+        """Return where the generators stood before a micro-batch; a loop may give the same one again, for the next step too."""
+        begun = list(self._states)[: len(self._states) - self._ahead]
+        return next((state for key, state in reversed(begun) if key == id(batch)), None)
 
-    def _scene(self, batch: Any) -> Scene | None:
+    def _scene(self, batch: Any, step: int) -> Scene | None:
         if self._loss is None or batch is None:
             return None
         state = self._state(batch)
-        return Scene(self._model, self._loss, batch, self._precision, self._scale, state, self._step, self._rank)
+        return Scene(self._model, self._loss, batch, self._precision, self._scale, state, step, self._rank)
 
     def _one_layer(self, step: int) -> list[int]:
         """Return the target whose weights and updates are counted at an update, or none."""
@@ -315,10 +339,10 @@ class Watch:
 
         mail.send([torch.stack([info.mean_loss.float(), norm.float()])], read)
 
-    def _flush(self) -> None:
-        """Send what was counted on its way to main memory."""
+    def _flush(self, *, activations: bool = True) -> None:
+        """Send what was counted on its way to main memory, perhaps without what was counted of activations."""
         sampler, mail, journal, *_ = self._begin(self._step)
-        rows, tensors, places = sampler.take()
+        rows, tensors, places = sampler.take(activations=activations)
         if not rows:
             return
         scales = dict(self._scales)
