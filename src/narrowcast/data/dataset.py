@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narrowcast.data.rows import Rows, blocks
 from narrowcast.errors import DataError
 from narrowcast.models.graph import TensorInfo
 
@@ -94,13 +95,14 @@ def split(data: Dataset, seed: int) -> Splits:
     return Splits(*(data.take(part.astype(np.int64)) for part in parts))
 
 
-def digest_of(*parts: bytes | str | Array) -> str:
+def digest_of(*parts: bytes | str | Array | Rows) -> str:
     """Return the SHA-256 over texts, bytes and arrays (with their dtype and shape)."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, np.ndarray):
+        if isinstance(part, (np.ndarray, Rows)):
             digest.update(f"{part.dtype}{part.shape}".encode())
-            digest.update(np.ascontiguousarray(part).tobytes())
+            for _, block in blocks(part):
+                digest.update(block.tobytes())
         else:
             digest.update(part.encode() if isinstance(part, str) else part)
     return digest.hexdigest()
@@ -159,7 +161,7 @@ def check_no_more(data: Dataset, inputs: list[TensorInfo]) -> None:
         )
 
 
-def check_finite(source: str, name: str, array: Array) -> None:
+def check_finite(source: str, name: str, array: Array | Rows) -> None:
     """Check that an array has no NaN or infinity.
 
     Raises:
@@ -167,11 +169,16 @@ def check_finite(source: str, name: str, array: Array) -> None:
     """
     if array.dtype.kind != "f":
         return
-    bad = ~np.isfinite(array)
-    if bad.any():
-        place = [int(index) for index in np.argwhere(bad)[0]]
+    number, first = 0, ""
+    for start, block in blocks(array):
+        bad = ~np.isfinite(block)
+        if not number and bad.any():
+            place = [int(index) for index in np.argwhere(bad)[0]]
+            first = f"{block[tuple(place)]} at {[start + place[0], *place[1:]]}"
+        number += int(bad.sum())
+    if number:
         raise DataError(
-            f"{source}: {name!r} holds {array[tuple(place)]} at {place} ({int(bad.sum())} such values)",
+            f"{source}: {name!r} holds {first} ({number} such values)",
             allowed="finite numbers",
             next_step="drop or repair those samples: one NaN in the calibration data spoils every range",
         )

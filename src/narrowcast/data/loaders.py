@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from narrowcast.data import bundled
 from narrowcast.data.dataset import Dataset, Tensors, check_finite, check_fits, digest_of
 from narrowcast.data.images import load_image, to_input
+from narrowcast.data.rows import Rows, open_rows
 from narrowcast.errors import DataError, choices
 from narrowcast.models.loaders import user_code, user_function
 from narrowcast.models.reference import ImageSpec, Model
@@ -21,6 +22,8 @@ from narrowcast.models.reference import ImageSpec, Model
 __all__ = ["load_data"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+T = TypeVar("T")
+
 LABEL_NAMES = ("labels", "label", "y")
 
 
@@ -58,11 +61,14 @@ def _bundled(name: str, model: Model) -> Dataset:
 
 
 def _npz(name: str, model: Model) -> Dataset:
-    path = Path(name)
-    arrays = read_npz(path)
+    arrays = _read(Path(name), open_rows)
     labels = next((arrays.pop(key) for key in LABEL_NAMES if key in arrays and key not in _input_names(model)), None)
     groups = arrays.pop("groups", None) if "groups" not in _input_names(model) else None
-    return from_arrays(f"npz:{name}", arrays, labels, groups)
+    return from_arrays(f"npz:{name}", arrays, _whole(labels), _whole(groups))
+
+
+def _whole(array: NDArray[Any] | Rows | None) -> NDArray[Any] | None:
+    return array[:] if isinstance(array, Rows) else array
 
 
 def _input_names(model: Model) -> set[str]:
@@ -75,11 +81,23 @@ def read_npz(path: Path) -> Tensors:
     Raises:
         DataError: The file is missing, damaged, or holds Python objects.
     """
+    return _read(path, _in_memory)
+
+
+def _in_memory(path: Path) -> Tensors:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
     if not path.is_file():
-        raise DataError(f"data file {path} does not exist", next_step="check the path; it must be an .npz file")
+        raise DataError(
+            f"data file {path} does not exist",
+            allowed="an .npz file",
+            next_step="check the path",
+        )
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+        return read(path)
     except (ValueError, TypeError, OSError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError) as error:
         raise DataError(
             f"{path} cannot be read as an .npz archive: {error}",
@@ -88,8 +106,10 @@ def read_npz(path: Path) -> Tensors:
         ) from error
 
 
-def from_arrays(source: str, arrays: Tensors, labels: Any = None, groups: Any = None) -> Dataset:
-    """Return a dataset over arrays in memory, checked for equal lengths and finite values.
+def from_arrays(
+    source: str, arrays: Mapping[str, NDArray[Any] | Rows], labels: Any = None, groups: Any = None
+) -> Dataset:
+    """Return a dataset over arrays, checked for equal lengths and finite values.
 
     Raises:
         DataError: Lengths differ, a value is not finite, or labels are not class indices.

@@ -13,7 +13,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from narrowcast.artifacts.manifest import Candidate, Histogram
-from narrowcast.artifacts.store import write_atomic
+from narrowcast.artifacts.store import file_sha256, write_atomic
 from narrowcast.errors import NarrowcastError, OutputError
 from narrowcast.recipes.plan import Plan
 from narrowcast.search.mixed import Diagnosis
@@ -36,6 +36,7 @@ class _State(BaseModel):
 
     fingerprint: str
     finished: list[Finished] = Field(default_factory=list[Finished])
+    graphs: dict[str, str] = Field(default_factory=dict[str, str])  # candidate to the SHA-256 of its graph
     diagnosis: Diagnosis | None = None
 
 
@@ -110,15 +111,21 @@ class Workspace:
         return list(self.state.finished)
 
     def find(self, name: str) -> Finished | None:
-        """Return a finished candidate by name, if it is."""
+        """Return a finished candidate by name, if it is, and its graph is still what it was."""
+        assert self.state is not None
         done = next((done for done in self.finished() if done.candidate.name == name), None)
-        lost = done is not None and not done.candidate.failure and not self.graph(name).is_file()
-        return None if lost else done
+        if done is None or done.candidate.failure:
+            return done
+        intact = self.graph(name).is_file() and file_sha256(self.graph(name)) == self.state.graphs.get(name)
+        return done if intact else None
 
     def finish(self, done: Finished) -> None:
         """Keep a finished candidate."""
         assert self.state is not None
-        self.state.finished = [d for d in self.state.finished if d.candidate.name != done.candidate.name] + [done]
+        name = done.candidate.name
+        self.state.finished = [d for d in self.state.finished if d.candidate.name != name] + [done]
+        if self.graph(name).is_file():
+            self.state.graphs[name] = file_sha256(self.graph(name))
         self._save()
 
     @property

@@ -79,6 +79,16 @@ def test_a_finished_candidate_whose_graph_is_gone_is_built_again(tmp_path: Path)
     assert Workspace(tmp_path / "out", PRINT).find("int8") is None
 
 
+def test_a_finished_candidate_whose_graph_has_changed_is_built_again(tmp_path: Path) -> None:
+    """A machine that loses power may have written the state, and only a part of the graph."""
+    first = Workspace(tmp_path / "out", PRINT)
+    first.graph("int8").write_bytes(b"graph")
+    first.finish(finished("int8"))
+    assert Workspace(tmp_path / "out", PRINT).find("int8") is not None
+    first.graph("int8").write_bytes(b"gra")
+    assert Workspace(tmp_path / "out", PRINT).find("int8") is None
+
+
 def test_files_of_somebody_else_are_never_removed(tmp_path: Path) -> None:
     (tmp_path / "out.work").mkdir()
     (tmp_path / "out.work" / "thesis.tex").write_text("years of work")
