@@ -126,10 +126,15 @@ class Precision:
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Return the context that the forward pass and the loss run in."""
-        return self._casting(device) if self.mixed else nullcontext()
+        if not self.mixed:
+            return nullcontext()
+        casting = torch.autocast(device.type, dtype=_CAST[self.compute])
+        if torch.compiler.is_dynamo_compiling():  # this is part of what is compiled, and a setting cannot be
+            return casting
+        return self._cached_apart(casting)
 
     @contextmanager
-    def _casting(self, device: torch.device) -> Generator[None]:
+    def _cached_apart(self, casting: AbstractContextManager[object]) -> Generator[None]:
         """Cast, and have what is compiled meanwhile cached for this policy alone.
 
         PyTorch 2.11 does not look at the type when it looks for compiled code: FP16 would run what BF16 left on disk.
@@ -137,7 +142,7 @@ class Precision:
         before = compilation.cache_key_tag
         compilation.cache_key_tag = f"{before} {self.compute} {self.overrides}".lstrip()
         try:
-            with torch.autocast(device.type, dtype=_CAST[self.compute]):
+            with casting:
                 yield
         finally:
             compilation.cache_key_tag = before

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
 from torch import nn
 
 from narrowcast.errors import DeviceError, FormatError
-from narrowcast.training import DynamicScale, NoScale, StaticScale, precision
+from narrowcast.training import DynamicScale, NoScale, StaticScale, Trainer, precision
 from narrowcast.training.float8 import Float8
 from narrowcast.training.overrides import format_of
 from narrowcast.training.policies import POLICIES
@@ -276,6 +277,60 @@ def test_what_is_compiled_is_cached_for_one_policy_alone():
     assert len(set(tags)) == 4
     assert all(tag.startswith("mine") for tag in tags)
     assert torch.compiler.config.cache_key_tag == before
+
+
+def test_the_tag_of_a_cache_is_put_back_after_an_error_and_between_policies():
+    tags = []
+
+    def note() -> None:
+        tags.append(torch.compiler.config.cache_key_tag)
+
+    def fail() -> None:
+        with precision("fp16-mixed").autocast(CPU):
+            note()
+            with suppress(KeyError), precision("bf16-mixed").autocast(CPU):  # a teacher within its student's loss
+                note()
+                raise KeyError
+            note()
+            raise ZeroDivisionError
+
+    before = torch.compiler.config.cache_key_tag
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert tags[0] == tags[2]
+    assert len({before, *tags}) == 3
+    assert torch.compiler.config.cache_key_tag == before
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16-mixed", "fp16-mixed"])
+def test_a_compiled_function_may_enter_a_policy_itself(name):
+    policy, layer = precision(name), nn.Linear(4, 4)
+    torch.compiler.reset()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def within(x):
+        with policy.autocast(torch.device("cpu")):
+            return layer(x)
+
+    expected = {"fp32": torch.float32, "bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}[name]
+    assert within(torch.ones(2, 4)).dtype == expected
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16-mixed", "fp16-mixed"])
+def test_a_step_compiles_nothing_anew(name):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = torch.compile(nn.Linear(4, 3), backend=backend, fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, nn.functional.mse_loss, precision=name)
+    for _ in range(4):
+        trainer.step((torch.randn(2, 4), torch.randn(2, 3)))
+    assert len(graphs) == 1
 
 
 def test_tf32_holds_for_forward_and_backward_and_is_put_back(monkeypatch):
