@@ -33,4 +33,4 @@ def bench(
         print_json(found.model_dump_json(indent=1))
         return
     console().print(found.verdict.headline, markup=False)
-    console().print(measurement_table(found.measurements))
+    console().print(measurement_table(found.measurements, found.metric))

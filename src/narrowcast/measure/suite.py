@@ -17,7 +17,7 @@ from narrowcast.errors import NarrowcastError
 from narrowcast.measure.accuracy import Judge
 from narrowcast.measure.latency import Comparison, compare, throughput
 from narrowcast.measure.memory import peak_memory
-from narrowcast.measure.statistics import Estimate
+from narrowcast.measure.statistics import Estimate, bootstrap_median
 from narrowcast.recipes.target import Target
 from narrowcast.runtimes import Runtime, Session
 
@@ -157,30 +157,38 @@ def _percentiles(timed: Comparison, measure: str, protocol: str) -> list[Measure
 def throughput_measurements(
     runtime: Runtime, target: Target, graphs: Mapping[str, Path], batch: dict[str, NDArray[Any]]
 ) -> list[Measurement]:
-    """Return samples per second at the best batch size, that size, and the latency of such a batch."""
+    """Return samples per second at the best batch size, their ratio, that size, and the latency of such a batch.
+
+    The search for the size only says where to measure: the largest of several short measurements would flatter.
+    """
     one = {name: array[:1] if array.ndim else array for name, array in batch.items()}
 
     def load(size: int) -> dict[str, Session]:
         return {name: runtime.load(path, threads=target.threads, batch=size) for name, path in graphs.items()}
 
-    best = throughput(load, lambda size: repeat_to(one, size))
-    protocol = "batch sizes doubled from 1 while samples per second grew by 3 %; best one shown"
+    best = {name: size for name, (size, _) in throughput(load, lambda size: repeat_to(one, size)).items()}
+    searched = "batch sizes doubled from 1 while samples per second grew by 3 %"
+    rates: dict[str, NDArray[np.float64]] = {}
     found: list[Measurement] = []
-    for name, (size, rate) in best.items():
-        found.append(_measurement("throughput", name, rate, "samples/s", protocol))
-        found.append(Measurement(measure="best_batch", subject=name, value=size, unit="samples", protocol=protocol))  # type: ignore[arg-type]
-    for size in sorted({size for size, _ in best.values()}):
-        sessions = {name: session for name, session in load(size).items() if best[name][0] == size}
+    for size in sorted(set(best.values())):
         timed = compare(
-            sessions,
+            {name: session for name, session in load(size).items() if best[name] == size},
             [repeat_to(one, size)],
             seconds=BEST_BATCH_SECONDS,
             rounds=BEST_BATCH_ROUNDS,
             minimum_runs=BEST_BATCH_RUNS,
         )
-        found += _percentiles(timed, "latency_best_batch", f"batch {size}; {timed.protocol()}")
-    ratio = best["artifact"][1].value / best["original"][1].value
-    return [*found, Measurement(measure="throughput", subject="ratio", value=ratio, unit="x", protocol=protocol)]
+        protocol = f"batch {size}; {timed.protocol()}"
+        found += _percentiles(timed, "latency_best_batch", protocol)
+        for name, times in timed.times.items():
+            rates[name] = size / np.median(times, axis=1)
+            rate = bootstrap_median(rates[name])
+            found.append(_measurement("throughput", name, rate, "samples/s", f"{searched}; the best, {protocol}"))
+            found.append(
+                Measurement(measure="best_batch", subject=name, value=size, unit="samples", protocol=searched)  # type: ignore[arg-type]
+            )
+    ratio = bootstrap_median(rates["artifact"] / rates["original"])
+    return [*found, _measurement("throughput", "ratio", ratio, "x", f"{searched}; ratio round by round")]
 
 
 def memory_measurements(graphs: Mapping[str, Path], inputs: Path, target: Target) -> list[Measurement]:

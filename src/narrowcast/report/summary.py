@@ -140,10 +140,15 @@ def summary_rows(evidence: Evidence) -> list[SummaryRow]:
     return _rows(_Given(evidence.measurements, evidence.metric, evidence.target.batch))
 
 
-def measurement_rows(measurements: Sequence[Measurement]) -> list[SummaryRow]:
-    """Return the before/after rows of measurements that no evidence surrounds, accuracy as a plain number."""
+def measurement_rows(measurements: Sequence[Measurement], metric: MetricRecord | None = None) -> list[SummaryRow]:
+    """Return the before/after rows of measurements that no evidence surrounds.
+
+    Args:
+        measurements: What was measured.
+        metric: What accuracy is; a plain number where nobody says.
+    """
     unit = next((m.unit for m in measurements if m.measure == "accuracy"), "")
-    return _rows(_Given(measurements, MetricRecord(name="", unit=unit, higher_is_better=False), None))
+    return _rows(_Given(measurements, metric or MetricRecord(name="", unit=unit, higher_is_better=False), None))
 
 
 def _rows(given: _Given) -> list[SummaryRow]:

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from narrowcast.artifacts.manifest import Evidence, Measurement
+from narrowcast.artifacts.manifest import Evidence, Measurement, MetricRecord
 from narrowcast.report import text
 from narrowcast.report.bars import blame_bars
 from narrowcast.report.candidates import candidate_rows
@@ -91,13 +91,14 @@ def _both(cell: Cell, say: Say, wide: bool, style: str = "") -> Text:
     return found
 
 
-def measurement_table(measurements: Sequence[Measurement]) -> Table:
+def measurement_table(measurements: Sequence[Measurement], metric: MetricRecord | None = None) -> Table:
     """Return measurements of an original and an artifact as a table, with intervals and ties.
 
     Args:
-        measurements: What was measured; accuracy is shown as a plain number in the metric's unit.
+        measurements: What was measured.
+        metric: What accuracy is; where nobody says, it is shown as a plain number in its unit.
     """
-    return _rows_table(measurement_rows(measurements), Text, True)
+    return _rows_table(measurement_rows(measurements, metric), Text, True)
 
 
 def _rows_table(rows: Sequence[SummaryRow], say: Say, wide: bool) -> Table:

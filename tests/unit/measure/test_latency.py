@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from narrowcast.measure import latency
 from narrowcast.measure.latency import Comparison, compare, latency_of, throughput, tie
 from narrowcast.measure.statistics import Estimate
+from narrowcast.measure.suite import throughput_measurements
+from narrowcast.recipes.target import Target
 from narrowcast.runtimes import Session
 
 BATCH = {"x": np.zeros((1, 2), np.float32)}
@@ -227,3 +230,35 @@ def test_throughput_stops_at_the_largest_size(clock: Clock) -> None:
     best = throughput(load, inputs, largest=8, seconds=0.2)
     assert sizes == [1, 2, 4, 8]
     assert best["a"][0] == 8
+
+
+class FakeRuntime:
+    """Loads the sessions that it is given, whatever the batch size."""
+
+    def __init__(self, sessions: dict[str, Session]) -> None:
+        self.sessions = sessions
+
+    def load(self, path: Path, *, threads: int, batch: int) -> Session:
+        return self.sessions[path.name]
+
+
+def measured_throughput(clock: Clock, **costs: Callable[[dict[str, Any], float], float]) -> dict[tuple[str, str], Any]:
+    runtime: Any = FakeRuntime({name: clock.session(name, cost) for name, cost in costs.items()})
+    graphs = {name: Path(name) for name in costs}
+    return {(m.measure, m.subject): m for m in throughput_measurements(runtime, Target(), graphs, BATCH)}
+
+
+def test_equal_throughput_is_a_tie(clock: Clock) -> None:
+    found = measured_throughput(clock, original=noisy(0.01), artifact=noisy(0.01, seed=1))
+    ratio = found["throughput", "ratio"]
+    assert ratio.low < 1 < ratio.high
+    assert found["throughput", "original"].low < found["throughput", "original"].value
+
+
+def test_the_ratio_of_throughputs_is_that_of_the_rates_at_each_ones_best_batch(clock: Clock) -> None:
+    found = measured_throughput(clock, original=fixed_cost(0.001, 0.001, limit=8), artifact=fixed_cost(0.0, 0.0005))
+    assert [found["best_batch", name].value for name in ("original", "artifact")] == [8, 1]
+    assert found["throughput", "original"].value == pytest.approx(8 / 0.009)
+    assert found["throughput", "artifact"].value == pytest.approx(2000)
+    assert found["throughput", "ratio"].value == pytest.approx(2000 * 0.009 / 8)
+    assert found["latency_best_batch_p50", "original"].value == pytest.approx(0.009)

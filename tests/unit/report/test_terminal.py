@@ -100,6 +100,12 @@ def test_measurements_alone_make_a_table(met: Evidence):
         assert words in found
 
 
+def test_accuracy_reads_as_its_metric_where_that_is_known(met: Evidence):
+    raw = io.StringIO()
+    Console(file=raw, width=120, color_system=None).print(measurement_table(met.measurements, met.metric))
+    assert "94.11% (92.54 to 95.51)" in raw.getvalue()
+
+
 def test_colour_follows_what_is_better_not_the_word(make):
     worse = Measurement(measure="peak_memory", subject="ratio", value=0.8, unit="x")
     better = Measurement(measure="throughput", subject="ratio", value=1.3, unit="x")
