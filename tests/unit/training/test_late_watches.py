@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from narrowcast.training import StaticScale, Trainer, precision
+from narrowcast.training.doctor import replay
 from narrowcast.training.doctor.values import EventKind, Part
 from narrowcast.training.doctor.watch import Watch as Doctor
 
@@ -162,6 +165,42 @@ def test_a_batch_that_is_given_again_is_run_again_with_the_numbers_of_its_own_st
         causes.append([(event.step, event.cause and event.cause.operator) for event in trainer.watch.events])
     assert {operator for _, operator in causes[0]} == {"aten.mul"}
     assert causes[1] == causes[0]
+
+
+@pytest.mark.parametrize("kind", [replay.NoRoomError, torch.OutOfMemoryError], ids=lambda one: one.__name__)
+def test_a_replay_without_memory_leaves_the_next_window_as_it_was(kind, monkeypatch):
+    def full(scene):
+        for one in scene.model.parameters():
+            one.grad = torch.ones_like(one)
+        raise kind("planted")
+
+    monkeypatch.setattr(replay, "_run", full)
+    states = []
+    for watch in ("cheap", None):
+        trainer = trainer_of(late=True, watch=watch, accumulate=2)
+        for number in range(10):
+            trainer.step(batch(number))
+        states.append(copy.deepcopy(trainer.state_dict()))
+        assert trainer.skipped == 3
+        if watch is not None:
+            assert {event.cause.seen for event in trainer.watch.events} == {
+                "the replay did not fit the device's memory beside the run"
+            }
+    assert same(states[1], states[0])
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_no_batch_of_a_window_is_kept_once_a_watch_has_heard_of_its_update(accumulate):
+    trainer = trainer_of(late=True, watch="deep", accumulate=accumulate)
+    kept = []
+    for number in range(4 * accumulate):
+        inputs, targets = batch(number)
+        trainer.step((inputs, targets))
+        kept.append(weakref.ref(inputs))
+    del inputs
+    trainer.step(batch(0))
+    gc.collect()
+    assert [one() for one in kept] == [None] * len(kept)
 
 
 @pytest.mark.parametrize("after", [None, "another"])

@@ -66,7 +66,7 @@ class _Updating(NamedTuple):
     Attributes:
         step: Updates done before.
         chosen: Numbers of the targets that are counted.
-        batch: Its last micro-batch.
+        batch: Its last micro-batch; None once it is told.
     """
 
     step: int
@@ -242,6 +242,7 @@ class Watch:
     def after_update(self, model: nn.Module, info: StepInfo) -> None:
         """Count what moved, and read what has arrived."""
         step, chosen, batch = self._updating
+        self._updating = self._updating._replace(batch=None)
         sampler, _, journal, trained, _ = self._begin(step)
         sampler.stop()  # what is counted of a micro-batch that has begun is over, and no replay is counted
         sampler.after_update(step)
@@ -255,6 +256,7 @@ class Watch:
     def on_nonfinite(self, broken: BrokenStep) -> None:
         """Find out why a step broke, or that it is the loss scale being found."""
         step, batch = broken.step, broken.batch
+        self._updating = self._updating._replace(batch=None)
         sampler, _, journal, *_ = self._begin(step)
         self._micro = 0
         sampler.stop()
