@@ -199,7 +199,7 @@ def _format_of(given: _Given, measure: str) -> text.Format:
 
 def _cell(found: Measurement, form: text.Format) -> Cell:
     if not text.finite(found.value):
-        return Cell(text.MISSING)
+        return Cell(form(found.value, 0))
     return Cell(form(found.value, 0), text.interval(found.low, found.high, form) if found.low != found.high else "")
 
 

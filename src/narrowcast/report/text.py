@@ -181,7 +181,9 @@ def is_percent(metric: MetricRecord) -> bool:
 
 
 def accuracy(metric: MetricRecord) -> Format:
-    """Return how values of a metric are written."""
+    """Return how values of a metric are written; an infinite SQNR (no noise at all) is "exact"."""
+    if metric.unit == "dB":
+        return lambda value, extra: decibels(value) if math.isinf(value) else _measured(value, metric.unit, 4 + extra)
     if is_percent(metric):
         return lambda value, extra: share(value, extra, decimals=2)
     return lambda value, extra: _measured(value, metric.unit, 4 + extra)

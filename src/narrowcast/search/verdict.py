@@ -88,7 +88,7 @@ def _advice(
             "The search part kept the accuracy limit and the report part does not: the two differ by chance. More samples "
             "would narrow that, or a slightly tighter --max-drop would leave room for it."
         )
-    for measure in sorted(broken):
+    for measure in sorted({standing.limit.measure for standing in standings}):
         others = [
             c
             for c in candidates

@@ -52,7 +52,8 @@ def test_what_is_no_number_is_a_dash_everywhere(value: float | None):
     shown = [text.number(value), text.integer(value), text.share(value), text.ratio(value), text.noise(value)]
     shown += [text.quantity(value, unit) for unit in ("s", "bytes", "dB", "x", "", "%")]
     if value is not None:
-        shown += [form(value, 0) for record in (TOP1, MSE, SQNR) for form in (text.accuracy(record), text.drop(record))]
+        shown += [form(value, 0) for record in (TOP1, MSE) for form in (text.accuracy(record), text.drop(record))]
+        shown.append(text.drop(SQNR)(value, 0))
     assert set(shown) == {text.MISSING}
     assert text.interval(value, 1.0, text.ratio) == ""
 
@@ -62,6 +63,8 @@ def test_a_metric_is_written_in_its_own_way():
     assert plain(text.drop(TOP1)(-0.0022, 0)) == "−0.22 points"
     assert text.accuracy(MSE)(0.000123, 0) == "0.0001230"
     assert plain(text.accuracy(SQNR)(31.26, 0)) == "31.26 dB"
+    assert text.accuracy(SQNR)(math.inf, 0) == "exact"
+    assert text.accuracy(SQNR)(math.nan, 0) == text.MISSING
 
 
 def test_different_values_never_read_the_same():

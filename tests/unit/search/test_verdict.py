@@ -27,7 +27,11 @@ def candidate(name: str, accuracy: float, speedup: float) -> Candidate:
 
 
 def verdict(chosen: Candidate, *others: Candidate, minimise: str = "latency") -> Verdict:
-    trial: Any = SimpleNamespace(budget=Budget.parse(max_drop="2%", minimise=minimise), metric=get_metric("agreement"))
+    trial: Any = SimpleNamespace(
+        budget=Budget.parse(max_drop="2%", minimise=minimise),
+        metric=get_metric("agreement"),
+        splits=SimpleNamespace(calibration=SimpleNamespace(size=100)),
+    )
     return verdict_of(trial, chosen, (chosen, *others), chosen.standings, [], [])
 
 
@@ -45,3 +49,19 @@ def test_a_gain_or_another_objective_needs_no_such_line(speedup: float, minimise
 
 def test_nothing_is_said_where_nothing_is_faster() -> None:
     assert verdict(candidate("fp32", 1.0, 1.01), candidate("int8", 0.9, 0.8)).advice == ()
+
+
+def test_each_limit_that_alone_stands_in_the_way_of_a_candidate_is_named() -> None:
+    fast = Limit(measure="speedup", bound=1.2, at_least=True, text="at least 1.2x faster")
+
+    def both(name: str, accuracy: float, speedup: float) -> Candidate:
+        made = candidate(name, accuracy, speedup)
+        standings = (*made.standings, Standing(limit=fast, value=speedup, met=fast.holds(speedup)))
+        return made.model_copy(update={"standings": standings, "feasible": all(s.met for s in standings)})
+
+    found = verdict(both("fp16", 1.0, 1.0), both("int8", 0.9, 1.5), both("worst", 0.5, 0.5))
+    assert not found.met
+    relaxed = [line for line in found.advice if "alone relaxed" in line]
+    assert len(relaxed) == 2
+    assert "accuracy limit alone relaxed, int8 would do" in relaxed[0]
+    assert "speedup limit alone relaxed, fp16 would do" in relaxed[1]
