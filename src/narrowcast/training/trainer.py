@@ -69,10 +69,11 @@ class Trainer:
 
     Without loss scaling no step waits for the device. With it an update waits once, for the decision; but with fused
     optimizers, PyTorch's and :class:`~narrowcast.training.fused.FusedAdamW`, the device leaves updates out itself. The host
-    learns of it just before the next backward pass, when a forward pass is queued, and a watch just after it. Only then do
-    the schedule and the log move. What is read of the trainer or of a step's info is right
-    at any time, on each rank by itself, and is waited for; ``steps_at_most`` and ``StepInfo.closed`` alone are not. That
-    training cannot go on is raised by the next step, ``flush``, ``discard``, ``finish`` or ``state_dict``, on all ranks.
+    learns of it just before the next backward pass, when a forward pass is queued, and a watch just after that backward
+    pass. Only then do the schedule and the log move. What is read of the trainer or of a step's info is right at any time,
+    on each rank by itself, and is waited for; ``steps_at_most`` and ``StepInfo.closed`` alone are not. That training cannot
+    go on is raised by the next step, ``flush``, ``discard``, ``finish`` or ``state_dict``, on all ranks; a step that raises
+    it has dropped its micro-batch.
 
     Args:
         model: Any module, compiled or not; it is cast or converted in place where the precision asks for it.
@@ -84,8 +85,9 @@ class Trainer:
         clip_norm: The largest norm of all gradients together, after unscaling.
         accumulate: Micro-batches in a window.
         watch: What looks at the numbers: ``cheap`` or ``deep`` for the doctor at that level, which keeps its record in memory
-            (``trainer.watch.summary()``) and tells the log what it finds; None for nothing. In a process group of several
-            that ``ranks`` does not name, the doctor stays away, as it has to ask all processes.
+            (``trainer.watch.summary()``, which has the last update after ``finish``) and tells the log what it finds; None
+            for nothing. In a process group of several that ``ranks`` does not name, the doctor stays away, as it has to ask
+            all processes.
         ranks: The processes that train together; each must run the same number of steps.
         nonfinite: Without loss scaling: ``raise`` an error when a loss or a gradient is not finite (on CUDA an update or
             more later, as nothing waits for it), or ``skip`` the update, as with loss scaling.
@@ -149,7 +151,7 @@ class Trainer:
         self._settling = Settling(self._books, self.device)
         self._settles_late = self._guards and self.device.type == "cuda"
         self._keeping = Keeping(self.model, optimizer, self.precision, self._books, self._wide, self._unit)
-        self._untold: tuple[StepInfo, Window] | None = None  # of an update of which the watch has not heard
+        self._untold: tuple[StepInfo, Window] | None = None  # the last update, until the watch has heard of it
 
     def _doctor(self, level: Literal["cheap", "deep"]) -> Watch | None:
         """Return the doctor, unless it would ask processes that do not train together."""
@@ -162,12 +164,17 @@ class Trainer:
 
     @property
     def watch(self) -> Watch | None:
-        """What looks at the numbers; of the last update it may hear in the next step or by :meth:`finish` only."""
+        """What looks at the numbers.
+
+        Of the last update it may hear no sooner than in the next step or by :meth:`finish`. Another one takes its place
+        between two windows, on all ranks at the same place; it hears of the updates that come then.
+        """
         return self._watch
 
     @watch.setter
     def watch(self, watch: Watch | None) -> None:
-        self._tell()  # the one that was there, of what it has seen begin
+        self._settling.settled()
+        self._tell()  # the watch that was there
         self._watch = watch
 
     @property
@@ -232,7 +239,7 @@ class Trainer:
                 value = self.loss(outputs_of(self.model, self.precision.inputs(inputs)), targets)
             loss, weighed, mean = as_loss(value, samples)
             total, weight = self._unit.share(loss, weighed, mean)
-            books = self._settling.settled()  # the update before, with this forward pass queued
+            books = self._settling.settled()  # waits for the update before, with this forward pass queued
             factor = books.scale.value / self.accumulate
             (total if factor == 1.0 else total * factor).backward()
         self._conclude()
@@ -270,7 +277,8 @@ class Trainer:
     def _conclude(self) -> None:
         """Have the last update settled, tell the watch of it, and raise what it led to; all ranks call it at the same places.
 
-        A replay may exchange numbers with all ranks, so it goes before what one of them alone may raise.
+        The watch goes first, as it may run the step again on all ranks together, and one of them alone may have something to
+        raise: rank 0, which writes the ledger. What is raised drops the micro-batch that has begun.
         """
         self._settling.settled()
         self._tell()
@@ -283,7 +291,8 @@ class Trainer:
     def _tell(self) -> None:
         """Tell the watch what became of the last update, if the device decided; the weights have not moved since.
 
-        Gradients of the next window's first micro-batch may be there, which no window counts yet: they go if it fails.
+        Gradients of the next window's first micro-batch may be there already, which the window does not count yet. A watch
+        that fails takes them with it.
         """
         if self._untold is None:
             return

@@ -17,7 +17,8 @@ class BrokenStep(NamedTuple):
     """A step whose loss or gradients were not finite.
 
     Args:
-        model: As it is called; its weights are those of the step.
+        model: As it is called. Its weights are those of the step; what else it keeps, such as buffers, is as the latest forward
+            pass left it, which may be that of the next micro-batch.
         loss: From outputs and targets to a mean, or to a :class:`~narrowcast.training.Loss`.
         batch: The first micro-batch that shows it.
         precision: The policy.
@@ -38,13 +39,20 @@ class BrokenStep(NamedTuple):
 class Watch(Protocol):
     """What looks at the numbers of a run.
 
-    All ranks call it at the same places. Where the device decides whether an update is made, what became of it is told when the
-    next forward and backward pass are queued (or by ``flush``, ``discard``, ``finish`` or ``state_dict``), before what
-    :meth:`after_backward` says of these; the weights are as the update left them, and its gradients are gone.
+    All ranks call it at the same places. An update is told in its own step, unless the device decides whether it is made (see
+    :class:`~narrowcast.training.Trainer`). Then it is told in the next step, when that one's forward and backward pass are
+    queued; or by ``flush``, ``discard``, ``finish`` or ``state_dict``, or when another watch takes the place. The order is::
+
+        before_forward    of the next micro-batch, which counts the update as made
+        after_update      if it was, or else on_nonfinite, which says that it was not
+        after_backward    of the next micro-batch
+
+    The weights are as the update left them. Its gradients are gone, and those of the next micro-batch may be there: whoever
+    runs a step again sets them aside.
     """
 
     def before_forward(self, trainer_step: int, batch: Batch) -> None:
-        """Called before each micro-batch, with the updates done so far, and the last one if it is not known yet."""
+        """Called before each micro-batch, with the updates done so far; the last one counts if it is not known yet."""
         ...
 
     def after_backward(self, model: nn.Module, scale: float) -> None:

@@ -218,6 +218,17 @@ def test_a_watch_that_goes_hears_of_the_update_that_it_saw_begin_and_the_next_on
     assert later is None or [one.step for one in later.record().readings] == [1]
 
 
+def test_a_watch_that_comes_after_an_update_that_was_left_out_counts_the_updates_that_were_made():
+    trainer = trainer_of(late=True)
+    for number in (0, 3):
+        trainer.step(batch(number))
+    trainer.watch = doctor = Doctor(trainer.model, precision=trainer.precision)
+    for number in (1, 2):
+        trainer.step(batch(number))
+    trainer.finish()
+    assert [one.step for one in doctor.record().readings] == [1, 2]
+
+
 def test_a_model_without_parameters_is_watched_by_the_steps_of_its_loss():
     loss = Scaled()
     optimizer = OPTIMIZERS["adamw"](loss.parameters())

@@ -280,7 +280,7 @@ def test_a_watch_that_comes_later_finds_everything_settled():
     watch.before_forward = lambda step, batch: steps.append((step, schedule.last_epoch))
     watch.after_backward = lambda model, scale: steps.append(schedule.last_epoch)
     fed(trainer, 1)
-    assert steps == [(1, 0), 1]
+    assert steps == [(1, 1), 1]
     trainer.watch = None
     fed(trainer, 2)
     assert schedule.last_epoch == trainer.steps_at_most - 1 == 2

@@ -61,7 +61,7 @@ class _Begun(NamedTuple):
 
 
 class _Updating(NamedTuple):
-    """An update of which it is not told yet what became of it; the next micro-batch may have begun meanwhile.
+    """The latest update that has begun. The next micro-batch may begin before it is told what became of it.
 
     Attributes:
         step: Updates done before.
@@ -228,7 +228,7 @@ class Watch:
             sampler.stop()
             self._scales = {**dict(list(self._scales.items())[-_REMEMBERED:]), self._step: scale}
             if self._chosen is trained:
-                self._flush()  # activations, whose scale may be another if the step is tried again
+                self._flush()  # the activations: if the step is tried again, its scale will be another
             sampler.gradients(self._chosen, self._step, scale)
         self._scale = scale
         self._micro += 1
@@ -244,12 +244,12 @@ class Watch:
         step, chosen, batch = self._updating
         self._updating = self._updating._replace(batch=None)
         sampler, _, journal, trained, _ = self._begin(step)
-        sampler.stop()  # what is counted of a micro-batch that has begun is over, and no replay is counted
+        sampler.stop()  # hooks for the next micro-batch, whose passes are over: they are not to count a replay
         sampler.after_update(step)
         self._send_reading(step, info)
         sampled = chosen is trained if self._deep else (step + 1) % self._every == 0
         if sampled:
-            self._flush(activations=self._step == step)  # those of the next step wait for its scale
+            self._flush(activations=self._step == step)  # those of the next step wait for its scale to be told
             journal.save()
         self._explain(batch, step, everyone=sampled)
 
@@ -260,7 +260,7 @@ class Watch:
         sampler, _, journal, *_ = self._begin(step)
         self._micro = 0
         sampler.stop()
-        if self._step > step:  # a micro-batch has begun that takes its place, and so is no sample of the step after it
+        if self._step > step:  # the micro-batch that has begun was taken for the next step's, and tries this one again
             sampler.forget_activations()
             self._step, self._chosen = step, self._one_layer(step)
         scene = Scene(
