@@ -272,7 +272,7 @@ def _key(name: str, row: SummaryRow | None, otherwise: str) -> KeyNumber:
 
 def _accuracy_kept(evidence: Evidence, row: SummaryRow | None) -> KeyNumber:
     original, artifact = (evidence.measured("accuracy", subject) for subject in ("original", "artifact"))
-    if row is None or artifact is None or not text.finite(artifact.value):
+    if row is None or artifact is None or row.artifact.value == text.MISSING:
         return KeyNumber("Accuracy", text.MISSING, "not measured", _arrow(row))
     scale = original.value if original is not None else float("nan")
     # A share of the original means something only for metrics that grow from zero; others show their own value.

@@ -12,7 +12,7 @@ import pytest
 from pages import Page, alone, chromium
 from PIL import Image
 
-from narrowcast.artifacts.manifest import Evidence, Histogram
+from narrowcast.artifacts.manifest import Evidence, Histogram, MetricRecord
 from narrowcast.report import render_html
 
 Make = Callable[..., Evidence]
@@ -210,3 +210,21 @@ def test_a_browser_shows_the_page(met: Evidence, tmp_path: Path):
     # Text and pictures all the way down: no band of a quarter of the picture is blank.
     assert min(band.std() for band in np.array_split(pixels, 4)) > 5
     assert escape(met.verdict.headline) in chromium(tmp_path, page, "--dump-dom")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [520, 700, 1200])
+def test_a_long_key_number_stays_in_its_column(make: Make, met: Evidence, tmp_path: Path, width: int):
+    """The value of an error such as MSE is written with an exponent, and takes more room than a percentage."""
+    lost = [m.model_copy(update={"value": 3.237e-5}) if m.measure == "accuracy" else m for m in met.measurements]
+    metric = MetricRecord(name="mse", unit="", higher_is_better=False)
+    source = render_html(make(metric=metric, measurements=tuple(lost)))
+    assert "3.237×10⁻⁵</span>" in source
+    count = (
+        "<script>document.title = [...document.querySelectorAll('.big')].filter("
+        "big => big.scrollWidth > big.clientWidth).length + ' too wide of ' + document.querySelectorAll('.big').length"
+        "</script>"
+    )
+    page = tmp_path / "report.html"
+    page.write_text(re.sub(r"<meta http-equiv=.Content-Security-Policy[^>]*>", "", source) + count, encoding="utf-8")
+    assert "<title>0 too wide of 3</title>" in chromium(tmp_path, page, "--dump-dom", f"--window-size={width},900")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -27,6 +28,13 @@ def rows_of(evidence: Evidence) -> dict[str, tuple[str, ...]]:
         )
         for row in summary_rows(evidence)
     }
+
+
+def test_an_artifact_without_any_noise_is_exact(make, met: Evidence):
+    same = [m.model_copy(update={"value": math.inf}) if m.measure == "accuracy" else m for m in met.measurements]
+    metric = MetricRecord(name="sqnr", unit="dB", higher_is_better=True)
+    found = key_numbers(make(metric=metric, measurements=tuple(same)))[2]
+    assert (found.value, found.word, found.detail) == ("exact", "sqnr", "exact → exact")
 
 
 def test_rows_come_in_the_reports_order_with_unknown_measures_last(met: Evidence):
