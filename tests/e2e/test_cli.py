@@ -510,8 +510,8 @@ def test_bad_models_are_named_and_nothing_is_written(given: Inputs, cli: Cli, ki
 @pytest.mark.parametrize(
     ("options", "needles"),
     [
-        (["--latency", "5ms", "--speedup", "2x"], ["latency", "speedup 2.0", "--speedup"]),
-        (["--size", "1MB", "--ratio", "2x"], ["size", "ratio 2.0"]),
+        (["--latency", "5ms", "--speedup", "2x"], ["latency 0.005 s", "speedup 2x", "--speedup"]),
+        (["--size", "1MB", "--ratio", "2x"], ["size 1e+06 bytes", "ratio 2x"]),
         (["--max-drop", "1%", "--at-least", "0.9"], ["max_drop", "at_least 0.9"]),
         (["--max-drop", "a little"], ["'a little'", "0.5%"]),
         (["--max-drop", "-1%"], ["'-1%'"]),

@@ -123,7 +123,11 @@ def from_arrays(
         lengths["groups"] = len(groups)
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise DataError(f"{source}: the arrays have different numbers of samples ({listed})", allowed="equal lengths")
+        raise DataError(
+            f"{source}: the arrays have different numbers of samples ({listed})",
+            allowed="equal lengths",
+            next_step="give every array one row per sample, labels too",
+        )
     for name, array in arrays.items():
         check_finite(source, name, array)
     digest = digest_of(
@@ -149,7 +153,9 @@ def check_labels(source: str, labels: NDArray[Any]) -> NDArray[np.int64]:
         )
     if len(labels) and labels.min() < 0:
         raise DataError(
-            f"{source}: label {int(labels.min())} at {int(labels.argmin())} is negative", allowed="0 and up"
+            f"{source}: label {int(labels.min())} (sample {int(labels.argmin())}) is negative",
+            allowed="0 and up",
+            next_step="number the classes from 0, and leave out samples without a class",
         )
     return labels.astype(np.int64)
 

@@ -25,7 +25,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         ModelError: The file is missing, is not ONNX, is truncated, or breaks the ONNX specification.
     """
     if not path.is_file():
-        raise ModelError(f"model file {path} does not exist", next_step="check the path; it must be a file")
+        raise ModelError(f"model file {path} does not exist", allowed="an ONNX file", next_step="check the path")
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)

@@ -17,6 +17,7 @@ Objective = Literal["latency", "size", "memory"]
 _BYTES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SECONDS = {"US": 1e-6, "MS": 1e-3, "S": 1.0, "": 1e-3}
 _FACTORS = {"": 1.0, "X": 1.0}
+_UNITS = {"latency": " s", "speedup": "x", "size": " bytes", "ratio": "x", "at_least": ""}
 
 
 class _Value(BaseModel):
@@ -55,6 +56,7 @@ class Drop(_Value):
             raise BudgetError(
                 f"max drop {text!r} is no drop",
                 allowed="0.5% (relative to the original), 0.5pt (percentage points), or 0.005 (in the metric's unit)",
+                next_step="write for example --max-drop 0.5%",
             )
         return cls(amount=amount / (100 if match.group(2) else 1), relative=match.group(2) == "%")
 
@@ -118,17 +120,26 @@ class Budget(_Value):
         for name in ("latency", "speedup", "size", "ratio", "memory"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise BudgetError(f"{name} {value} is no limit", allowed="finite numbers above 0")
+                raise BudgetError(
+                    f"{name} {value} is no limit",
+                    allowed="finite numbers above 0",
+                    next_step=f"leave --{name} out, or give it another value",
+                )
         if self.at_least is not None and not math.isfinite(self.at_least):
             raise BudgetError(f"at least {self.at_least} is no bound", allowed="a finite number in the metric's unit")
         for first, second in (("latency", "speedup"), ("size", "ratio"), ("max_drop", "at_least")):
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 raise BudgetError(
-                    f"the budget gives both {first} {getattr(self, first)} and {second} {getattr(self, second)}",
+                    f"the budget gives both {self._said(first)} and {self._said(second)}",
                     allowed="one of the two: both bound the same measure",
                     next_step=f"drop --{first.replace('_', '-')} or --{second.replace('_', '-')}",
                 )
         return self
+
+    def _said(self, name: str) -> str:
+        """Return a limit by its name, with its value and unit."""
+        value = getattr(self, name)
+        return f"{name} {value:g}{_UNITS[name]}" if isinstance(value, float) else f"{name} {value}"
 
     @classmethod
     def parse(
@@ -149,7 +160,11 @@ class Budget(_Value):
             BudgetError: A text cannot be read, or two limits contradict each other.
         """
         if minimise not in ("latency", "size", "memory"):
-            raise BudgetError(f"objective {minimise!r} is unknown", allowed="latency, size, memory")
+            raise BudgetError(
+                f"objective {minimise!r} is unknown",
+                allowed="latency, size, memory",
+                next_step="write for example --minimise size",
+            )
         return cls(
             max_drop=None if max_drop is None else Drop.parse(max_drop),
             at_least=at_least,
@@ -217,5 +232,9 @@ def _quantity(name: str, text: str | None, units: dict[str, float], examples: st
         return None
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match.group(2).upper() not in units or float(match.group(1)) == 0:
-        raise BudgetError(f"{name} {text!r} cannot be read", allowed=f"a number above 0 with its unit: {examples}")
+        raise BudgetError(
+            f"{name} {text!r} cannot be read",
+            allowed=f"a number above 0 with its unit: {examples}",
+            next_step=f"write for example --{name} {examples.partition(',')[0]}",
+        )
     return float(match.group(1)) * units[match.group(2).upper()]

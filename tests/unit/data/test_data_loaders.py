@@ -162,7 +162,7 @@ def test_an_array_by_another_name_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.arange(6) - 2, "label -2 at 0 is negative"),
+        (np.arange(6) - 2, "label -2 (sample 0) is negative"),
         (np.arange(6) / 2, "float64"),
         (np.eye(6, dtype=np.int64), r"shape \[6, 6\]"),
         (np.array(list("abcdef")), "<U1"),

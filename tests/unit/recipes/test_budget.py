@@ -100,6 +100,7 @@ def test_a_quantity_that_cannot_be_read_is_named_with_its_value(name: str, text:
     assert name in caught.value.what
     assert text in caught.value.what or "inf" in caught.value.what
     assert caught.value.allowed
+    assert f"--{name} " in caught.value.next_step
 
 
 @pytest.mark.parametrize(("first", "second"), [("latency", "speedup"), ("size", "ratio"), ("max_drop", "at_least")])
@@ -112,8 +113,10 @@ def test_two_limits_on_one_measure_contradict_each_other(first: str, second: str
         "max_drop": "0.5%",
         "at_least": 0.9,
     }
-    with pytest.raises(BudgetError, match=f"both {first} .* and {second}") as caught:
+    shown = texts | {"latency": "0.005 s", "size": "4e+06 bytes", "max_drop": "0.5% of the original"}
+    with pytest.raises(BudgetError) as caught:
         Budget.parse(**{first: texts[first], second: texts[second]})
+    assert f"both {first} {shown[first]} and {second} {shown[second]}" in caught.value.what
     assert f"--{first.replace('_', '-')}" in caught.value.next_step
 
 
