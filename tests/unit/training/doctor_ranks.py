@@ -111,6 +111,33 @@ def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stor
     }
 
 
+def windows(ranks: Ranks, *, sharded: bool) -> dict:
+    """Return what comes of windows of two micro-batches, some of which overflow on rank 1: with a doctor that hears of it at
+    once, with one that hears of it amid the next window, and without one."""
+    seen: dict[str, list] = {"weights": [], "events": [], "skipped": []}
+    for late, watched in ((False, True), (True, True), (True, False)):
+        torch.manual_seed(0)
+        model = Net(cast=False).to(ranks.device)
+        policy = precision("fp16-mixed", loss_scale=StaticScale(8.0))
+        if sharded:
+            shard(model, ranks, policy, units=["second"])
+        called = model if sharded else DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        doctor = Watch(called, "deep", every=2, optimizer=optimizer, loss=squares, precision=policy, rank=ranks.rank)
+        watch = doctor if watched else None
+        trainer = Trainer(called, optimizer, squares, precision=policy, ranks=ranks, watch=watch, accumulate=2)
+        trainer._settles_late = late
+        for number in range(11):
+            factor = 4e5 if ranks.rank == 1 and number in (1, 6, 8) else 1.0
+            trainer.step((torch.randn(4, 8).to(ranks.device) * factor, torch.randn(4, 2).to(ranks.device)))
+        trainer.flush()
+        trainer.finish()
+        seen["weights"].append([replay.local(one.detach()).tolist() for one in model.parameters()])
+        seen["events"].append([event.model_dump(mode="json") for event in doctor.events])
+        seen["skipped"].append(trainer.skipped)
+    return seen
+
+
 def stagnant(ranks: Ranks) -> list[dict] | None:
     """Return what the doctor says of sharded BF16 weights that plain rounding keeps where they are.
 
@@ -150,6 +177,8 @@ def main(folder: str, rank: int, kind: str) -> None:
         seen[f"{kind}, late"] = fault(ranks, kind, late=True)
         seen[f"{kind}, sharded, late"] = fault(ranks, kind, sharded=True, late=True)
     seen["overflow, gathered"] = fault(ranks, "overflow", sharded=True, gather="compute")
+    seen["windows"] = windows(ranks, sharded=False)
+    seen["windows, sharded"] = windows(ranks, sharded=True)
     seen["stagnant"] = stagnant(ranks)
     dist.destroy_process_group()
     print(json.dumps(seen))

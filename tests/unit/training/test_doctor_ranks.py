@@ -113,3 +113,14 @@ def test_sharded_weights_that_do_not_move_are_explained_alike_on_all_ranks_from_
         assert cause["inputs"][0]["shape"] == [32, 64]
         kinds = {remedy["setting"].split()[0]: remedy["mended"] for remedy in cause["remedies"]}
         assert kinds == {"stochastic": True, "Kahan": True, "FP32": True, "round-to-nearest": False}
+
+
+@pytest.mark.parametrize("case", ["windows", "windows, sharded"])
+def test_a_replay_amid_a_window_changes_nothing_on_any_rank(both, case):
+    for seen in both:
+        at_once, late, unwatched = seen[case]["weights"]
+        assert at_once == late == unwatched
+        assert seen[case]["skipped"] == [3, 3, 3]
+        at_once, late, _ = seen[case]["events"]
+        assert [event["step"] for event in at_once] == [0, 2, 2]
+        assert late == at_once
