@@ -112,8 +112,10 @@ def fault(ranks: Ranks, kind: str, *, sharded: bool = False, gather: str = "stor
 
 
 def windows(ranks: Ranks, *, sharded: bool) -> dict:
-    """Return what comes of windows of two micro-batches, some of which overflow on rank 1: with a doctor that hears of it at
-    once, with one that hears of it amid the next window, and without one."""
+    """Return what comes of windows of two micro-batches, some of which overflow on rank 1.
+
+    Of three runs: with a doctor that hears of it at once, with one that hears of it amid the next window, and without one.
+    """
     seen: dict[str, list] = {"weights": [], "events": [], "skipped": []}
     for late, watched in ((False, True), (True, True), (True, False)):
         torch.manual_seed(0)
