@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -214,7 +215,7 @@ def _python(name: str, model: Model) -> Dataset:
         made = function()
     hint = "a Dataset, a dict of arrays by input name (key 'labels' optional), or a tuple (inputs, labels)"
     if isinstance(made, Dataset):
-        return made
+        return _checked(made, f"data py:{name}")
     labels = None
     if isinstance(made, tuple) and len(made) == 2:
         made, labels = made
@@ -228,6 +229,19 @@ def _python(name: str, model: Model) -> Dataset:
             (arrays.pop(key) for key in LABEL_NAMES if key in arrays and key not in _input_names(model)), None
         )
     return from_arrays(f"py:{name}", arrays, labels, arrays.pop("groups", None))
+
+
+def _checked(data: Dataset, name: str) -> Dataset:
+    """Return a dataset of the user's whose samples are checked whenever they are loaded: nobody sees all of them before."""
+
+    def load(indices: NDArray[np.int64]) -> Tensors:
+        with user_code(name, DataError):
+            arrays = data.load(indices)
+        for key, array in arrays.items():
+            check_finite(f"{name}, samples {int(indices[0])} to {int(indices[-1])}", key, array)
+        return arrays
+
+    return replace(data, load=load)
 
 
 _LOADERS: dict[str, Callable[[str, Model], Dataset]] = {

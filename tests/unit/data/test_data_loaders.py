@@ -292,3 +292,24 @@ def test_what_goes_wrong_in_the_users_code_is_a_typed_error(
         load_data("py:failing_data:broken", model_of())
     assert says in caught.value.what
     assert "--debug" in caught.value.next_step
+
+
+def test_samples_of_the_users_own_dataset_are_checked_when_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lazy_data.py").write_text(
+        "import numpy as np\n"
+        "from narrowcast import Dataset\n"
+        "def load(indices):\n"
+        "    if 8 in indices: raise OSError('disk gone')\n"
+        "    return {'image': np.where(indices == 5, np.nan, 1).astype(np.float32)[:, None, None, None]\n"
+        "            * np.ones((3, 8, 8), np.float32)}\n"
+        "def lazy(): return Dataset('mine', '0' * 64, 9, load)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = load_data("py:lazy_data:lazy", model_of())
+    assert data.load(np.arange(4))["image"].shape == (4, 3, 8, 8)
+    with pytest.raises(DataError, match=r"samples 4 to 6: 'image' holds nan at \[1, 0, 0, 0\]"):
+        data.load(np.arange(4, 7))
+    with pytest.raises(DataError, match="data py:lazy_data:lazy failed with OSError: disk gone"):
+        data.load(np.array([8]))
