@@ -43,9 +43,9 @@ def fake_module(build: Callable[[], nn.Module]) -> tuple[nn.Module, FakeTensorMo
                 "ignore", message="Accessing the data pointer of FakeTensor"
             )  # copying a layer does
             built = build()
-    except NarrowcastError:
-        raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, NarrowcastError) and error.__cause__ is None:
+            raise  # said on purpose, and not of what the user's code did
         # Constructors fail in many ways on tensors without numbers; a real one tells whether the fault is theirs.
         built = _really(build)
     return fake_copy(built, mode), mode
