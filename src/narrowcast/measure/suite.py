@@ -188,7 +188,9 @@ def throughput_measurements(
                 Measurement(measure="best_batch", subject=name, value=size, unit="samples", protocol=searched)  # type: ignore[arg-type]
             )
     ratio = bootstrap_median(rates["artifact"] / rates["original"])
-    return [*found, _measurement("throughput", "ratio", ratio, "x", f"{searched}; ratio round by round")]
+    together = len(set(best.values())) == 1
+    how = "round by round" if together else "of rounds one after the other, as the best sizes differ"
+    return [*found, _measurement("throughput", "ratio", ratio, "x", f"{searched}; ratio {how}")]
 
 
 def memory_measurements(graphs: Mapping[str, Path], inputs: Path, target: Target) -> list[Measurement]:

@@ -252,6 +252,7 @@ def test_equal_throughput_is_a_tie(clock: Clock) -> None:
     found = measured_throughput(clock, original=noisy(0.01), artifact=noisy(0.01, seed=1))
     ratio = found["throughput", "ratio"]
     assert ratio.low < 1 < ratio.high
+    assert ratio.protocol.endswith("ratio round by round")
     assert found["throughput", "original"].low < found["throughput", "original"].value
 
 
@@ -261,4 +262,5 @@ def test_the_ratio_of_throughputs_is_that_of_the_rates_at_each_ones_best_batch(c
     assert found["throughput", "original"].value == pytest.approx(8 / 0.009)
     assert found["throughput", "artifact"].value == pytest.approx(2000)
     assert found["throughput", "ratio"].value == pytest.approx(2000 * 0.009 / 8)
+    assert found["throughput", "ratio"].protocol.endswith("one after the other, as the best sizes differ")
     assert found["latency_best_batch_p50", "original"].value == pytest.approx(0.009)
