@@ -14,7 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-__all__ = ["free_ports", "own_networks", "result_of", "told", "write_images"]
+__all__ = ["TWO_DEVICES", "free_ports", "own_networks", "result_of", "told", "write_images"]
+
+#: Where two processes train together: on the CPU, and on two GPUs where there are as many.
+TWO_DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+        ],
+    ),
+]
 
 
 def write_images(path: Path, *, size: int = 200, noise: float = 0.5) -> None:

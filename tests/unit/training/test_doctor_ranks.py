@@ -10,11 +10,10 @@ import sys
 import doctor_ranks
 import pytest
 import torch
+from small_runs import TWO_DEVICES
 
-TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
-
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+@pytest.fixture(scope="module", params=TWO_DEVICES)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What the doctors of two processes said."""
     folder = tmp_path_factory.mktemp("doctor")

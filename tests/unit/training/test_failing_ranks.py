@@ -10,16 +10,12 @@ from typing import Any
 
 import failing_ranks
 import pytest
-import torch
-from small_runs import free_ports, write_images
+from small_runs import TWO_DEVICES, free_ports, write_images
 
 WAITED_S = 300  # the group's own timeout is ten minutes
 
 
-TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-
-
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+@pytest.fixture(scope="module", params=TWO_DEVICES)
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """How both processes ended, by case; all cases run at the same time."""
     place = tmp_path_factory.mktemp("failing")
