@@ -141,10 +141,9 @@ def loop_of(kind, workload, precision, mode, options):
 
 
 def bytes_of(loop):
-    """Return what a loop holds between steps; gradients too, where it keeps them until it knows what became of an update."""
+    """Return what a loop holds between steps; none keeps its gradients."""
     state = [x for one in loop.optimizer.state.values() for x in one.values() if isinstance(x, torch.Tensor)]
-    gradients = [x.grad for x in loop.model.parameters() if x.grad is not None]
-    return sum(x.nbytes for x in (*loop.model.parameters(), *loop.model.buffers(), *state, *gradients))
+    return sum(x.nbytes for x in (*loop.model.parameters(), *loop.model.buffers(), *state))
 
 
 def timed(loop, batches, steps, device):
